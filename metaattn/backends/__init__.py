@@ -1,0 +1,6 @@
+"""Backends: implementations of the four primitives on plain tensors, and the choice between them."""
+
+from . import blockwise
+from ._registry import NAMES, check_name, current_backend, refuses, select, use_backend
+
+__all__ = ["NAMES", "blockwise", "check_name", "current_backend", "refuses", "select", "use_backend"]

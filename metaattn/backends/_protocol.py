@@ -1,0 +1,147 @@
+"""What a backend is: four primitives on plain tensors.
+
+The calculus of attention closes on two families of functions. With ``x`` the inputs, ``w`` a cotangent
+of ``(out, lse)`` and ``t1 … tn`` tangents of ``x``:
+
+* ``D_n(x; t1 … tn)`` is the n-th directional derivative of ``(out, lse)``;
+* ``G_n(x; w; t1 … tn)`` is the gradient of ``<w, D_n(x; t1 … tn)>`` with respect to ``x``.
+
+A backend implements the four that first and second derivatives need: forward ``F = D_0``, backward
+``B = G_0``, tangent ``T = D_1`` and second order ``S = G_1``. ``n >= 2`` is third order and above; one
+implementation (:mod:`metaattn.backends.blockwise`) serves it for every backend.
+
+Backends see plain tensors: no autograd, no ``torch.func`` wrappers. :mod:`metaattn.ops` owns the rules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The static part of one attention call.
+
+    Key ``j`` takes part in row ``i`` if ``i - left <= j <= i + right`` (``None``: no limit). A causal
+    mask is ``right=0``: the band is aligned to the top left, as in PyTorch's ``is_causal``.
+    """
+
+    scale: float
+    left: int | None = None
+    right: int | None = None
+    dropout_p: float = 0.0
+
+
+class Operands(NamedTuple):
+    """The tensors of one attention call, all of one rank ``>= 4``.
+
+    query ``[*B, Hq, Nq, D]``; key ``[*B, Hkv, Nk, D]``; value ``[*B, Hkv, Nk, Dv]`` with ``Hq % Hkv == 0``
+    and equal ``*B`` (a dimension that does not vary has stride 0). bias (added to the scores) and mask
+    (True takes part): broadcastable to ``[*B, Hq, Nq, Nk]``. seeds: int64 ``[*B, Hq, 1, 1]``, present if
+    and only if there is dropout; the dropout of an element is a function of its seed, row and column.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    seeds: Tensor | None = None
+
+
+class Tangent(NamedTuple):
+    """One tangent of the differentiable operands, or a cotangent of them; ``None`` is zero."""
+
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether every part is absent."""
+        return all(t is None for t in self)
+
+
+class Rows(NamedTuple):
+    """``out`` ``[*B, Hq, Nq, Dv]`` and ``lse`` ``[*B, Hq, Nq]``: values, tangents or cotangents.
+
+    As a tangent or a cotangent either may be ``None``, which is zero.
+    """
+
+    out: Tensor | None = None
+    lse: Tensor | None = None
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether both parts are absent."""
+        return self.out is None and self.lse is None
+
+
+class Values(NamedTuple):
+    """What the forward pass returns: ``out`` in the inputs' dtype, ``lse`` in :func:`accumulator`'s."""
+
+    out: Tensor
+    lse: Tensor
+
+
+class Gradients(NamedTuple):
+    """What the backward pass returns; ``bias`` is ``None`` unless it was asked for."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+
+
+class Backend(Protocol):
+    """Four pure functions of plain tensors. Results are new tensors with full batch dimensions.
+
+    ``values`` is what ``forward`` returned for the same operands. Rows whose keys are all masked give
+    ``out = 0``, ``lse = -inf`` and zeros everywhere else.
+    """
+
+    name: str
+
+    def refuses(self, problem: Problem, x: Operands) -> str | None:
+        """Why this backend cannot serve the call, and who can; ``None`` if it can."""
+        ...
+
+    def forward(self, problem: Problem, x: Operands) -> Values:
+        """F: attention itself."""
+        ...
+
+    def backward(self, problem: Problem, x: Operands, values: Values, cotangent: Rows, *, bias_grad: bool) -> Gradients:
+        """B: the gradient of ``<cotangent, F(x)>``; the gradient of the bias only if ``bias_grad``."""
+        ...
+
+    def tangent(self, problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
+        """T: the derivative of F along ``tangent``."""
+        ...
+
+    def second(
+        self,
+        problem: Problem,
+        x: Operands,
+        values: Values,
+        values_tangent: Values,
+        cotangent: Rows,
+        tangent: Tangent,
+        *,
+        cotangent_tangent: Rows,
+        bias_grad: bool,
+    ) -> Gradients:
+        """S: the derivative of B along ``tangent``, where the cotangent has the tangent ``cotangent_tangent``.
+
+        ``values_tangent`` is what ``tangent`` returned for the same operands and tangent.
+        """
+        ...
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, softmax and lse: float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

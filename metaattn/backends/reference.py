@@ -1,0 +1,158 @@
+"""Dense attention by the formulas, on any device and dtype: the oracle that the fast backends answer to.
+
+Read it beside the formulas of ``docs/mathematics.md``: a dot there is ``_t`` (tangent) here and a bar is
+``_bar`` (cotangent). Memory is quadratic in the length.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._protocol import Gradients, Operands, Problem, Rows, Tangent, Values, accumulator
+from ._scores import NEG_INF, barrier, dropout_weight, finite, group, key_sum, row_key, row_sum, split_heads, ungroup
+
+name = "reference"
+
+
+def refuses(problem: Problem, x: Operands) -> str | None:
+    """Serves everything."""
+    return None
+
+
+class _Dense(NamedTuple):
+    """Operands with split heads in the accumulator's dtype, and what the dense formulas need of them."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    scores: Tensor  # -inf where hidden
+    dropout: Tensor | float  # Z
+
+    @classmethod
+    def of(cls, problem: Problem, x: Operands) -> _Dense:
+        dtype = accumulator(x.query.dtype)
+        g = group(x)
+        query, key, value = (t.to(dtype) for t in (g.query, g.key, g.value))
+        rows, cols = slice(0, query.shape[-2]), slice(0, key.shape[-2])
+        scores = problem.scale * row_key(query, key)
+        if g.bias is not None:
+            scores = scores + g.bias.to(dtype)
+        if (wall := barrier(problem, g.mask, rows, cols, scores)) is not None:
+            scores = scores + wall
+        z = dropout_weight(problem, g.seeds, rows, cols, dtype)
+        return cls(query, key, value, problem.scale, scores, 1.0 if z is None else z)
+
+    def rows(self, t: Tensor | None, width: int) -> Tensor:
+        """A row quantity ``[*B, Hq, Nq]`` (width 0) or ``[*B, Hq, Nq, width]`` with split heads; zeros if absent."""
+        kv_heads, groups = self.scores.shape[-4:-2]
+        if t is None:
+            return self.scores.new_zeros((*self.scores.shape[:-1], width or 1))
+        if not width:
+            t = t.unsqueeze(-1)
+        return t.unflatten(-3, (kv_heads, groups)).to(self.scores.dtype)
+
+    def tangent(self, t: Tangent) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
+        """The tangents with split heads, zeros where absent."""
+        primals = (self.query, self.key, self.value)
+        query, key, value = (
+            torch.zeros_like(p) if d is None else split_heads(d, self.key.shape[-4]).to(p.dtype)
+            for p, d in zip(primals, t[:3], strict=True)
+        )
+        bias = 0.0 if t.bias is None else split_heads(t.bias, self.key.shape[-4]).to(query.dtype)
+        return query, key, value, bias
+
+
+def _delta(d: _Dense, out: Tensor, lse: Tensor, out_bar: Tensor, lse_bar: Tensor) -> Tensor:
+    """``rowsum(out_bar * out) - lse_bar``; the lse of a row with no keys is constant."""
+    return (out_bar * out).sum(-1, keepdim=True) - lse_bar.masked_fill(lse == NEG_INF, 0.0)
+
+
+def forward(problem: Problem, x: Operands) -> Values:
+    """F."""
+    d = _Dense.of(problem, x)
+    lse = d.scores.logsumexp(-1, keepdim=True)
+    p = torch.exp(d.scores - finite(lse))
+    out = row_sum(p * d.dropout, d.value)
+    return Values(out.flatten(-4, -3).to(x.query.dtype), lse.flatten(-4, -3).squeeze(-1))
+
+
+def backward(problem: Problem, x: Operands, values: Values, cotangent: Rows, *, bias_grad: bool) -> Gradients:
+    """B."""
+    d = _Dense.of(problem, x)
+    width = x.value.shape[-1]
+    out, lse = d.rows(values.out, width), d.rows(values.lse, 0)
+    out_bar, lse_bar = d.rows(cotangent.out, width), d.rows(cotangent.lse, 0)
+
+    p = torch.exp(d.scores - finite(lse))
+    dp = row_key(out_bar, d.value) * d.dropout
+    ds = p * (dp - _delta(d, out, lse, out_bar, lse_bar))
+    return _gradients(
+        x,
+        d.scale * row_sum(ds, d.key),
+        d.scale * key_sum(ds, d.query),
+        key_sum(p * d.dropout, out_bar),
+        ds if bias_grad else None,
+    )
+
+
+def tangent(problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
+    """T."""
+    d = _Dense.of(problem, x)
+    query_t, key_t, value_t, bias_t = d.tangent(tangent)
+
+    p = torch.exp(d.scores - finite(d.rows(values.lse, 0)))
+    s_t = d.scale * (row_key(query_t, d.key) + row_key(d.query, key_t)) + bias_t
+    mu = (p * s_t).sum(-1, keepdim=True)
+    p_t = p * (s_t - mu)
+    out_t = row_sum(p_t * d.dropout, d.value) + row_sum(p * d.dropout, value_t)
+    return Values(out_t.flatten(-4, -3).to(x.query.dtype), mu.flatten(-4, -3).squeeze(-1))
+
+
+def second(
+    problem: Problem,
+    x: Operands,
+    values: Values,
+    values_tangent: Values,
+    cotangent: Rows,
+    tangent: Tangent,
+    *,
+    cotangent_tangent: Rows,
+    bias_grad: bool,
+) -> Gradients:
+    """S."""
+    d = _Dense.of(problem, x)
+    width = x.value.shape[-1]
+    query_t, key_t, value_t, bias_t = d.tangent(tangent)
+    out, lse = d.rows(values.out, width), d.rows(values.lse, 0)
+    out_t, mu = d.rows(values_tangent.out, width), d.rows(values_tangent.lse, 0)
+    out_bar, lse_bar = d.rows(cotangent.out, width), d.rows(cotangent.lse, 0)
+    out_bar_t, lse_bar_t = d.rows(cotangent_tangent.out, width), d.rows(cotangent_tangent.lse, 0)
+
+    p = torch.exp(d.scores - finite(lse))
+    s_t = d.scale * (row_key(query_t, d.key) + row_key(d.query, key_t)) + bias_t
+    p_t = p * (s_t - mu)
+    dp = row_key(out_bar, d.value) * d.dropout
+    dp_t = (row_key(out_bar, value_t) + row_key(out_bar_t, d.value)) * d.dropout
+    delta = _delta(d, out, lse, out_bar, lse_bar)
+    delta_t = (out_bar * out_t).sum(-1, keepdim=True) + _delta(d, out, lse, out_bar_t, lse_bar_t)
+    ds = p * (dp - delta)
+    ds_t = p_t * (dp - delta) + p * (dp_t - delta_t)
+    return _gradients(
+        x,
+        d.scale * (row_sum(ds_t, d.key) + row_sum(ds, key_t)),
+        d.scale * (key_sum(ds_t, d.query) + key_sum(ds, query_t)),
+        key_sum(p_t * d.dropout, out_bar) + key_sum(p * d.dropout, out_bar_t),
+        ds_t if bias_grad else None,
+    )
+
+
+def _gradients(x: Operands, query: Tensor, key: Tensor, value: Tensor, scores: Tensor | None) -> Gradients:
+    """The gradients in the operands' shapes; that of the scores summed to the bias's."""
+    if scores is not None:
+        assert x.bias is not None
+        scores = scores.sum_to_size(split_heads(x.bias, x.key.shape[-3]).shape)
+    return ungroup(Gradients(query, key, value, scores), x)
