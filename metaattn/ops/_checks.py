@@ -1,0 +1,219 @@
+"""What a call may be: every error that the operator raises, before any work, and the canonical operands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import check_name, current_backend, refuses
+from ..backends._protocol import Operands
+from ._leaves import Call
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Window = tuple[int | None, int | None]
+
+
+class Prepared(NamedTuple):
+    """A checked call: its static part, its operands, and the shape that its output takes."""
+
+    call: Call
+    x: Operands
+    out_shape: tuple[int, ...]
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    window: Window | None,
+    backend: str | None,
+) -> Prepared:
+    """Check a call and bring its tensors to the form of :class:`Operands`; for what it raises, see ``sdpa``."""
+    name = current_backend() if backend is None else check_name(backend)
+    _check_tensors(query=query, key=key, value=value)
+    _check_lengths(query, key, value)
+    if attn_mask is not None:
+        _check_mask(attn_mask, query, is_causal)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be at least 0 and below 1; got {dropout_p}")
+    left, right = _band(is_causal, window)
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    elif isinstance(scale, Tensor) or not math.isfinite(scale):
+        raise TypeError(
+            f"scale must be a finite number, got {scale!r}; to differentiate a scale, multiply the query by it"
+        )
+    query, key, value = _cast(query, key, value)
+
+    rank = max(query.dim(), key.dim(), value.dim())
+    if rank == 2 and enable_gqa:
+        raise ValueError("enable_gqa needs inputs with a head dimension, [..., H, N, D]; got 2 dimensions")
+    query, key, value = (_pad(t, max(rank, 4)) for t in (query, key, value))
+    heads = _heads(query, key, value, enable_gqa)
+    query, key, value = _broadcast(query, key, value, heads)
+    scores = (*query.shape[:-1], key.shape[-2])
+    bias = mask = None
+    if attn_mask is not None:
+        if attn_mask.dim() > rank or not _broadcasts(attn_mask.shape, scores):
+            raise ValueError(
+                f"attn_mask must broadcast to the scores, {list(scores[len(scores) - rank :])}; "
+                f"got {list(attn_mask.shape)}"
+            )
+        attn_mask = _pad(attn_mask, len(scores))
+        bias, mask = (None, attn_mask) if attn_mask.dtype == torch.bool else (attn_mask, None)
+    out_shape = (*query.shape[-rank:-1], value.shape[-1])
+
+    call = Call(float(scale), left, right, float(dropout_p), name)
+    x = Operands(query, key, value, bias, mask)
+    if (reason := refuses(name, call.problem, x)) is not None:
+        raise NotImplementedError(reason)
+    if dropout_p > 0.0:
+        # Drawn with PyTorch's generator, so that torch.manual_seed and vmap's `randomness` govern it.
+        seeds = torch.randint(2**62, (*query.shape[:-2], 1, 1), dtype=torch.int64, device=query.device)
+        x = x._replace(seeds=seeds)
+    return Prepared(call, x, out_shape)
+
+
+def _check_tensors(**tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if t.dim() < 2:
+            raise ValueError(f"{name} must have at least 2 dimensions, [..., N, D]; got shape {list(t.shape)}")
+    query = tensors["query"]
+    for name, t in tensors.items():
+        if t.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} must be float16, bfloat16, float32 or float64; got {t.dtype}: convert it, e.g. {name}.float()"
+            )
+        if t.dtype != query.dtype:
+            raise TypeError(f"query, key and value must have one dtype; got query {query.dtype}, {name} {t.dtype}")
+        if t.device != query.device:
+            raise ValueError(
+                f"query, key and value must be on one device; got query on {query.device}, {name} on {t.device}"
+            )
+
+
+def _check_lengths(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"query and key must have one head size (last dimension); got {query.shape[-1]} and {key.shape[-1]}"
+        )
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"key and value must have one length; got {key.shape[-2]} and {value.shape[-2]}")
+    if query.shape[-1] == 0 or value.shape[-1] == 0:
+        raise ValueError(f"head sizes must be at least 1; got query {list(query.shape)}, value {list(value.shape)}")
+
+
+def _check_mask(mask: Tensor, query: Tensor, is_causal: bool) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask must be a tensor, got {type(mask).__name__}")
+    if is_causal:
+        raise ValueError(
+            "attn_mask and is_causal exclude each other, as in PyTorch; pass is_causal=False and put the causal "
+            "part in the mask, or pass window=(None, 0)"
+        )
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise TypeError(f"attn_mask must be bool, float32 or the query's dtype, {query.dtype}; got {mask.dtype}")
+    if mask.device != query.device:
+        raise ValueError(f"attn_mask must be on the query's device, {query.device}; got {mask.device}")
+
+
+def _band(is_causal: bool, window: Window | None) -> Window:
+    """The limits left and right of the diagonal."""
+    if window is None:
+        window = (None, None)
+    if not isinstance(window, Sequence) or len(window) != 2:
+        raise TypeError(f"window must be a pair (left, right) of integers or None; got {window!r}")
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
+            raise ValueError(
+                f"each side of window must be an integer of at least 0, or None for no limit; got {window!r}"
+            )
+    left, right = window
+    return left, (0 if is_causal else right)
+
+
+def _cast(*tensors: Tensor) -> Sequence[Tensor]:
+    """Under autocast, the inputs in its dtype, as for PyTorch's attention; float64 stays."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device) and tensors[0].dtype != torch.float64:
+        return [t.to(torch.get_autocast_dtype(device)) for t in tensors]
+    return tensors
+
+
+def _pad(t: Tensor, rank: int) -> Tensor:
+    """Leading dimensions of size 1 up to ``rank``."""
+    return t[(None,) * (rank - t.dim())] if t.dim() < rank else t
+
+
+def _heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, int]:
+    """The numbers of query heads and of key and value heads, after broadcasting."""
+    q, k, v = (t.shape[-3] for t in (query, key, value))
+    if enable_gqa:
+        if k == 0 or v == 0 or q % k or q % v:
+            raise ValueError(
+                f"with enable_gqa the heads of key and value must divide those of query; got query {q}, key {k}, "
+                f"value {v}"
+            )
+        return q, (k if k == v else q)
+    sizes = {q, k, v} - {1}
+    if len(sizes) > 1:
+        hint = "; for grouped-query attention pass enable_gqa=True" if k == v and k and q % k == 0 else ""
+        raise ValueError(f"query, key and value must have one number of heads; got {q}, {k} and {v}{hint}")
+    heads = sizes.pop() if sizes else 1
+    return heads, heads
+
+
+def _broadcast(query: Tensor, key: Tensor, value: Tensor, heads: tuple[int, int]) -> Sequence[Tensor]:
+    """One batch shape for all; heads expanded, or repeated where key and value differ under GQA."""
+    shapes = [t.shape[:-3] for t in (query, key, value)]
+    try:
+        batch = torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        raise ValueError(
+            "the batch dimensions of query, key and value must broadcast; got "
+            f"{', '.join(str(list(s)) for s in shapes)}"
+        ) from None
+    tensors = zip((query, key, value), (heads[0], heads[1], heads[1]), strict=True)
+    return [_expand(t, (*batch, n, *t.shape[-2:])) for t, n in tensors]
+
+
+def _expand(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """``t`` broadcast to ``shape``, its heads repeated in groups if there are fewer."""
+    if t.shape[-3] not in (1, shape[-3]):
+        t = t.repeat_interleave(shape[-3] // t.shape[-3], -3)
+    return t.expand(shape)
+
+
+def same_form(name: str, primal: Tensor | None, tangent: Tensor | None, operand: Tensor | None) -> Tensor | None:
+    """A tangent of a primal as one of the operand that :func:`prepare` made of it."""
+    if tangent is None:
+        return None
+    if primal is None or operand is None:
+        raise ValueError(f"{name} has no tangent here: it is boolean or absent")
+    if tangent.shape != primal.shape:
+        raise ValueError(f"the tangent of {name} must have its shape, {list(primal.shape)}; got {list(tangent.shape)}")
+    return _expand(_pad(tangent, operand.dim()), operand.shape).to(operand.dtype)
+
+
+def adjoint(grad: Tensor, primal: Tensor) -> Tensor:
+    """The gradient of a primal from that of its operand: summed over all that was broadcast or repeated."""
+    shape = (*(1,) * (grad.dim() - primal.dim()), *primal.shape)
+    if shape[-3] not in (1, grad.shape[-3]):
+        grad = grad.unflatten(-3, (shape[-3], -1)).sum(-3)
+    return grad.sum_to_size(shape).reshape(primal.shape).to(primal.dtype)
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    return all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))

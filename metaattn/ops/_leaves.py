@@ -1,0 +1,126 @@
+"""The primitives as opaque operators: what tracing, compiling and fake tensors see of a backend.
+
+Below the rules there is no derivative left to take, so a leaf needs no autograd: it is one node in a
+``make_fx`` graph, however a backend computes it, and nothing inside it can be traced apart, folded away
+or differentiated past the rules. The names are private: only :mod:`metaattn.ops._rules` calls them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from ..backends import blockwise, select
+from ..backends._protocol import Operands, Problem, Rows, Tangent, Values, accumulator
+
+
+class Call(NamedTuple):
+    """The static part of one attention call: the problem, flat, and the backend asked for."""
+
+    scale: float
+    left: int | None
+    right: int | None
+    dropout_p: float
+    backend: str
+
+    @property
+    def problem(self) -> Problem:
+        """The problem alone."""
+        return Problem(*self[:4])
+
+
+_CALL = "float scale, int? left, int? right, float dropout_p, str backend"
+_X = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? seeds"
+_TANGENTS = "Tensor? query_t, Tensor? key_t, Tensor? value_t, Tensor? bias_t, Tensor?[] more"
+
+
+def _split(args: Sequence[Any]) -> tuple[Call, Problem, Operands, Sequence[Any]]:
+    """The call, its problem, the operands and the arguments after them."""
+    call = Call(*args[:5])
+    return call, call.problem, Operands(*args[5:11]), args[11:]
+
+
+def _tangents(args: Sequence[Any]) -> list[Tangent]:
+    """The tangents from the end of an argument list; none if the first is absent."""
+    first, more = Tangent(*args[:4]), args[4]
+    return [] if first.is_zero else [first, *(Tangent(*more[i : i + 4]) for i in range(0, len(more), 4))]
+
+
+def flat(tangents: Sequence[Tangent]) -> tuple[Any, ...]:
+    """Tangents as the leaves take them: the parts of the first, and those of the others as a list."""
+    first, *more = tangents or [Tangent()]
+    return *first, [part for t in more for part in t]
+
+
+@custom_op("metaattn::_forward", mutates_args=(), schema=f"({_CALL}, {_X}) -> (Tensor, Tensor)")
+def forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """F: out and lse."""
+    call, problem, x, _ = _split(args)
+    out, lse = select(call.backend, problem, x).forward(problem, x)
+    return out.contiguous(), lse.contiguous()
+
+
+@custom_op(
+    "metaattn::_directional",
+    mutates_args=(),
+    schema=f"({_CALL}, {_X}, Tensor out, Tensor lse, {_TANGENTS}) -> (Tensor, Tensor)",
+)
+def directional(*args: Any) -> tuple[Tensor, Tensor]:
+    """T, and ``D_n`` for more than one tangent: the tangents of out and lse."""
+    call, problem, x, (out, lse, *rest) = _split(args)
+    values, tangents = Values(out, lse), _tangents(rest)
+    if len(tangents) == 1:
+        out_t, lse_t = select(call.backend, problem, x).tangent(problem, x, values, tangents[0])
+    else:
+        out_t, lse_t = blockwise.directional(problem, x, values, tangents)
+    return out_t.contiguous(), lse_t.contiguous()
+
+
+@custom_op(
+    "metaattn::_gradient",
+    mutates_args=(),
+    schema=f"({_CALL}, {_X}, bool bias_grad, Tensor out, Tensor lse, Tensor? out_t, Tensor? lse_t, Tensor? out_bar, "
+    f"Tensor? lse_bar, Tensor? out_bar_t, Tensor? lse_bar_t, {_TANGENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def gradient(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """B, S, and ``G_n`` for more than one tangent: query, key, value and bias (empty unless ``bias_grad``)."""
+    call, problem, x, (bias_grad, *rows) = _split(args)
+    values, values_t, w, w_t = Values(*rows[:2]), Values(*rows[2:4]), Rows(*rows[4:6]), Rows(*rows[6:8])
+    tangents = _tangents(rows[8:])
+    if not tangents:
+        grads = select(call.backend, problem, x).backward(problem, x, values, w, bias_grad=bias_grad)
+    elif len(tangents) == 1:
+        grads = select(call.backend, problem, x).second(
+            problem, x, values, values_t, w, tangents[0], cotangent_tangent=w_t, bias_grad=bias_grad
+        )
+    else:
+        grads = blockwise.gradient(problem, x, values, w, tangents, cotangent_tangent=w_t, bias_grad=bias_grad)
+    query, key, value, bias = grads
+    bias = query.new_empty(0) if bias is None else bias
+    return query.contiguous(), key.contiguous(), value.contiguous(), bias.contiguous()
+
+
+def _like(t: Tensor, *, shape: Sequence[Any] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    return t.new_empty(t.shape if shape is None else tuple(shape), dtype=dtype)
+
+
+@forward.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    q, v = args[5], args[7]
+    out = _like(q, shape=(*q.shape[:-1], v.shape[-1]))
+    return out, _like(q, shape=q.shape[:-1], dtype=accumulator(q.dtype))
+
+
+@directional.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    return _like(args[11]), _like(args[12])
+
+
+@gradient.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, bias, bias_grad = *args[5:9], args[11]
+    return _like(q), _like(k), _like(v), _like(bias) if bias_grad else _like(q, shape=(0,))
