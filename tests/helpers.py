@@ -1,0 +1,83 @@
+"""The oracle, dense attention written out, and one way to compare."""
+
+import math
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+# Relative error in the 2-norm that a result in each dtype may have against float64. float64: a few hundred
+# roundings of 1e-16. The others: about 2 (float32, bfloat16) to 4 (float16, whose range is the smaller)
+# units of the last place on the worst of the cases here.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def dense(
+    query,
+    key,
+    value,
+    attn_mask=None,
+    *,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+    window=None,
+    dropout=None,
+):
+    """out and lse by the definition, in operations that every mode differentiates.
+
+    The exponential is written out: PyTorch's softmax and logsumexp fail in reverse over a forward_ad level.
+    ``dropout`` is the matrix of weights, 0 or 1/(1-p).
+    """
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = scale * (query @ key.mT)
+    i = torch.arange(query.shape[-2])[:, None]
+    j = torch.arange(key.shape[-2])
+    left, right = window or (None, None)
+    shown = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
+    if is_causal:
+        shown = shown & (j <= i)
+    if left is not None:
+        shown = shown & (j >= i - left)
+    if right is not None:
+        shown = shown & (j <= i + right)
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            shown = shown & attn_mask
+        else:
+            scores = scores + attn_mask
+    e = torch.where(shown, torch.exp(scores), 0.0)
+    total = e.sum(-1, keepdim=True)
+    empty = total.detach() == 0
+    total = torch.where(empty, 1.0, total)
+    p = e / total
+    if dropout is not None:
+        p = p * dropout
+    lse = torch.where(empty, -math.inf, torch.log(total)).squeeze(-1)
+    return p @ value, lse
+
+
+def error(got, want):
+    """Relative error in the 2-norm over all leaves; absolute where the expected result is tiny."""
+    got, want = tree_leaves(got), tree_leaves(want)
+    assert len(got) == len(want), f"{len(got)} results, expected {len(want)}"
+    worst = 0.0
+    for g, w in zip(got, want, strict=True):
+        assert g.shape == w.shape, f"shape {tuple(g.shape)}, expected {tuple(w.shape)}"
+        g, w = g.detach().double(), w.detach().double()
+        infinite = torch.isinf(w)
+        assert torch.equal(torch.where(infinite, g, 0.0), torch.where(infinite, w, 0.0)), "infinities differ"
+        g, w = g[~infinite], w[~infinite]
+        assert torch.isfinite(g).all(), "NaN or infinity"
+        if w.numel():
+            size = max(w.norm().item(), 1e-3 * math.sqrt(w.numel()))
+            worst = max(worst, (g - w).norm().item() / size)
+    return worst
+
+
+def assert_close(got, want, dtype=torch.float64, factor=1.0):
+    """Every leaf of ``got`` within its dtype's tolerance (times ``factor``) of ``want``."""
+    e, limit = error(got, want), factor * TOLERANCE[dtype]
+    assert e <= limit, f"relative error {e:.1e}, at most {limit:.1e} allowed"
