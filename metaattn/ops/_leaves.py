@@ -7,7 +7,8 @@ or differentiated past the rules. The names are private: only :mod:`metaattn.ops
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +57,22 @@ def flat(tangents: Sequence[Tangent]) -> tuple[Any, ...]:
     return *first, [part for t in more for part in t]
 
 
+def _own_precision(leaf: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Autocast ends here: inside, accumulators stay wide."""
+
+    @functools.wraps(leaf)
+    def wrapped(*args: Any) -> tuple[Tensor, ...]:
+        device = args[5].device.type
+        if not torch.is_autocast_enabled(device):
+            return leaf(*args)
+        with torch.autocast(device, enabled=False):
+            return leaf(*args)
+
+    return wrapped
+
+
 @custom_op("metaattn::_forward", mutates_args=(), schema=f"({_CALL}, {_X}) -> (Tensor, Tensor)")
+@_own_precision
 def forward(*args: Any) -> tuple[Tensor, Tensor]:
     """F: out and lse."""
     call, problem, x, _ = _split(args)
@@ -69,6 +85,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
     mutates_args=(),
     schema=f"({_CALL}, {_X}, Tensor out, Tensor lse, {_TANGENTS}) -> (Tensor, Tensor)",
 )
+@_own_precision
 def directional(*args: Any) -> tuple[Tensor, Tensor]:
     """T, and ``D_n`` for more than one tangent: the tangents of out and lse."""
     call, problem, x, (out, lse, *rest) = _split(args)
@@ -86,6 +103,7 @@ def directional(*args: Any) -> tuple[Tensor, Tensor]:
     schema=f"({_CALL}, {_X}, bool bias_grad, Tensor out, Tensor lse, Tensor? out_t, Tensor? lse_t, Tensor? out_bar, "
     f"Tensor? lse_bar, Tensor? out_bar_t, Tensor? lse_bar_t, {_TANGENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+@_own_precision
 def gradient(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """B, S, and ``G_n`` for more than one tangent: query, key, value and bias (empty unless ``bias_grad``)."""
     call, problem, x, (bias_grad, *rows) = _split(args)

@@ -60,7 +60,7 @@ def jvp_(attention, x, ts):
 def jvp_each(attention, x, ts):
     out = []
     for i in range(len(x)):
-        f = lambda t, i=i: attention(*x[:i], t, *x[i + 1 :])  # noqa: E731
+        f = lambda t, i=i: attention(*x[:i], t, *x[i + 1 :])
         out.append(jvp(f, (x[i],), (ts[0][i],))[1])
     return out
 
@@ -70,7 +70,7 @@ def grad_each_hvp(attention, x, ts):
     loss = loss_of(attention)
     out = []
     for i in range(len(x)):
-        f = lambda t, i=i: _grad(loss, x)(*x[:i], t, *x[i + 1 :])  # noqa: E731
+        f = lambda t, i=i: _grad(loss, x)(*x[:i], t, *x[i + 1 :])
         out.append(jvp(f, (x[i],), (ts[0][i],))[1])
     return out
 
@@ -97,14 +97,14 @@ def jvp_vjp(attention, x, ts):
     """The cotangent moves too."""
     out, lse = attention(*x)
     w, w_t = out.cos(), out.sin()
-    f = lambda w, *x: vjp(attention, *x)[1]((w, torch.zeros_like(lse)))  # noqa: E731
+    f = lambda w, *x: vjp(attention, *x)[1]((w, torch.zeros_like(lse)))
     return jvp(f, (w, *x), (w_t, *ts[0]))[1]
 
 
 def grad_vjp(attention, x, ts):
     """Double backward, with respect to the cotangent as well."""
     out, lse = attention(*x)
-    f = lambda w, *x: _dot(vjp(attention, *x)[1]((w, torch.zeros_like(lse))), ts[0])  # noqa: E731
+    f = lambda w, *x: _dot(vjp(attention, *x)[1]((w, torch.zeros_like(lse))), ts[0])
     return grad(f, tuple(range(len(x) + 1)))(out.cos(), *x)
 
 
@@ -115,13 +115,13 @@ def jvp_jvp(attention, x, ts):
 
 def vjp_jvp_tangent(attention, x, ts):
     """The derivative of a JVP with respect to its tangent is the VJP."""
-    f = lambda *t: jvp(attention, x, t)[1][0].sin().sum()  # noqa: E731
+    f = lambda *t: jvp(attention, x, t)[1][0].sin().sum()
     return _grad(f, x)(*ts[0])
 
 
 def jvp_jvp_tangent(attention, x, ts):
     """Both the point and the tangent move."""
-    f = lambda x, t: jvp(attention, x, t)[1]  # noqa: E731
+    f = lambda x, t: jvp(attention, x, t)[1]
     return jvp(f, (x, ts[0]), (ts[1], ts[2]))[1]
 
 
@@ -207,28 +207,28 @@ def vmap_value(attention, x, ts):
 
 
 def vmap_grad_grad(attention, x, ts):
-    f = lambda *x: grad_grad(attention, x, ts)  # noqa: E731
+    f = lambda *x: grad_grad(attention, x, ts)
     return vmap(f, randomness="same")(*_stack(x, ts))
 
 
 def vmap_jvp_grad(attention, x, ts):
-    f = lambda *x: jvp_grad(attention, x, ts)  # noqa: E731
+    f = lambda *x: jvp_grad(attention, x, ts)
     return vmap(f, randomness="same")(*_stack(x, ts))
 
 
 def vmap_jvp_jvp(attention, x, ts):
-    f = lambda *x: jvp_jvp(attention, x, ts)  # noqa: E731
+    f = lambda *x: jvp_jvp(attention, x, ts)
     return vmap(f, randomness="same")(*_stack(x, ts))
 
 
 def grad_vmap(attention, x, ts):
-    f = lambda *x: vmap(loss_of(attention), randomness="same")(*x).square().sum()  # noqa: E731
+    f = lambda *x: vmap(loss_of(attention), randomness="same")(*x).square().sum()
     return _grad(f, x)(*_stack(x, ts))
 
 
 def jvp_vmap_jvp(attention, x, ts):
     """A forward mode below a vmap below a forward mode."""
-    inner = lambda *x: vmap(_along(loss_of(attention), ts[0]), randomness="same")(*x)  # noqa: E731
+    inner = lambda *x: vmap(_along(loss_of(attention), ts[0]), randomness="same")(*x)
     s = _stack(x, ts)
     return jvp(inner, s, tuple(a.sin() for a in map(torch.nan_to_num, s)))[1]
 
@@ -241,7 +241,7 @@ def grad_vmap_grad(attention, x, ts):
 
 def vmap_vmap_grad(attention, x, ts):
     s = tuple(torch.stack([a, 1.1 * a]) for a in _stack(x, ts))
-    f = lambda *x: grad_(attention, x, ts)  # noqa: E731
+    f = lambda *x: grad_(attention, x, ts)
     return vmap(vmap(f, randomness="same"), randomness="same")(*s)
 
 

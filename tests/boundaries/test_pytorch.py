@@ -1,0 +1,119 @@
+"""What PyTorch does not do, held fast: the day one of these fails, PyTorch has learned it, and we say so."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import Function
+from torch.func import grad, jvp
+from torch.library import custom_op
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+X = torch.randn(1, 2, 8, 16, generator=torch.Generator().manual_seed(0))
+
+
+def _flash(x):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+def _cuda(kind, x):
+    with sdpa_kernel(kind):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+CUDA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+
+
+def test_flash_on_cpu_runs():
+    """The other tests mean something only while this backend serves these inputs."""
+    assert _flash(X).isfinite().all()
+    assert grad(lambda x: _flash(x).sum())(X).isfinite().all()
+
+
+def test_flash_on_cpu_has_no_forward_mode():
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        jvp(_flash, (X,), (X,))
+
+
+def test_flash_on_cpu_has_no_double_backward():
+    x = X.clone().requires_grad_()
+    (g,) = torch.autograd.grad(_flash(x).sin().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"derivative for aten::_scaled_dot_product.*is not implemented"):
+        g.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", CUDA, ids=lambda k: k.name.lower())
+def test_fused_attention_on_cuda_has_no_forward_mode(kind):
+    x = X.cuda().bfloat16()
+    assert _cuda(kind, x).isfinite().all()
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"forward AD|not implemented|No available kernel"):
+        jvp(lambda x: _cuda(kind, x), (x,), (x,))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", CUDA, ids=lambda k: k.name.lower())
+def test_fused_attention_on_cuda_has_no_double_backward(kind):
+    x = X.cuda().bfloat16().requires_grad_()
+    (g,) = torch.autograd.grad(_cuda(kind, x).sin().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="is not implemented"):
+        g.sum().backward()
+
+
+def test_softmax_fails_in_reverse_over_a_dual_level():
+    """Why the oracle writes the exponential out; the operator itself must not fail (``reverse_over_dual``)."""
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.randn(3, requires_grad=True)
+        y = torch.autograd.forward_ad.make_dual(x, torch.ones(3)).softmax(-1).square().sum()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(torch.autograd.forward_ad.unpack_dual(y).tangent, x)
+
+
+class _Exp(Function):
+    @staticmethod
+    def forward(x):
+        return x.exp()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, t):
+        (x,) = ctx.saved_tensors
+        return t * _Exp.apply(x)  # an ordinary product in a jvp rule
+
+
+def test_an_operation_in_a_jvp_rule_loses_the_outer_tangents():
+    """Silently. Why our jvp rules add with a Function (``_rules._Sum``)."""
+    x = torch.randn(3, dtype=torch.float64)
+    once = lambda x: jvp(_Exp.apply, (x,), (torch.ones_like(x),))[1]
+    twice = jvp(once, (x,), (torch.ones_like(x),))[1]
+    assert torch.allclose(once(x), x.exp())
+    assert torch.equal(twice, torch.zeros_like(x))  # should be exp(x)
+
+
+def test_a_custom_op_is_silently_constant_in_forward_mode():
+    """Why the leaves are below the rules and never public."""
+
+    @custom_op("metaattn_tests::double", mutates_args=())
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    double.register_autograd(lambda ctx, g: 2 * g)
+    x = torch.randn(3)
+    assert torch.equal(jvp(double, (x,), (x,))[1], torch.zeros(3))
+
+
+def test_checkpoint_raises_under_torch_func():
+    f = lambda x: torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=False).sum()
+    with pytest.raises(RuntimeError):
+        grad(f)(torch.randn(3))
+
+
+def test_linearize_draws_random_numbers_twice():
+    """The limit that ``NOT_RANDOM`` of the exactness suite respects, with PyTorch's own dropout."""
+    x = torch.ones(1000)
+    f = lambda x: F.dropout(x, 0.5)
+    out, tangent_map = torch.func.linearize(f, x)
+    assert not torch.equal(out, tangent_map(x))  # a linear function is its own tangent map

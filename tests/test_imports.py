@@ -1,0 +1,110 @@
+"""Every thing in its room: imports run one way, and each package says what is public."""
+
+import ast
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import metaattn
+
+ROOT = Path(__file__).parent.parent
+# What each room may import of the others. Not listed: nothing. metaattn/__init__ re-exports and sees all.
+MAY_IMPORT = {
+    "metaattn.backends": set(),
+    "metaattn.ops": {"metaattn.backends"},
+    "metaattn.nn": {"metaattn.ops"},
+    "metaattn.meta": {"metaattn.ops"},
+    "metaattn.tasks": set(),
+    "metaattn.integrations": {"metaattn.ops", "metaattn.nn", "metaattn.meta", "metaattn.tasks"},
+    "experiments": {"metaattn"},
+    "train_maml": {"experiments"},
+}
+FILES = [
+    *sorted((ROOT / "metaattn").rglob("*.py")),
+    *sorted((ROOT / "experiments").rglob("*.py")),
+    ROOT / "train_maml.py",
+]
+FILES = [f for f in FILES if f.exists() and f != ROOT / "metaattn" / "__init__.py"]
+
+
+def _module(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _room(module):
+    """The room that a module is in."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "metaattn" else parts[0]
+
+
+def _imports(path):
+    """The absolute names that a file imports."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            name = ".".join([*base, node.module] if node.module else base)
+            yield name
+            yield from (f"{name}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_direction(path):
+    room = _room(_module(path))
+    for name in _imports(path):
+        top = name.split(".")[0]
+        if top not in ("metaattn", "experiments", "train_maml", "tests", "scripts"):
+            continue
+        other = _room(name)
+        allowed = other == room or other in MAY_IMPORT[room] or (top in MAY_IMPORT[room])
+        if other == "metaattn" and room.startswith("metaattn"):
+            allowed = False  # nothing inside reaches up to the face
+        assert allowed, (
+            f"{_module(path)} imports {name}: {room} may import {sorted(MAY_IMPORT[room]) or 'nothing of ours'}"
+        )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_strangers_stay_at_the_edge(path):
+    """Hydra only in experiments and the command; Triton only in its backend; no autograd in backends."""
+    module, names = _module(path), set(_imports(path))
+    tops = {n.split(".")[0] for n in names}
+    if module.startswith("metaattn"):
+        assert not tops & {"hydra", "omegaconf"}
+    if not module.startswith("metaattn.backends.triton"):
+        assert "triton" not in tops
+    if module.startswith("metaattn.backends"):
+        assert not any(n.startswith(("torch.autograd", "torch.func")) for n in names)
+
+
+def _packages():
+    yield "metaattn"
+    yield from (m.name for m in pkgutil.walk_packages(metaattn.__path__, "metaattn.") if m.ispkg)
+
+
+@pytest.mark.parametrize("name", list(_packages()))
+def test_public_names(name):
+    """``__all__`` is sorted, whole, and every name in it has a docstring."""
+    module = importlib.import_module(name)
+    names = module.__all__
+    assert list(names) == sorted(names)
+    for n in names:
+        thing = getattr(module, n)
+        if callable(thing):
+            assert thing.__doc__, f"{name}.{n} has no docstring"
+    here = {
+        n
+        for n, v in vars(module).items()
+        if not n.startswith("_") and getattr(v, "__module__", "").startswith("metaattn") and callable(v)
+    }
+    assert here <= set(names), f"public but not in {name}.__all__: {sorted(here - set(names))}"
+
+
+def test_files_are_read_in_one_sitting():
+    long = {str(f.relative_to(ROOT)): n for f in FILES if (n := len(f.read_text().splitlines())) > 400}
+    assert not long, f"longer than 400 lines: {long}"
