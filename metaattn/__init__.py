@@ -1,7 +1,17 @@
 """Attention that can be differentiated to any order, and meta-learning on it."""
 
 from .backends import use_backend
+from .nn import MultiheadAttention, Transformer, TransformerConfig
 from .ops import sdpa, sdpa_hvp, sdpa_jvp, sdpa_vjp
 
 __version__ = "0.1.0"
-__all__ = ["sdpa", "sdpa_hvp", "sdpa_jvp", "sdpa_vjp", "use_backend"]
+__all__ = [
+    "MultiheadAttention",
+    "Transformer",
+    "TransformerConfig",
+    "sdpa",
+    "sdpa_hvp",
+    "sdpa_jvp",
+    "sdpa_vjp",
+    "use_backend",
+]
