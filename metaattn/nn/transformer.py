@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import Rotation, SelfAttention, rotation
+from .norm import LayerNorm, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ class _Embedding(nn.Module):
 
 
 def _norm(c: TransformerConfig) -> nn.Module:
-    return nn.LayerNorm(c.dim) if c.norm == "layer" else nn.RMSNorm(c.dim)
+    return LayerNorm(c.dim) if c.norm == "layer" else RMSNorm(c.dim)
 
 
 class _Mlp(nn.Module):

@@ -117,3 +117,12 @@ def test_linearize_draws_random_numbers_twice():
     f = lambda x: F.dropout(x, 0.5)
     out, tangent_map = torch.func.linearize(f, x)
     assert not torch.equal(out, tangent_map(x))  # a linear function is its own tangent map
+
+
+def test_layer_norm_has_wrong_meta_gradients_under_vmap():
+    """Silently. Why the Transformer has norms of its own (``metaattn/nn/norm.py``)."""
+    x, w = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    weight_grad = lambda x, w: grad(lambda w: F.layer_norm(x, (5,), w).sin().sum())(w).sin().sum()
+    mapped = grad(lambda x: torch.func.vmap(weight_grad, (0, None))(x, w).sum())(x)
+    looped = torch.stack([grad(weight_grad)(t, w) for t in x])
+    assert (mapped - looped).norm() > 0.1 * looped.norm()  # should be equal

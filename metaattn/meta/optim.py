@@ -1,0 +1,124 @@
+"""Inner optimizers: pure functions of dicts of tensors, differentiable in all that they touch.
+
+An optimizer is a pair of functions. ``init(params)`` gives its state; ``update(grads, state, params, rates,
+step)`` gives the next parameters and state. The learning rate is an argument and not a part of the
+optimizer, so that it can be a meta-parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+State = dict[str, Params]
+Rates = float | Tensor | dict[str, Tensor]
+
+
+class InnerOptimizer(NamedTuple):
+    """A pair of pure functions, see the module; ``step`` counts from 0."""
+
+    init: Callable[[Params], State]
+    update: Callable[[Params, State, Params, Rates, int], tuple[Params, State]]
+
+
+def rate(rates: Rates, name: str, step: int) -> float | Tensor:
+    """The learning rate of a parameter at a step.
+
+    Args:
+        rates: A number or a scalar tensor, for all; a tensor ``[steps]``; or a dict with, for each
+            parameter, a scalar, ``[steps]`` or ``[steps, *shape of the parameter]``. Where a dimension of
+            steps is shorter than the steps taken, its last entry goes on: of length 1 it is for all steps.
+        name: The parameter's.
+        step: Counted from 0.
+    """
+    r = rates[name] if isinstance(rates, dict) else rates
+    if isinstance(r, Tensor) and r.dim():
+        return r[min(step, r.shape[0] - 1)]
+    return r
+
+
+def sgd() -> InnerOptimizer:
+    """Gradient descent: ``p - rate * g``.
+
+    Example:
+        >>> import torch
+        >>> from metaattn.meta import sgd
+        >>> params = {"w": torch.tensor([1.0, 2.0])}
+        >>> optimizer = sgd()
+        >>> optimizer.update({"w": torch.ones(2)}, optimizer.init(params), params, 0.1, 0)[0]["w"]
+        tensor([0.9000, 1.9000])
+    """
+
+    def init(params: Params) -> State:
+        return {}
+
+    def update(grads: Params, state: State, params: Params, rates: Rates, step: int) -> tuple[Params, State]:
+        return {k: p - rate(rates, k, step) * grads[k] for k, p in params.items()}, state
+
+    return InnerOptimizer(init, update)
+
+
+def momentum(beta: float = 0.9, *, nesterov: bool = False) -> InnerOptimizer:
+    """Gradient descent with momentum, as :class:`torch.optim.SGD` has it: ``m = beta m + g; p - rate * m``.
+
+    Args:
+        beta: How much of the momentum stays, in ``[0, 1)``.
+        nesterov: Whether to step by ``g + beta m`` instead.
+
+    Raises:
+        ValueError: ``beta`` outside ``[0, 1)``.
+    """
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta must be at least 0 and below 1; got {beta}")
+
+    def init(params: Params) -> State:
+        return {"momentum": {k: torch.zeros_like(p) for k, p in params.items()}}
+
+    def update(grads: Params, state: State, params: Params, rates: Rates, step: int) -> tuple[Params, State]:
+        m = {k: beta * state["momentum"][k] + g for k, g in grads.items()}
+        direction = {k: g + beta * m[k] for k, g in grads.items()} if nesterov else m
+        return {k: p - rate(rates, k, step) * direction[k] for k, p in params.items()}, {"momentum": m}
+
+    return InnerOptimizer(init, update)
+
+
+def adam(beta1: float = 0.9, beta2: float = 0.999, *, eps: float = 1e-8, eps_root: float = 1e-8) -> InnerOptimizer:
+    """Adam, as :class:`torch.optim.Adam` has it but for ``eps_root``, which a derivative through it needs.
+
+    The step is ``rate * m / (sqrt(v + eps_root) + eps)``, ``m`` and ``v`` corrected for their bias. At a
+    gradient of exactly zero (behind a layer that starts at zero, say) ``v = 0``, where the square root has
+    no derivative: with ``eps_root=0`` meta-gradients there are NaN.
+
+    Args:
+        beta1: Decay of the mean of gradients, in ``[0, 1)``.
+        beta2: Decay of the mean of their squares, in ``[0, 1)``.
+        eps: Added outside the root.
+        eps_root: Added inside the root.
+
+    Raises:
+        ValueError: A decay outside ``[0, 1)``.
+
+    Source:
+        Kingma and Ba 2015 (arXiv 1412.6980), algorithm 1.
+    """
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= beta < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1; got {beta}")
+
+    def init(params: Params) -> State:
+        return {name: {k: torch.zeros_like(p) for k, p in params.items()} for name in ("mean", "square")}
+
+    def update(grads: Params, state: State, params: Params, rates: Rates, step: int) -> tuple[Params, State]:
+        mean = {k: beta1 * state["mean"][k] + (1 - beta1) * g for k, g in grads.items()}
+        square = {k: beta2 * state["square"][k] + (1 - beta2) * g * g for k, g in grads.items()}
+        new = {}
+        for k, p in params.items():
+            m, v = mean[k] / (1 - beta1 ** (step + 1)), square[k] / (1 - beta2 ** (step + 1))
+            new[k] = p - rate(rates, k, step) * m / ((v + eps_root).sqrt() + eps)
+        return new, {"mean": mean, "square": square}
+
+    return InnerOptimizer(init, update)
