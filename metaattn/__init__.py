@@ -1,5 +1,6 @@
 """Attention that can be differentiated to any order, and meta-learning on it."""
 
+from . import meta
 from .backends import use_backend
 from .nn import MultiheadAttention, Transformer, TransformerConfig
 from .ops import sdpa, sdpa_hvp, sdpa_jvp, sdpa_vjp
@@ -9,6 +10,7 @@ __all__ = [
     "MultiheadAttention",
     "Transformer",
     "TransformerConfig",
+    "meta",
     "sdpa",
     "sdpa_hvp",
     "sdpa_jvp",

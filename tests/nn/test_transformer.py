@@ -101,6 +101,24 @@ def test_transforms_over_the_model(name, transform, backend, monkeypatch):
     assert_close(got, TRANSFORMS[transform](_loss(model, x), params, t), factor=10)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_meta_gradients_under_vmap(name, backend):
+    """Every operation of the model under vmap, below an outer derivative, against a loop over tasks."""
+    model, x = _model(name, backend=backend)
+    params = {k: p.detach() for k, p in model.named_parameters()}
+    xs = torch.stack([x, x.flip(1), x.roll(1, 1)])
+
+    def task(params, x):
+        loss = _loss(model, x)
+        g = grad(loss)(params)
+        out = functional_call(model, {k: p - 0.1 * g[k] for k, p in params.items()}, (x,)).flatten(0, -2)
+        return torch.nn.functional.cross_entropy(out, torch.arange(len(out)) % out.shape[-1])
+
+    mapped = grad(lambda p: vmap(task, (None, 0))(p, xs).sum())(params)
+    looped = grad(lambda p: sum(task(p, x) for x in xs))(params)
+    assert_close(mapped, looped, factor=10)
+
+
 def test_hessian_of_a_whole_model(backend, monkeypatch):
     model, x = _model("vectors", backend=backend, dim=2, heads=1, depth=1)
     params = {k: p.detach() for k, p in model.named_parameters()}
@@ -109,11 +127,9 @@ def test_hessian_of_a_whole_model(backend, monkeypatch):
     assert_close(got, jacrev(grad(_loss(model, x[:1, :3])))(params), factor=10)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"tokens"}))
 def test_derivatives_of_the_input(name, monkeypatch):
     model, x = _model(name)
-    if not x.is_floating_point():
-        pytest.skip("tokens have no derivative")
     f = lambda x: model(x).sin().sum()
     got = jvp(grad(f), (x,), (x.cos(),))[1]
     monkeypatch.setattr(attention_module, "sdpa", _dense_sdpa)
@@ -136,7 +152,7 @@ def test_dtypes(name, dtype):
     want = jvp(grad(_loss(model, x)), (params,), (t,))[1]
     flat = lambda tree: torch.cat([g.double().flatten() for g in tree.values()])
     error = (flat(got) - flat(want)).norm() / flat(want).norm()
-    assert error < {torch.float32: 1e-5, torch.bfloat16: 0.15}[dtype]  # bfloat16 parameters: 2^-8 each, over two layers
+    assert error < {torch.float32: 1e-6, torch.bfloat16: 0.03}[dtype]  # seen: 4e-7 and 0.016
 
 
 @pytest.mark.parametrize("name", MODELS)

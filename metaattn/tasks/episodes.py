@@ -1,0 +1,184 @@
+"""N-way K-shot episodes over labelled data, each a pure function of the seed and its index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class Batch(NamedTuple):
+    """Inputs and targets; the first dimension counts samples (behind one of tasks, once stacked)."""
+
+    inputs: Tensor
+    targets: Tensor
+
+
+class Episode(NamedTuple):
+    """One task: the support set that it is learned from and the query set that tells how well."""
+
+    support: Batch
+    query: Batch
+
+
+class Indexed(Protocol):
+    """What gives the episode of an index."""
+
+    def __getitem__(self, index: int) -> Episode: ...
+
+
+def generator(seed: int, index: int) -> torch.Generator:
+    """Random numbers of their own for each seed and index, well apart even for neighbouring ones."""
+    state = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(state)
+
+
+def stack(episodes: Indexed, start: int, count: int) -> Episode:
+    """Episodes ``start … start + count - 1``, stacked in the first dimension: a batch of tasks."""
+    parts = [episodes[i] for i in range(start, start + count)]
+    support, query = (Batch(*map(torch.stack, zip(*sets, strict=True))) for sets in zip(*parts, strict=True))
+    return Episode(support, query)
+
+
+def split_classes(classes: Sequence[int], fractions: Sequence[float], *, seed: int = 0) -> list[list[int]]:
+    """Disjoint parts of the classes, shuffled by the seed: for meta-training, validation and test.
+
+    Args:
+        classes: The classes, each once.
+        fractions: The size of each part; they sum to 1.
+        seed: Of the shuffle.
+
+    Raises:
+        ValueError: Fractions that are negative or do not sum to 1; a class that comes twice.
+
+    Example:
+        >>> from metaattn.tasks import split_classes
+        >>> [len(part) for part in split_classes(range(10), (0.6, 0.2, 0.2))]
+        [6, 2, 2]
+    """
+    if any(f < 0 for f in fractions) or abs(sum(fractions) - 1) > 1e-9:
+        raise ValueError(f"fractions must be at least 0 and sum to 1; got {list(fractions)}")
+    if len(set(classes)) != len(classes):
+        raise ValueError("each class may come once")
+    order = np.random.default_rng(seed).permutation(len(classes))
+    ends = np.rint(np.cumsum(fractions) * len(classes)).astype(int)
+    return [[classes[i] for i in sorted(part)] for part in np.split(order, ends[:-1])]
+
+
+class Episodes(Dataset[Episode]):
+    """N-way K-shot classification episodes.
+
+    Episode ``i`` depends on the seed and on ``i`` alone: the same in any order, process and worker. Its
+    classes are drawn from ``classes`` without repetition, its samples from each class likewise, so that
+    support and query set share none. Targets are ``0 … way - 1`` in an order of its own.
+
+    Args:
+        data: ``[samples, …]``, or a map-style dataset of ``(input, label)`` pairs.
+        labels: The class of each sample. By default the dataset's ``targets``; failing that, the dataset
+            is read through once.
+        way: Classes in an episode.
+        shot: Samples of each class in the support set.
+        queries: Samples of each class in the query set.
+        classes: The classes to draw from; all by default. Disjoint lists (:func:`split_classes`) make
+            disjoint families of tasks.
+        seed: Which sequence of episodes.
+        length: How many there are.
+        augment: ``augment(inputs, generator)`` changes all inputs of an episode, ``[samples, …]``, drawing
+            random numbers from the generator alone.
+
+    Raises:
+        ValueError: Too few classes or samples; labels that do not match the data.
+        IndexError: An index that is not below ``length``.
+
+    Source:
+        Vinyals et al. 2016 (arXiv 1606.04080), section 4.
+
+    Example:
+        >>> import torch
+        >>> from metaattn.tasks import Episodes
+        >>> data, labels = torch.randn(60, 8), torch.arange(60) % 6
+        >>> episode = Episodes(data, labels, way=5, shot=1, queries=3)[0]
+        >>> episode.support.inputs.shape, episode.query.targets.shape
+        (torch.Size([5, 8]), torch.Size([15]))
+    """
+
+    def __init__(
+        self,
+        data: Tensor | Dataset[Any],
+        labels: Sequence[int] | Tensor | None = None,
+        *,
+        way: int,
+        shot: int,
+        queries: int,
+        classes: Sequence[int] | None = None,
+        seed: int = 0,
+        length: int = 2**31,
+        augment: Augment | None = None,
+    ) -> None:
+        for name, value in (("way", way), ("shot", shot), ("queries", queries), ("length", length)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        self.data, self.way, self.shot, self.queries = data, way, shot, queries
+        self.seed, self.length, self.augment = seed, length, augment
+        members = _members(data, labels)
+        self.classes = sorted(members) if classes is None else list(classes)
+        if unknown := sorted(set(self.classes) - set(members)):
+            raise ValueError(f"no sample has the label {unknown[0]}; there are {len(members)} labels in the data")
+        if len(self.classes) < way:
+            raise ValueError(f"{way}-way episodes need at least {way} classes; got {len(self.classes)}")
+        self.members = [members[c] for c in self.classes]
+        smallest = min(range(len(self.classes)), key=lambda i: len(self.members[i]))
+        if len(self.members[smallest]) < shot + queries:
+            raise ValueError(
+                f"{shot} shots and {queries} queries need {shot + queries} samples of each class; class "
+                f"{self.classes[smallest]} has {len(self.members[smallest])}"
+            )
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Episode:
+        if not 0 <= index < self.length:
+            raise IndexError(f"episodes have indices 0 to {self.length - 1}; got {index}")
+        g = generator(self.seed, index)
+        chosen = torch.randperm(len(self.classes), generator=g)[: self.way].tolist()
+        each = self.shot + self.queries
+        rows = torch.stack([self.members[c][torch.randperm(len(self.members[c]), generator=g)[:each]] for c in chosen])
+        # All supports, then all queries; within each, class by class.
+        inputs = self._inputs(torch.cat([rows[:, : self.shot].flatten(), rows[:, self.shot :].flatten()]))
+        if self.augment is not None:
+            inputs = self.augment(inputs, g)
+        ways, n = torch.arange(self.way), self.way * self.shot
+        return Episode(
+            Batch(inputs[:n], ways.repeat_interleave(self.shot)),
+            Batch(inputs[n:], ways.repeat_interleave(self.queries)),
+        )
+
+    def _inputs(self, rows: Tensor) -> Tensor:
+        if isinstance(self.data, Tensor):
+            return self.data[rows]
+        return torch.stack([torch.as_tensor(self.data[i][0]) for i in rows.tolist()])
+
+
+def _members(data: Tensor | Dataset[Any], labels: Sequence[int] | Tensor | None) -> dict[int, Tensor]:
+    """The samples of each class."""
+    size = len(data)  # type: ignore[arg-type]
+    if labels is None:
+        labels = getattr(data, "targets", None)
+    if labels is None:
+        if isinstance(data, Tensor):
+            raise ValueError("a tensor needs labels: pass one for each sample")
+        labels = [int(data[i][1]) for i in tqdm(range(size), desc="reading labels", leave=False)]
+    labels = torch.as_tensor(labels)
+    if labels.shape != (size,):
+        raise ValueError(f"labels must be one for each of the {size} samples; got shape {list(labels.shape)}")
+    order = torch.argsort(labels, stable=True)
+    values, counts = torch.unique_consecutive(labels[order], return_counts=True)
+    return dict(zip(values.tolist(), order.split(counts.tolist()), strict=True))

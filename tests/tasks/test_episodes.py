@@ -1,0 +1,143 @@
+"""Episodes: what they hold, that they are disjoint, seeded, and the same in every worker."""
+
+import functools
+import operator
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from metaattn.tasks import Episodes, split_classes, stack
+from tests.helpers import assert_close
+
+CLASSES, EACH = 12, 8
+# Each sample is its own number, so that it can be told where it went.
+DATA = torch.arange(CLASSES * EACH).float()[:, None]
+LABELS = torch.arange(CLASSES * EACH) % CLASSES
+
+
+def _episodes(**changes):
+    return Episodes(DATA, LABELS, **{"way": 5, "shot": 2, "queries": 3, **changes})
+
+
+def test_shapes_and_targets():
+    support, query = _episodes()[0]
+    assert support.inputs.shape == (10, 1)
+    assert query.inputs.shape == (15, 1)
+    assert support.targets.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert query.targets.bincount().tolist() == [3] * 5
+
+
+def test_targets_name_one_class_each():
+    for i in range(20):
+        support, query = _episodes()[i]
+        classes = [set() for _ in range(5)]
+        for x, y in zip(
+            torch.cat([support.inputs, query.inputs]), torch.cat([support.targets, query.targets]), strict=True
+        ):
+            classes[y].add(LABELS[int(x)].item())
+        assert [len(c) for c in classes] == [1] * 5
+        assert len(set.union(*classes)) == 5
+
+
+def test_support_and_query_are_disjoint():
+    for i in range(50):
+        support, query = _episodes()[i]
+        samples = torch.cat([support.inputs, query.inputs]).flatten().tolist()
+        assert len(set(samples)) == len(samples)
+
+
+def test_seeded():
+    assert_close(_episodes()[3], _episodes()[3])
+    first, other = (_episodes(seed=s)[3].support.inputs for s in (0, 1))
+    assert not torch.equal(first, other)
+    assert not torch.equal(_episodes()[3].support.inputs, _episodes()[4].support.inputs)
+
+
+def test_neither_reads_nor_moves_the_global_generator():
+    state = torch.get_rng_state()
+    a = _episodes()[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert_close(_episodes()[0], a)
+
+
+def test_all_classes_and_samples_come():
+    seen = torch.cat([_episodes()[i].query.inputs for i in range(200)]).unique()
+    assert len(seen) == len(DATA)
+
+
+def test_classes_restrict():
+    train, test = split_classes(range(CLASSES), (0.5, 0.5))
+    assert not set(train) & set(test)
+    for classes in (train, test):
+        episodes = _episodes(classes=classes)
+        seen = {LABELS[int(x)].item() for i in range(50) for x in episodes[i].query.inputs}
+        assert seen == set(classes)
+
+
+def test_workers_give_the_same():
+    episodes = _episodes(length=6)
+    alone = [e.query.inputs for e in DataLoader(episodes, batch_size=2)]
+    together = [e.query.inputs for e in DataLoader(episodes, batch_size=2, num_workers=2)]
+    assert_close(together, alone)
+    assert_close(stack(episodes, 2, 2).query.inputs, alone[1])
+
+
+def test_augment():
+    changed = _episodes(augment=lambda x, g: x + torch.rand(x.shape, generator=g))
+    plain, moved, again = _episodes()[0], changed[0], changed[0]
+    assert_close(moved, again)
+    assert not torch.equal(plain.query.inputs, moved.query.inputs)
+    assert torch.equal(plain.query.inputs, moved.query.inputs.floor())
+
+
+class _WithTargets(Dataset):
+    targets = LABELS.tolist()
+
+    def __len__(self):
+        return len(DATA)
+
+    def __getitem__(self, i):
+        assert i >= 0
+        return DATA[i], self.targets[i]
+
+
+@pytest.mark.parametrize("source", [_WithTargets(), TensorDataset(DATA, LABELS)], ids=["targets", "read_through"])
+def test_any_dataset(source):
+    assert_close(Episodes(source, way=5, shot=2, queries=3)[7], _episodes()[7])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"way": 13}, "13-way episodes need at least 13 classes; got 12"),
+        ({"shot": 6}, "need 9 samples of each class; class 0 has 8"),
+        ({"shot": 0}, "shot must be at least 1; got 0"),
+        ({"classes": [0, 1, 2, 3, 99]}, "no sample has the label 99"),
+        ({"labels": LABELS[:5]}, r"labels must be one for each of the 96 samples; got shape \[5\]"),
+        ({"labels": None}, "a tensor needs labels"),
+    ],
+)
+def test_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Episodes(**{"data": DATA, "labels": LABELS, "way": 5, "shot": 2, "queries": 3, **changes})
+
+
+def test_index_errors():
+    for i in (-1, 4):
+        with pytest.raises(IndexError, match="indices 0 to 3; got"):
+            _episodes(length=4)[i]
+    assert len(_episodes(length=4)) == 4
+
+
+def test_split_classes():
+    parts = split_classes(range(100), (0.7, 0.1, 0.2), seed=3)
+    assert [len(p) for p in parts] == [70, 10, 20]
+    assert sorted(functools.reduce(operator.iadd, parts, [])) == list(range(100))
+    assert parts == split_classes(range(100), (0.7, 0.1, 0.2), seed=3)
+    assert parts != split_classes(range(100), (0.7, 0.1, 0.2), seed=4)
+    with pytest.raises(ValueError, match="sum to 1"):
+        split_classes(range(10), (0.5, 0.2))
+    with pytest.raises(ValueError, match="come once"):
+        split_classes([1, 1], (1.0,))
