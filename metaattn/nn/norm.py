@@ -1,9 +1,9 @@
 """Norms whose every derivative is right under vmap, and stays in the dtype.
 
-PyTorch's own ``layer_norm`` is not used. Under :func:`torch.func.vmap` the derivative of its weight's
-gradient with respect to its input is wrong, silently (2.13; held by ``tests/boundaries``): that is the
-meta-gradient of every Transformer whose tasks are vectorised. Under forward mode it turns bfloat16 to
-float32 when traced (2.11).
+PyTorch's own ``layer_norm`` with a weight is not used. Under :func:`torch.func.vmap` the derivative of its
+weight's gradient with respect to its input is wrong, silently (2.13; held by ``tests/boundaries``): that is
+the meta-gradient of every Transformer whose tasks are vectorised. Without a weight it is right, and the
+weight is an ordinary product.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(x - mean) / sqrt(variance + eps) * weight + bias``, statistics in float32 or wider."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        centred = wide - wide.mean(-1, keepdim=True)
-        scaled = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
-        return scaled.to(x.dtype) * self.weight + self.bias
+        return (
+            torch.nn.functional.layer_norm(x, self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight + self.bias
+        )
 
 
 class RMSNorm(nn.RMSNorm):
