@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class SelfAttention(nn.Module):
         window: How far a token sees, as in :func:`metaattn.sdpa`.
         dropout: Probability with which an attention weight is dropped in training.
         backend: As in :func:`metaattn.sdpa`.
+        attention: What computes it, called as :func:`metaattn.sdpa`.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class SelfAttention(nn.Module):
         window: tuple[int | None, int | None] | None,
         dropout: float,
         backend: str | None,
+        attention: Callable[..., Tensor] = sdpa,
     ) -> None:
         super().__init__()
+        self.attention = attention
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
         self.causal, self.window, self.dropout, self.backend = causal, window, dropout, backend
         self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim)
@@ -70,7 +74,7 @@ class SelfAttention(nn.Module):
         query, key, value = qkv.split((self.heads, self.kv_heads, self.kv_heads), -3)
         if by is not None:
             query, key = rotate(query, by), rotate(key, by)
-        out = sdpa(
+        out = self.attention(
             query,
             key,
             value,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops import sdpa
 from .attention import Rotation, SelfAttention, rotation
 from .norm import LayerNorm, RMSNorm
 
@@ -129,6 +131,7 @@ class Transformer(nn.Module):
 
     Args:
         config: What it is.
+        attention: What computes attention, called as :func:`metaattn.sdpa`: for comparisons.
         **changes: Fields of :class:`TransformerConfig`, in place of a config or to change one.
 
     Source:
@@ -142,12 +145,18 @@ class Transformer(nn.Module):
         torch.Size([3, 5])
     """
 
-    def __init__(self, config: TransformerConfig | None = None, **changes: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig | None = None,
+        *,
+        attention: Callable[..., Tensor] = sdpa,
+        **changes: Any,
+    ) -> None:
         super().__init__()
         self.config = c = TransformerConfig(**{**(vars(config) if config else {}), **changes})
         self.embed = _Embedding(c)
         self.positions = nn.Parameter(torch.empty(c.length, c.dim)) if c.position == "learned" and c.length else None
-        self.blocks = nn.ModuleList(_Block(c) for _ in range(c.depth))
+        self.blocks = nn.ModuleList(_Block(c, attention) for _ in range(c.depth))
         self.norm = _norm(c)
         self.head = nn.Linear(c.dim, c.out_features) if c.out_features and c.output != "sequence" else nn.Identity()
         self.reset_parameters()
@@ -261,7 +270,7 @@ class _Mlp(nn.Module):
 class _Block(nn.Module):
     """Attention and a perceptron, each on the normed tokens and added to them."""
 
-    def __init__(self, c: TransformerConfig) -> None:
+    def __init__(self, c: TransformerConfig, attention: Callable[..., Tensor]) -> None:
         super().__init__()
         self.attention_norm = _norm(c)
         self.attention = SelfAttention(
@@ -272,6 +281,7 @@ class _Block(nn.Module):
             window=c.window,
             dropout=c.attention_dropout,
             backend=c.backend,
+            attention=attention,
         )
         self.mlp_norm = _norm(c)
         self.mlp = _Mlp(c)

@@ -1,0 +1,93 @@
+"""Checkpoints: whole or not there, readable without running code, and enough to go on bit for bit."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import UserError
+
+FORMAT, VERSION = "metaattn.checkpoint", 1
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every generator of random numbers: PyTorch's, on each device, NumPy's and Python's."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 - whoever uses it
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (str(name), torch.from_numpy(np.asarray(keys).copy()), int(position), int(has_gauss), float(gauss)),
+        "python": (version, list(internal), gauss_next),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Bring every generator to a state that :func:`rng_state` gave."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy(), position, has_gauss, gauss))  # noqa: NPY002
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint so that a kill at any instant leaves the old one or the new one, whole."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the new name too survives a crash of the machine
+    finally:
+        os.close(directory)
+
+
+def find(path: str | Path, name: str = "latest.pt") -> Path:
+    """The checkpoint at ``path``: itself, or ``name`` in a run's directory."""
+    path = Path(path)
+    if path.is_dir():
+        if not (path / name).is_file():
+            raise UserError(f"{path} holds no {name}: it is not the directory of a run that saved a checkpoint")
+        return path / name
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        UserError: A file that is truncated, damaged, no checkpoint, or not ours, by name.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is not a checkpoint of train_maml.py: it holds more than tensors and values"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be read: it is truncated, damaged or no checkpoint ({reason})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of train_maml.py")
+    if content["version"] != VERSION:
+        raise UserError(f"{path} has format version {content['version']}; this program reads version {VERSION}")
+    return content

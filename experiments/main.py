@@ -1,0 +1,128 @@
+"""The command ``train_maml.py``: from the command line to a run and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from . import checkpoint, config, evaluate, train
+from .config import Config, Mode
+from .errors import UserError
+from .setup import setup
+
+CONF = str(Path(__file__).parent.parent / "conf")
+# What may change when a run goes on: nothing that its numbers depend on, but for how long it goes.
+FREE = ("resume", "device", "threads", "backend", "train.steps", "train.log_every", "train.checkpoint_every")
+FREE += ("train.validate_every", "train.validation_tasks", "test.")
+
+
+def _of_checkpoint(path: Path, current: DictConfig, free: tuple[str, ...] | None) -> DictConfig:
+    """The config of a checkpoint, changed by what the command line names; ``free``: what it may name."""
+    stored = OmegaConf.merge(OmegaConf.structured(Config), checkpoint.load(path)["config"])
+    assert isinstance(stored, DictConfig)
+    for override in HydraConfig.get().overrides.task:
+        key = override.split("=", 1)[0].lstrip("+~")
+        if free is not None and not key.startswith(free):
+            raise UserError(f"{key} cannot change when a run is resumed; these can: {', '.join(FREE)}")
+        if OmegaConf.select(current, key) is not None and not isinstance(OmegaConf.select(current, key), DictConfig):
+            OmegaConf.update(stored, key, OmegaConf.select(current, key))
+    return stored
+
+
+def job(raw: DictConfig) -> None:
+    """One run. It ends the process itself, so that no mistake of the user's prints a traceback of Hydra's."""
+    try:
+        run(raw)
+    except UserError as error:
+        if _wants_traceback():
+            raise
+        _exit(error.code, f"error: {error}")
+    except train.StoppedBySignal as stop:
+        out = HydraConfig.get().runtime.output_dir
+        _exit(stop.code, f"stopped after a whole step, which is saved; go on with resume={out}")
+    except KeyboardInterrupt:
+        _exit(130, "stopped at once")
+
+
+def run(raw: DictConfig) -> None:
+    """Train, resume or evaluate."""
+    out = Path(HydraConfig.get().runtime.output_dir)
+    if raw.mode is Mode.evaluate:
+        if raw.checkpoint is None:
+            raise UserError("mode=evaluate needs checkpoint=PATH, a checkpoint or the directory of a run")
+        path = checkpoint.find(raw.checkpoint, "best.pt")
+        c = _object(_of_checkpoint(path, raw, None))
+        summary = evaluate.run_evaluation(setup(c), path, out)
+    else:
+        resume = checkpoint.find(raw.resume) if raw.resume else None
+        c = _object(_of_checkpoint(resume, raw, FREE) if resume else raw)
+        if resume is None:
+            (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(c), resolve=True))
+        summary = train.train(setup(c), out, resume)
+    print(evaluate.table(summary, out))
+
+
+def _object(raw: DictConfig) -> Config:
+    c = OmegaConf.to_object(raw)
+    assert isinstance(c, Config)
+    return c
+
+
+def _one_line(error: Exception) -> str:
+    """A mistake on the command line in one line, with the nearest name that there is."""
+    parts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(parts) < 2:
+        text = str(cause).strip().splitlines()
+        if text and text[0] not in parts:
+            parts.append(text[0].rstrip("."))
+        cause = cause.__cause__
+    message = "; ".join(parts)
+    wrong = message.split("'")[1] if message.count("'") >= 2 else ""
+    near = get_close_matches(wrong.split(".")[-1], _names(), 1)
+    return message + (f" (did you mean {near[0]!r}?)" if near and near[0] != wrong.split(".")[-1] else "")
+
+
+def _names() -> list[str]:
+    """All keys, groups and options."""
+    names: set[str] = set()
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict):
+            names.update(map(str, node))
+            for child in node.values():
+                walk(child)
+
+    walk(OmegaConf.to_container(OmegaConf.structured(Config), throw_on_missing=False))
+    names.update(p.stem for p in Path(CONF).rglob("*.yaml"))
+    return sorted(names | {p.name for p in Path(CONF).iterdir() if p.is_dir()})
+
+
+def _exit(code: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def _wants_traceback() -> bool:
+    return os.environ.get("METAATTN_TRACEBACK") == "1"
+
+
+def main() -> None:
+    """Run the command line; exits 0, 1 (the run cannot go on), 2 (a mistake of the user's), 130 (Ctrl-C)."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and not to Hydra's own printing
+    config.register()
+    try:
+        hydra.main(version_base="1.3", config_path=CONF, config_name="config")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        if _wants_traceback():
+            raise
+        _exit(2, f"error: {_one_line(error)}")

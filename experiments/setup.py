@@ -1,0 +1,164 @@
+"""From a config to the things of a run: device, tasks, model and learner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import metaattn
+from metaattn.meta import GradientBased, InnerOptimizer, adam, momentum, sgd
+from metaattn.tasks import Batch, Episode, Sinusoids, glyphs, omniglot, stack
+
+from .config import Backend, Config, InnerName, TaskConfig, TaskName
+from .errors import UserError
+
+SPLITS = ("train", "validation", "test")
+OPTIMIZERS: dict[InnerName, Callable[[], InnerOptimizer]] = {
+    InnerName.sgd: sgd,
+    InnerName.momentum: momentum,
+    InnerName.adam: adam,
+}
+
+
+@dataclass
+class Setup:
+    """What a run works with; ``chance`` is the accuracy of guessing, ``None`` for regression."""
+
+    config: Config
+    device: torch.device
+    dtype: torch.dtype
+    model: metaattn.Transformer
+    learner: GradientBased
+    chance: float | None
+    _episodes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def metric(self) -> str:
+        """The name of the metric beside the loss, of which more is better; the loss itself for regression."""
+        return "loss" if self.chance is None else "accuracy"
+
+    def tasks(self, split: str, start: int, count: int) -> Episode:
+        """A batch of tasks, on the device: a function of the seed, the split and the indices alone."""
+        if split not in self._episodes:
+            self._episodes[split] = _episodes(self.config.task, split, self.config.seed)
+        support, query = stack(self._episodes[split], start, count)
+        return Episode(*(Batch(*(self._move(t) for t in part)) for part in (support, query)))
+
+    def _move(self, t: Tensor) -> Tensor:
+        return t.to(self.device, self.dtype if t.is_floating_point() else None)
+
+
+def setup(config: Config) -> Setup:
+    """Build what a config says.
+
+    Raises:
+        UserError: A config that cannot be built or a device that is not there.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = _device(config)
+    dtype: torch.dtype = getattr(torch, config.precision.value)
+    torch.manual_seed(config.seed)
+    try:
+        model = _model(config).to(device, dtype)
+        learner = _learner(config, model)
+        learner.adapted(dict(model.named_parameters()))
+        _probe(model)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(str(error)) from error
+    chance = None if config.task.name is TaskName.sinusoid else 1 / config.task.way
+    run = Setup(config, device, dtype, model, learner, chance)
+    try:
+        for split in SPLITS:
+            run.tasks(split, 0, 1)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+    return run
+
+
+def _device(config: Config) -> torch.device:
+    if config.backend is Backend.triton and not torch.cuda.is_available():
+        raise UserError(
+            "backend=triton needs a CUDA GPU and there is none here; use backend=auto, or run on a machine with a GPU"
+        )
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={config.device} cannot be used here ({reason}); try device=auto") from error
+    return device
+
+
+def _episodes(task: TaskConfig, split: str, seed: int) -> Any:
+    # Each split has a seed of its own, so that no sequence of episodes repeats in another.
+    seed = 3 * seed + SPLITS.index(split)
+    if task.name is TaskName.sinusoid:
+        return Sinusoids(shot=task.shot, queries=task.queries, seed=seed)
+    shape = {"way": task.way, "shot": task.shot, "queries": task.queries, "seed": seed}
+    if task.name is TaskName.omniglot:
+        if task.root is None:
+            raise ValueError("task=omniglot needs task.root=PATH, the folder that holds omniglot-py")
+        return omniglot(split, task.root, **shape)  # type: ignore[arg-type]
+    return glyphs(split, augment=task.augment, **shape)  # type: ignore[arg-type]
+
+
+def _model(config: Config) -> metaattn.Transformer:
+    m, task = config.model, config.task
+    kind: dict[str, Any] = {"input": "patch", "image_size": 28, "patch_size": m.patch_size, "out_features": task.way}
+    if task.name is TaskName.sinusoid:
+        kind = {"input": "features", "in_features": 1, "feature_tokens": m.feature_tokens, "out_features": 1}
+    return metaattn.Transformer(
+        **kind,
+        output="pooled",
+        dim=m.dim,
+        depth=m.depth,
+        heads=m.heads,
+        kv_heads=m.kv_heads,
+        mlp_ratio=m.mlp_ratio,
+        activation=m.activation.value,
+        norm=m.norm.value,
+        position=m.position.value,
+        dropout=m.dropout,
+        attention_dropout=m.attention_dropout,
+        backend=config.backend.value,
+    )
+
+
+def _probe(model: metaattn.Transformer) -> None:
+    """One call of the operator on an empty batch: what the backend cannot serve, it says here."""
+    p = next(model.parameters())
+    c = model.config
+    x = torch.empty(0, c.heads, 1, c.dim // c.heads, device=p.device, dtype=p.dtype)
+    metaattn.sdpa(x, x, x, backend=c.backend)
+
+
+def _learner(config: Config, model: metaattn.Transformer) -> GradientBased:
+    a = config.algorithm
+    regression = config.task.name is TaskName.sinusoid
+
+    def loss(params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        out = functional_call(model, params, (inputs,))
+        if regression:
+            return F.mse_loss(out, targets), {}
+        return F.cross_entropy(out, targets), {"accuracy": (out.argmax(-1) == targets).to(out.dtype).mean()}
+
+    return GradientBased(
+        loss,
+        steps=a.steps,
+        learning_rate=a.learning_rate,
+        optimizer=OPTIMIZERS[a.optimizer](),
+        gradient=a.gradient.value,
+        adapts=tuple(a.adapts),
+        learns=a.learns.value,
+        per_step=a.per_step,
+        has_aux=True,
+    )

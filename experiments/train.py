@@ -1,0 +1,207 @@
+"""The outer loop: meta-training, and what a run does from its start to its end."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from metaattn.meta.algorithms import MetaParams
+
+from . import checkpoint, evaluate, report
+from .config import Config, Schedule
+from .errors import RunStoppedError
+from .setup import Setup
+
+
+class StoppedBySignal(Exception):  # noqa: N818 - no error: the user or the machine asked for it
+    """A signal ended the run after its state was saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.code = 128 + number
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM, so that the step under way can end; a second one ends it at once."""
+    seen: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """The outer learning rate at a step: a linear warm-up, then constant or a cosine down to a hundredth."""
+    c = config.train
+    if step < c.warmup:
+        return c.learning_rate * (step + 1) / c.warmup
+    if c.schedule is Schedule.constant:
+        return c.learning_rate
+    progress = (step - c.warmup) / max(1, c.steps - c.warmup)
+    return c.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Trainer:
+    """Meta-training of a run, from its start or from a checkpoint.
+
+    Args:
+        run: What to train.
+        out: Where to write.
+        resume: The checkpoint to go on from.
+    """
+
+    def __init__(self, run: Setup, out: Path, resume: Path | None) -> None:
+        self.run, self.out, self.config = run, out, run.config
+        self.step, self.best = 0, -math.inf
+        content = checkpoint.load(resume) if resume else None
+        if content is None:
+            self.meta = run.learner.init(dict(run.model.named_parameters()))
+        else:
+            self.meta = evaluate.restore_meta(run, content["meta"])
+            self.step, self.best = content["step"], content["best"]
+        self.leaves = [t for group in self.meta.values() for t in group.values()]
+        self.optimizer = torch.optim.Adam(self.leaves, self.config.train.learning_rate)
+        if content is not None:
+            self.optimizer.load_state_dict(content["optimizer"])
+            checkpoint.set_rng_state(content["rng"])
+        self.metrics = report.Metrics(out, self.step)
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint of now."""
+        content = {
+            "meta": {g: {k: t.detach() for k, t in group.items()} for g, group in self.meta.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "best": self.best,
+            "rng": checkpoint.rng_state(),
+            "config": OmegaConf.to_container(OmegaConf.structured(self.config), resolve=True, enum_to_str=True),
+            "torch": str(torch.__version__),
+        }
+        checkpoint.save(self.out / name, content)
+
+    def train(self) -> None:
+        """Take the steps that are left.
+
+        Raises:
+            RunStoppedError: The loss or its gradient is no longer finite.
+            StoppedBySignal: Ctrl-C or SIGTERM; ``latest.pt`` holds the last whole step.
+        """
+        c = self.config.train
+        if self.step == 0:
+            self.save("latest.pt")
+        bar = tqdm(
+            total=c.steps, initial=self.step, desc=f"{self.config.algorithm.name} on {self.config.task.name.value}"
+        )
+        with bar, _signals() as signals:
+            start, first = time.perf_counter(), self.step
+            while self.step < c.steps:
+                before = self._before() if self._due(c.log_every) else None
+                loss, metrics, rate = self._take_step()
+                self.step += 1
+                if before is not None:
+                    speed = (self.step - first) / (time.perf_counter() - start)
+                    row = {**before, "loss_after": loss, **metrics, "learning_rate": rate, "steps_per_second": speed}
+                    self.metrics.add({"step": self.step, "split": "train", **row})
+                    bar.set_postfix_str(_postfix(row))
+                bar.update()
+                if self.step % c.validate_every == 0 or self.step == c.steps:
+                    self._validate()
+                if self.step % c.checkpoint_every == 0 or self.step == c.steps:
+                    self.save("latest.pt")
+                if signals:
+                    self.save("latest.pt")
+                    raise StoppedBySignal(signals[0])
+
+    def _due(self, every: int) -> bool:
+        return (self.step + 1) % every == 0 or self.step == 0
+
+    def _batch(self) -> Any:
+        return self.run.tasks("train", self.step * self.config.train.tasks, self.config.train.tasks)
+
+    def _before(self) -> dict[str, float]:
+        """The metrics of the step's tasks without adaptation."""
+        curves = evaluate.adaptation(self.run, self.meta, self._batch(), 0)
+        return {f"{k}_before": v.mean().item() for k, v in curves.items()}
+
+    def _take_step(self) -> tuple[float, dict[str, float], float]:
+        """One update; the loss, the metrics and the learning rate."""
+        c = self.config.train
+        rate = learning_rate(self.config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch = self._batch()
+        (losses, metrics), gradient = self.run.learner.value_and_grad(
+            self.meta, batch.support, batch.query, chunk_size=c.chunk_size
+        )
+        for group_name, group in self.meta.items():
+            for k, t in group.items():
+                t.grad = gradient[group_name][k]
+        norm = torch.nn.utils.clip_grad_norm_(self.leaves, math.inf if c.clip is None else c.clip)
+        loss = losses.mean().item()
+        if not (math.isfinite(loss) and math.isfinite(norm.item())):
+            what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm.item()}"
+            last = self.out / "latest.pt"
+            raise RunStoppedError(
+                f"the {what} at step {self.step + 1}; the last good checkpoint is {last}, of step "
+                f"{checkpoint.load(last)['step']}. Try a lower train.learning_rate or algorithm.learning_rate"
+            )
+        self.optimizer.step()
+        return loss, {f"{k}_after": v.mean().item() for k, v in metrics.items()}, rate
+
+    def _validate(self) -> None:
+        """Metrics on validation tasks; a new best is saved."""
+        c, steps = self.config, self.config.algorithm.steps
+        curves, _ = evaluate.held_out(
+            self.run, self.meta, "validation", c.train.validation_tasks, c.test.chunk_size, steps
+        )
+        row = {f"{k}_before": v[:, 0].mean().item() for k, v in curves.items()}
+        row |= {f"{k}_after": v[:, -1].mean().item() for k, v in curves.items()}
+        self.metrics.add({"step": self.step, "split": "validation", **row})
+        tqdm.write(f"step {self.step:>6}  validation  {_postfix(row)}")
+        score = row[f"{self.run.metric}_after"] * (-1 if self.run.metric == "loss" else 1)
+        if score > self.best:
+            self.best = score
+            self.save("best.pt")
+
+
+def _postfix(row: dict[str, float]) -> str:
+    text = f"loss {row['loss_before']:.3f} → {row['loss_after']:.3f}"
+    if "accuracy_after" in row:
+        text += f", accuracy {row['accuracy_before']:.1%} → {row['accuracy_after']:.1%}"
+    return text
+
+
+def train(run: Setup, out: Path, resume: Path | None) -> dict[str, Any]:
+    """Meta-train, evaluate the best checkpoint on test tasks, write all that a run leaves; the summary."""
+    trainer = Trainer(run, out, resume)
+    began = time.perf_counter()
+    try:
+        trainer.train()
+    finally:
+        trainer.metrics.close()
+        if trainer.metrics.rows:
+            report.learning(out / "learning.png", trainer.metrics.rows, run.metric, run.chance)
+    seconds = time.perf_counter() - began
+    best: MetaParams = evaluate.restore_meta(run, checkpoint.load(out / "best.pt")["meta"])
+    summary = evaluate.test(run, best, out, checkpoint.load(out / "best.pt")["step"])
+    summary |= {"seconds": seconds, "parameters": sum(p.numel() for p in run.model.parameters())}
+    report.write_json(out / "summary.json", summary)
+    return summary
