@@ -5,16 +5,25 @@ from __future__ import annotations
 import os
 import pickle
 import random
-import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from metaattn.tasks._cache import replacing
+
 from .errors import UserError
 
 FORMAT, VERSION = "metaattn.checkpoint", 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator of random numbers that :func:`rng_state` covers."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - whoever uses it
+    random.seed(seed)
 
 
 def rng_state() -> dict[str, Any]:
@@ -42,16 +51,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint so that a kill at any instant leaves the old one or the new one, whole."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        torch.save({"format": FORMAT, "version": VERSION, **content}, file)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)  # the new name too survives a crash of the machine
@@ -71,12 +72,23 @@ def find(path: str | Path, name: str = "latest.pt") -> Path:
     return path
 
 
+def _check_container(path: Path) -> None:
+    """A checkpoint is a zip file, whose table of contents comes last: tell what is none from what is cut short."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start != b"PK\x03\x04" and start != b"":
+        raise UserError(f"{path} is not a checkpoint of train_maml.py")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is truncated: it was not written to its end, or not copied whole")
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Raises:
         UserError: A file that is truncated, damaged, no checkpoint, or not ours, by name.
     """
+    _check_container(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -85,7 +97,7 @@ def load(path: Path) -> dict[str, Any]:
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be read: it is truncated, damaged or no checkpoint ({reason})") from error
+        raise UserError(f"{path} cannot be read, it is damaged ({reason})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of train_maml.py")
     if content["version"] != VERSION:

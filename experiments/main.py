@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from difflib import get_close_matches
 from pathlib import Path
@@ -87,9 +88,11 @@ def _one_line(error: Exception) -> str:
             parts.append(text[0].rstrip("."))
         cause = cause.__cause__
     message = "; ".join(parts)
-    wrong = message.split("'")[1] if message.count("'") >= 2 else ""
-    near = get_close_matches(wrong.split(".")[-1], _names(), 1)
-    return message + (f" (did you mean {near[0]!r}?)" if near and near[0] != wrong.split(".")[-1] else "")
+    names = _names()
+    for word in re.findall(r"[\w-]+", " ".join(re.findall(r"'([^']*)'", message))):
+        if word not in names and word not in ("Config", "config") and (near := get_close_matches(word, names, 1)):
+            return f"{message} (did you mean {near[0]!r}?)"
+    return message
 
 
 def _names() -> list[str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from metaattn.meta.algorithms import MetaParams
 from metaattn.tasks import Episode
+from metaattn.tasks._cache import replacing
 
 from .setup import Setup
 
@@ -39,9 +38,8 @@ Row = dict[str, Any]
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(content, file, indent=2)
-    os.replace(file.name, path)
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=2).encode())
 
 
 class Metrics:
@@ -89,6 +87,10 @@ def read_metrics(path: Path) -> list[Row]:
     return rows
 
 
+def _numpy(t: Tensor) -> Any:
+    return t.detach().float().cpu().numpy()
+
+
 def _save(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -120,8 +122,8 @@ def learning(path: Path, rows: list[Row], metric: str, baseline: float | None) -
 def adaptation(path: Path, values: Tensor, metric: str, trained: int, neighbour: float, chance: float | None) -> None:
     """The metric at each inner step on held-out tasks, ``values`` ``[tasks, steps + 1]``, with its 95% band."""
     figure, axis = plt.subplots(figsize=(6.5, 4.2))
-    steps, mean = torch.arange(values.shape[1]), values.mean(0)
-    half = 1.96 * values.std(0) / len(values) ** 0.5
+    steps, mean = range(values.shape[1]), values.mean(0).numpy()
+    half = 1.96 * (values.std(0) / len(values) ** 0.5).numpy()
     axis.plot(steps, mean, "-o", color=BLUE, ms=4, label=f"mean of {len(values)} held-out tasks")
     axis.fill_between(steps, mean - half, mean + half, color=BLUE, alpha=0.25, lw=0, label="95% interval of the mean")
     axis.axvline(trained, color=GREEN, lw=1, ls=":", label=f"trained for {trained} steps")
@@ -142,8 +144,8 @@ def episode(path: Path, run: Setup, meta: MetaParams, one: Episode) -> None:
     params = [{k: p.detach() for k, p in w.items()} for w in (meta["params"], adapted)]
     if run.chance is None:
         grid = torch.linspace(-5, 5, 200, device=run.device, dtype=run.dtype)[:, None]
-        curves = [functional_call(run.model, p, (grid,)).detach().float().cpu() for p in params]
-        _regression(path, support, query, grid.float().cpu(), curves)
+        curves = [functional_call(run.model, p, (grid,)) for p in params]
+        _regression(path, support, query, grid, curves)
     else:
         guesses = functional_call(run.model, params[1], (query[0],)).argmax(-1)
         _classification(path, support, query, guesses, run.config.task.way)
@@ -152,10 +154,10 @@ def episode(path: Path, run: Setup, meta: MetaParams, one: Episode) -> None:
 
 def _regression(path: Path, support: list[Tensor], query: list[Tensor], grid: Tensor, curves: list[Tensor]) -> None:
     figure, axis = plt.subplots(figsize=(6.5, 4.2))
-    axis.plot(grid, curves[0], ":", color=GREY, label="before adaptation")
-    axis.plot(grid, curves[1], "-", color=BLUE, label="after adaptation")
-    axis.plot(*(t.float().cpu() for t in query), "o", color=GREEN, ms=4, alpha=0.6, label="query")
-    axis.plot(*(t.float().cpu() for t in support), "^", color=RED, ms=8, label="support")
+    axis.plot(_numpy(grid), _numpy(curves[0]), ":", color=GREY, label="before adaptation")
+    axis.plot(_numpy(grid), _numpy(curves[1]), "-", color=BLUE, label="after adaptation")
+    axis.plot(*map(_numpy, query), "o", color=GREEN, ms=4, alpha=0.6, label="query")
+    axis.plot(*map(_numpy, support), "^", color=RED, ms=8, label="support")
     axis.set(xlabel="x", ylabel="y", title="One held-out task")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
@@ -176,7 +178,7 @@ def _classification(path: Path, support: list[Tensor], query: list[Tensor], gues
             from_support = column < shots_shown
             index = row * shots + column if from_support else row * queries + column - shots_shown
             image = (support if from_support else query)[0][index]
-            axis.imshow(image.float().cpu(), cmap="gray_r", vmin=0, vmax=1)
+            axis.imshow(_numpy(image), cmap="gray_r", vmin=0, vmax=1)
             guess = None if from_support else int(guesses[index])
             colour = BLUE if guess is None else GREEN if guess == row else RED
             for spine in axis.spines.values():

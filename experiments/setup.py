@@ -15,6 +15,7 @@ import metaattn
 from metaattn.meta import GradientBased, InnerOptimizer, adam, momentum, sgd
 from metaattn.tasks import Batch, Episode, Sinusoids, glyphs, omniglot, stack
 
+from .checkpoint import seed_everything
 from .config import Backend, Config, InnerName, TaskConfig, TaskName
 from .errors import UserError
 
@@ -64,7 +65,7 @@ def setup(config: Config) -> Setup:
         torch.set_num_threads(config.threads)
     device = _device(config)
     dtype: torch.dtype = getattr(torch, config.precision.value)
-    torch.manual_seed(config.seed)
+    seed_everything(config.seed)
     try:
         model = _model(config).to(device, dtype)
         learner = _learner(config, model)

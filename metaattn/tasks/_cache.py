@@ -1,4 +1,4 @@
-"""Arrays kept between runs, written whole or not at all."""
+"""Files written whole or not at all, and arrays kept between runs in them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import os
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -38,14 +40,18 @@ def _read(path: Path) -> Arrays:
     return arrays
 
 
-def _write(path: Path, arrays: Arrays) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of ``path`` when the block ends: a kill leaves the old or the new, whole."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, sha256=np.array(_digest(arrays)), **arrays)  # type: ignore[arg-type]
+            yield file
             file.flush()
             os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)  # mkstemp's files are the owner's alone
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -72,7 +78,9 @@ def cached(name: str, key: str, build: Callable[[], Arrays], *, where: Path | No
             warnings.warn(f"building {path} again: it cannot be read ({error})", stacklevel=2)
     arrays = build()
     try:
-        _write(path, arrays)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            np.savez_compressed(file, sha256=np.array(_digest(arrays)), **arrays)  # type: ignore[arg-type]
     except OSError as error:
         warnings.warn(f"{path} could not be written ({error}); the next run will build it again", stacklevel=2)
     return arrays

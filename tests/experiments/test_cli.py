@@ -1,0 +1,318 @@
+"""The command line: what a run leaves, its errors and exit codes, kill and resume."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from experiments import checkpoint, report
+from experiments.main import main
+
+ROOT = Path(__file__).parent.parent.parent
+SMOKE = ["experiment=smoke", "threads=1"]
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    """``train_maml.py`` in this process and in an empty directory: exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train_maml.py", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def _start(cwd, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train_maml.py"), *SMOKE, *arguments],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _only(path):
+    (found,) = path.iterdir()
+    return found
+
+
+def _wait_for_step(out, step, process):
+    """Until ``latest.pt`` is of at least this step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        for path in out.glob("*/latest.pt"):
+            if checkpoint.load(path)["step"] >= step:
+                return path
+        time.sleep(0.05)
+    raise AssertionError("no checkpoint in two minutes")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole smoke run of 20 steps."""
+    cwd = tmp_path_factory.mktemp("finished")
+    process = _start(cwd)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return _only(cwd / "outputs" / "glyphs"), out
+
+
+def test_a_run_leaves_everything(finished):
+    run, out = finished
+    names = {p.name for p in run.iterdir()}
+    plots = {"adaptation.png", "learning.png", "episode.png"}
+    assert names == plots | {"config.yaml", "metrics.csv", "summary.json", "latest.pt", "best.pt", "tensorboard"}
+    for name in plots:
+        pixels = np.asarray(Image.open(run / name).convert("L"))
+        assert min(pixels.shape) > 200
+        assert pixels.std() > 5  # not an empty canvas
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert "accuracy on 20 held-out test tasks" in out
+    assert "nearest neighbour" in out
+    assert "chance" in out
+
+
+def test_metrics(finished):
+    with (finished[0] / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {r["split"] for r in rows} == {"train", "validation"}
+    assert [int(r["step"]) for r in rows if r["split"] == "validation"] == [10, 20]
+    assert [int(r["step"]) for r in rows if r["split"] == "train"] == [1, 5, 10, 15, 20]
+    for r in rows:
+        assert 0 <= float(r["accuracy_before"]) <= 1
+        assert float(r["loss_after"]) > 0
+
+
+def test_summary(finished):
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    assert summary["tasks"] == 20
+    assert summary["chance"] == 0.2
+    assert len(summary["at_each_step"]) >= 6
+    assert summary["at_each_step"][0] == summary["before"]["mean"]
+    assert summary["at_each_step"][summary["inner_steps"]] == summary["after"]["mean"]
+    assert 0 < summary["after"]["ci95"] < 0.5
+
+
+def test_config_is_resolved(finished):
+    text = (finished[0] / "config.yaml").read_text()
+    assert "steps: 20" in text
+    assert "${" not in text
+
+
+def test_checkpoint_holds_what_goes_on(finished):
+    content = checkpoint.load(finished[0] / "latest.pt")
+    assert content["step"] == 20
+    assert {"torch", "cuda", "numpy", "python"} == set(content["rng"])
+    assert content["config"]["task"]["name"] == "glyphs"
+    assert content["meta"]["params"]["head.weight"].shape == (5, 16)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_kill_and_resume_is_bit_exact(tmp_path, dropout, finished):
+    """20 steps equal some, kill -9 and the rest; with dropout the states of the generators count too."""
+    extra = [f"model.dropout={dropout}", f"model.attention_dropout={dropout}"]
+    if dropout:
+        whole = _start(tmp_path / "..", *extra, f"hydra.run.dir={tmp_path}/whole")
+        _, err = whole.communicate(timeout=300)
+        assert whole.returncode == 0, err
+        reference = tmp_path / "whole"
+    else:
+        reference = finished[0]
+    killed = _start(tmp_path, *extra, "train.checkpoint_every=1")
+    path = _wait_for_step(tmp_path / "outputs" / "glyphs", 8, killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=30)
+    assert checkpoint.load(path)["step"] < 20
+    resumed = subprocess.run(
+        [sys.executable, str(ROOT / "train_maml.py"), f"resume={path.parent}", "threads=1"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    got, want = checkpoint.load(path), checkpoint.load(reference / "latest.pt")
+    for part in ("meta", "optimizer", "step", "best", "rng"):
+        _assert_identical(got[part], want[part])
+    rows = [
+        [{k: v for k, v in r.items() if k != "steps_per_second"} for r in report.read_metrics(p / "metrics.csv")]
+        for p in (path.parent, reference)
+    ]
+    assert rows[0] == rows[1]
+
+
+def _assert_identical(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a:
+            _assert_identical(a[k], b[k])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            _assert_identical(x, y)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_stops(tmp_path, number, code):
+    process = _start(tmp_path, "train.steps=100000", "train.checkpoint_every=100000")
+    run = tmp_path / "outputs" / "glyphs"
+    _wait_for_step(run, 0, process)
+    while not any(len(p.read_text().splitlines()) > 2 for p in run.glob("*/metrics.csv")):
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "go on with resume=" in err
+    assert "Traceback" not in err
+    assert checkpoint.load(_only(run) / "latest.pt")["step"] >= 5
+
+
+def test_evaluate(finished, command):
+    code, out, _ = command("mode=evaluate", f"checkpoint={finished[0]}", "test.tasks=30")
+    assert code == 0
+    assert "accuracy on 30 held-out test tasks" in out
+    again = command("mode=evaluate", f"checkpoint={finished[0] / 'best.pt'}", "test.tasks=30", "backend=reference")[1]
+    assert again.splitlines()[1] == out.splitlines()[1]
+
+
+def test_evaluation_repeats_that_of_the_run(finished, command):
+    out = command("mode=evaluate", f"checkpoint={finished[0]}")[1]
+    assert out.splitlines()[1] in finished[1]
+
+
+def test_sweep(command, tmp_path):
+    code, _, _ = command("-m", *SMOKE, "algorithm=first_order_maml,anil", "train.steps=2", "test.tasks=4")
+    assert code == 0
+    runs = [p for p in (tmp_path / "outputs" / "sweep").glob("*/*") if p.is_dir()]
+    assert len(runs) == 2
+    assert all((r / "summary.json").exists() for r in runs)
+
+
+@pytest.mark.parametrize("algorithm", ["maml", "first_order_maml", "anil", "meta_sgd"])
+def test_algorithms_and_sinusoids(command, algorithm, tmp_path):
+    code, out, _ = command(
+        *SMOKE, "task=sinusoid", f"algorithm={algorithm}", "train.steps=3", "train.validate_every=3", "test.tasks=4"
+    )
+    assert code == 0
+    assert "loss on 4 held-out test tasks" in out
+    assert (_only(tmp_path / "outputs" / "sinusoid") / "episode.png").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [["precision=float64"], ["precision=bfloat16"], ["backend=reference"], ["model.norm=rms"]]
+)
+def test_options(command, options):
+    assert command(*SMOKE, *options, "train.steps=2", "test.tasks=2")[0] == 0
+
+
+def test_help(command):
+    code, out, _ = command("--help")
+    assert code in (0, None)
+    for words in ("resume=", "mode=evaluate", "experiment=smoke", "algorithm: anil", "backend: auto", "Ctrl-C"):
+        assert words in out
+
+
+MISTAKES = {
+    "key": (["trian.steps=3"], "did you mean 'train'"),
+    "nested_key": (["train.stps=3"], "did you mean 'steps'"),
+    "value": (["backend=tritn"], "auto, reference, blockwise, triton"),
+    "type": (["train.steps=many"], "many"),
+    "group": (["task=glyph"], "did you mean 'glyphs'"),
+    "experiment": (["experiment=smok"], "did you mean 'smoke'"),
+    "triton": (["backend=triton"], "backend=triton needs a CUDA GPU and there is none here; use backend=auto"),
+    "device": (["device=cuda:7"], "device=cuda:7 cannot be used here"),
+    "heads": (["model.heads=5"], "heads must be a divisor of dim, 64; got 5"),
+    "patch": (["model.patch_size=5"], "patch_size must be a divisor of image_size, 28; got 5"),
+    "way": (["task.way=3000"], "3000-way episodes need at least 3000 classes"),
+    "shots": (["task.shot=10"], "need 15 samples of each class; class"),
+    "patterns": (["algorithm.adapts=[tail.*]"], "no parameter matches ['tail.*']"),
+    "omniglot": (["task=omniglot"], "task=omniglot needs task.root=PATH"),
+    "omniglot_root": (["task=omniglot", "task.root=/nowhere"], "no Omniglot in /nowhere"),
+    "no_checkpoint": (["mode=evaluate"], "mode=evaluate needs checkpoint=PATH"),
+    "lost_checkpoint": (["resume=/nowhere/latest.pt"], "no checkpoint at /nowhere/latest.pt"),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the errors of a machine without a GPU")
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(name, command):
+    arguments, message = MISTAKES[name]
+    code, _, err = command(*arguments)
+    lines = [line for line in err.strip().splitlines() if "it/s" not in line]
+    assert code == 2
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+def test_damaged_checkpoints(finished, command, tmp_path):
+    whole = (finished[0] / "latest.pt").read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(b"data.pkl") + 60] ^= 0xFF
+    torch.save({"weights": torch.ones(3)}, tmp_path / "foreign.pt")
+    torch.save(Path("x"), tmp_path / "pickle.pt")
+    files = {
+        "truncated.pt": (whole[: len(whole) // 2], "is truncated"),
+        "empty.pt": (b"", "is truncated"),
+        "flipped.pt": (bytes(flipped), "is damaged"),
+        "text.pt": (b"hello", "not a checkpoint of train_maml.py"),
+        "foreign.pt": (None, "is not a checkpoint of train_maml.py"),
+        "pickle.pt": (None, "is not a checkpoint of train_maml.py"),
+    }
+    for name, (content, message) in files.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        code, _, err = command("mode=evaluate", f"checkpoint={tmp_path / name}")
+        assert (code, name in err, message in err) == (2, True, True), err
+
+
+def test_a_directory_that_is_no_run(command, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, _, err = command(f"resume={tmp_path / 'empty'}")
+    assert code == 2
+    assert "holds no latest.pt" in err
+
+
+def test_resume_refuses_another_run(finished, command):
+    code, _, err = command(f"resume={finished[0]}", "model.dim=32")
+    assert code == 2
+    assert "model.dim cannot change when a run is resumed" in err
+
+
+def test_a_loss_that_is_not_finite_names_step_and_checkpoint(command, tmp_path):
+    code, _, err = command(*SMOKE, "algorithm.learning_rate=1e30", "algorithm.learns=nothing")
+    last = err.strip().splitlines()[-1]
+    assert code == 1
+    assert last.startswith("error: the loss is nan at step ")
+    run = _only(tmp_path / "outputs" / "glyphs")
+    assert str(run / "latest.pt") in last
+    step = checkpoint.load(run / "latest.pt")["step"]
+    assert f"of step {step}" in last
+    assert all(t.isfinite().all() for t in checkpoint.load(run / "latest.pt")["meta"]["params"].values())

@@ -1,0 +1,118 @@
+"""The experiments that verify: they pass, they can fail, and they write what they say."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from experiments import boundary, report, second_order
+from experiments.config import Backend, Precision
+from experiments.train import learning_rate
+
+FAST = {"inner_steps": [1, 2], "tasks": 2, "way": 3, "dim": 8, "depth": 1}
+
+
+def _run(monkeypatch, module, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+    try:
+        module.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.mark.parametrize("backend", [Backend.reference, Backend.blockwise])
+def test_second_order_holds(backend):
+    rows = second_order.check(second_order.Settings(backend=backend, **FAST))
+    bounds = second_order.BOUNDS[Precision.float64]
+    assert all(r[k] <= bounds[k] for r in rows for k in bounds)
+    assert all(r["first_order_error"] > 0.01 for r in rows)
+
+
+def test_second_order_writes_and_judges(monkeypatch, tmp_path, capsys):
+    arguments = [f"{k}={v}".replace(" ", "") for k, v in FAST.items()] + [f"out={tmp_path}"]
+    assert _run(monkeypatch, second_order, *arguments) == 0
+    content = json.loads((tmp_path / "second_order.json").read_text())
+    assert content["broken"] == []
+    assert [r["inner_steps"] for r in content["rows"]] == [1, 2]
+    assert (tmp_path / "second_order.png").stat().st_size > 10_000
+    assert "first order" in capsys.readouterr().out
+    # A bound that is broken ends with 1 and says which: a wrong gradient cannot pass.
+    monkeypatch.setitem(second_order.BOUNDS, Precision.float64, {"dense": 0.0, "symmetry": 1.0, "differences": 1.0})
+    assert _run(monkeypatch, second_order, *arguments) == 1
+    assert "broken: dense at 1 steps" in capsys.readouterr().err
+
+
+def test_second_order_sees_a_wrong_meta_gradient(monkeypatch):
+    """With the inner gradients detached the check must fail: it is not blind."""
+    monkeypatch.setattr(second_order, "maml", second_order.first_order_maml)
+    rows = second_order.check(second_order.Settings(**FAST))
+    assert all(r["differences"] > 1e-3 for r in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the error of a machine without a GPU")
+def test_second_order_errors(monkeypatch, capsys, tmp_path):
+    assert _run(monkeypatch, second_order, "backend=triton", f"out={tmp_path}") == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+    assert _run(monkeypatch, second_order, "bakend=triton") == 2
+    assert "the keys are backend" in capsys.readouterr().err
+    assert _run(monkeypatch, second_order, "reference") == 2
+    assert "expected key=value" in capsys.readouterr().err
+    assert _run(monkeypatch, second_order, "--help") == 0
+    assert "inner_steps" in capsys.readouterr().out
+
+
+def test_boundary(monkeypatch, tmp_path, capsys):
+    assert _run(monkeypatch, boundary, "device=cpu", f"out={tmp_path}") == 0
+    table = json.loads((tmp_path / "boundary.json").read_text())["table"]
+    for name in ("metaattn reference", "metaattn blockwise", "written out"):
+        assert {cell["status"] for cell in table[name].values()} == {"right"}
+    flash = table["PyTorch flash"]
+    assert flash["backward"]["status"] == "right"
+    assert flash["double backward"]["status"] == flash["func.jvp"]["status"] == "raises"
+    assert table["PyTorch cuDNN"]["forward"]["status"] == "absent"
+    assert (tmp_path / "boundary.png").stat().st_size > 10_000
+    assert "metaattn blockwise" in capsys.readouterr().out
+
+
+def test_boundary_tells_wrong_from_right():
+    q, k, v, t = (torch.randn(1, 2, 16, 32) for _ in range(4))
+    wrong = lambda q, k, v: second_order.dense(q, k, v).detach() * 1.5
+    assert boundary.probe(wrong, boundary.NESTINGS["forward"], (q, k, v, t))["status"] == "wrong"
+
+
+def test_modules_run_as_commands(tmp_path):
+    for module in ("experiments.second_order", "experiments.boundary"):
+        done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0
+        assert "Usage: python -m " + module in done.stdout
+
+
+def test_schedule():
+    from experiments.config import Config, Schedule
+
+    c = Config()
+    c.train.steps, c.train.warmup, c.train.learning_rate = 100, 10, 1.0
+    rates = [learning_rate(c, s) for s in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[100] == pytest.approx(0.01)
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    c.train.schedule = Schedule.constant
+    assert learning_rate(c, 99) == 1.0
+
+
+def test_metrics_survive_a_cut_line(tmp_path):
+    metrics = report.Metrics(tmp_path, 0)
+    row = {"loss_before": 1.0, "loss_after": 0.5, "accuracy_before": None, "accuracy_after": None}
+    for step in (1, 2, 3):
+        metrics.add({"step": step, "split": "train", **row})
+    metrics.close()
+    path = tmp_path / "metrics.csv"
+    path.write_text(path.read_text() + "4,trai")
+    again = report.Metrics(tmp_path, 2)
+    again.close()
+    assert [r["step"] for r in again.rows] == [r["step"] for r in report.read_metrics(path)] == [1, 2]
