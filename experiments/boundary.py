@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jvp, vmap
@@ -64,7 +64,7 @@ def attentions(device: str) -> dict[str, Attention]:
         "PyTorch math": SDPBackend.MATH,
     }
     out: dict[str, Attention] = {name: _torch_sdpa(kind) for name, kind in torch_ones.items()}
-    out |= {"PyTorch FlexAttention": flex_attention, "written out": dense}  # type: ignore[dict-item]
+    out |= {"PyTorch FlexAttention": flex_attention, "written out": dense}
     names = ["reference", "blockwise"] + (["triton"] if device == "cuda" else [])
     return out | {f"metaattn {name}": _ours(name) for name in names}
 
@@ -155,7 +155,7 @@ def picture(path: Path, table: dict[str, dict[str, Any]], where: str) -> None:
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
             status = table[row][column]["status"]
-            axis.add_patch(plt.Rectangle((j, i), 0.94, 0.9, color=colours[status]))
+            axis.add_patch(Rectangle((j, i), 0.94, 0.9, color=colours[status]))
             mark = {"right": "✓", "wrong": "wrong", "raises": "✗", "absent": ""}[status]
             axis.text(j + 0.47, i + 0.45, mark, ha="center", va="center", fontsize=9)
     axis.set(xlim=(0, len(columns)), ylim=(len(rows), 0))

@@ -22,8 +22,18 @@ from .setup import setup
 
 CONF = str(Path(__file__).parent.parent / "conf")
 # What may change when a run goes on: nothing that its numbers depend on, but for how long it goes.
-FREE = ("resume", "device", "threads", "backend", "train.steps", "train.log_every", "train.checkpoint_every")
-FREE += ("train.validate_every", "train.validation_tasks", "test.")
+FREE = (
+    "resume",
+    "device",
+    "threads",
+    "backend",
+    "train.steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.validate_every",
+    "train.validation_tasks",
+    "test.",
+)
 
 
 def _of_checkpoint(path: Path, current: DictConfig, free: tuple[str, ...] | None) -> DictConfig:

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils.tensorboard import SummaryWriter
@@ -91,7 +92,7 @@ def _numpy(t: Tensor) -> Any:
     return t.detach().float().cpu().numpy()
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

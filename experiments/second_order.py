@@ -115,8 +115,11 @@ def _asymmetry(loss: Any, params: dict[str, Tensor], tasks: Episode) -> float:
     x, y = (t[0] for t in tasks.support)
     u, v = ({k: torch.randn_like(p) for k, p in params.items()} for _ in range(2))
 
+    def at(p: dict[str, Tensor]) -> Tensor:
+        return loss(p, x, y)
+
     def product(t: dict[str, Tensor]) -> Tensor:
-        h = jvp(grad(lambda p: loss(p, x, y)), (params,), (t,))[1]
+        h = jvp(grad(at), (params,), (t,))[1]
         return torch.cat([h[k].double().flatten() for k in params])
 
     a, b = product(u), product(v)
