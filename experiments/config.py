@@ -135,8 +135,8 @@ class AlgorithmConfig:
     """A :class:`metaattn.meta.GradientBased`."""
 
     name: str = MISSING
-    steps: int = 5
-    learning_rate: float = 0.1
+    steps: int = 3
+    learning_rate: float = 0.2
     optimizer: InnerName = InnerName.sgd
     gradient: GradientName = GradientName.reverse
     adapts: list[str] = field(default_factory=lambda: ["*"])
@@ -151,7 +151,7 @@ class TrainConfig:
     steps: int = 1000
     tasks: int = 16
     chunk_size: int | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     schedule: Schedule = Schedule.cosine
     warmup: int = 0
     clip: float | None = 10.0
