@@ -77,6 +77,14 @@ def error(got, want):
     return worst
 
 
+def as_vector(tree):
+    """All leaves as one vector, infinities as 0. For low precision: a leaf that is zero by cancellation (the gradient
+    of a bias that shifts whole rows) has no relative error of its own.
+    """
+    leaves = [t for t in tree_leaves(tree) if t is not None]
+    return torch.cat([torch.where(torch.isinf(t), 0.0, t).double().flatten() for t in leaves])
+
+
 def assert_close(got, want, dtype=torch.float64, factor=1.0):
     """Every leaf of ``got`` within its dtype's tolerance (times ``factor``) of ``want``."""
     e, limit = error(got, want), factor * TOLERANCE[dtype]

@@ -123,6 +123,10 @@ class Backend(Protocol):
         """T: the derivative of F along ``tangent``."""
         ...
 
+    def forward_tangent(self, problem: Problem, x: Operands, direction: Tangent) -> tuple[Values, Values]:
+        """F and T at once."""
+        ...
+
     def second(
         self,
         problem: Problem,

@@ -21,6 +21,8 @@ from ._tiles import ByKey, ByRow, ByScore, Part, key_sum, parts, row_key, weight
 
 name = "blockwise"
 
+COARSE = 64.0  # of an lse: its rounding in float32 is then 4e-6
+
 RowJets = tuple[Jet, Jet]  # of out [*B, Hq, N, Dv] and of lse [*B, Hq, N, 1]
 
 
@@ -35,9 +37,9 @@ def forward(problem: Problem, x: Operands) -> Values:
     out, lse = ByRow(x, x.value.shape[-1], dtype), ByRow(x, 1, dtype)
     for part in parts(problem, x):
         for rows in part.rows:
-            row_out, row_lse = _online_softmax(part, rows)
+            row_out, peak, total = _online_softmax(part, rows)
             out.add_rows(part, rows, row_out)
-            lse.add_rows(part, rows, row_lse)
+            lse.add_rows(part, rows, peak + torch.log(total))
     return _values(x, out.result(), lse.result())
 
 
@@ -49,6 +51,12 @@ def backward(problem: Problem, x: Operands, values: Values, cotangent: Rows, *, 
 def tangent(problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
     """T."""
     return directional(problem, x, values, [tangent])
+
+
+def forward_tangent(problem: Problem, x: Operands, direction: Tangent) -> tuple[Values, Values]:
+    """F, then T."""
+    values = forward(problem, x)
+    return values, tangent(problem, x, values, direction)
 
 
 def second(
@@ -104,8 +112,8 @@ def _row_jets(*rows: Rows | Values) -> RowJets:
     return out, lse
 
 
-def _online_softmax(part: Part, rows: slice) -> tuple[Tensor, Tensor]:
-    """Out ``[L, G * rows, Dv]`` and lse ``[L, G * rows, 1]`` of one block of rows."""
+def _online_softmax(part: Part, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one block of rows: out ``[L, G * rows, Dv]``, the largest score and the sum of exponentials from it."""
     query = part.scaled_query(rows)
     peak: Tensor | None = None
     total: Tensor | None = None
@@ -124,9 +132,25 @@ def _online_softmax(part: Part, rows: slice) -> tuple[Tensor, Tensor]:
             shrink = torch.exp(old - finite(peak))
             total, out = total * shrink + tile_total, out * shrink + tile_out
     if peak is None or total is None or out is None:  # the band hides every key
-        n = query[0].shape[:-1]
-        return query[0].new_zeros((*n, part.value[0].shape[-1])), query[0].new_full((*n, 1), NEG_INF)
-    return torch.where(total == 0, 0.0, out / total), finite(peak) + torch.log(total)
+        n, zeros = query[0].shape[:-1], query[0].new_zeros
+        return zeros((*n, part.value[0].shape[-1])), zeros((*n, 1)), zeros((*n, 1))
+    return torch.where(total == 0, 0.0, out / total), finite(peak), total
+
+
+def _is_coarse(lse: Tensor) -> bool:
+    """Whether some lse is so large that ``exp(s - lse)`` loses digits: scores, or a finite mask, beyond COARSE.
+
+    Not looked at on other devices, whose programs it would halt.
+    """
+    return lse.device.type == "cpu" and bool((finite(lse).abs() > COARSE).any())
+
+
+def _normaliser(part: Part, rows: slice, lse: Tensor, coarse: bool) -> tuple[Tensor, Tensor | None]:
+    """What to subtract from scores, one after the other, for the logarithm of P: the lse, or its two parts anew."""
+    if not coarse:
+        return finite(lse), None
+    _, peak, total = _online_softmax(part, rows)
+    return peak, torch.where(total == 0, 0.0, torch.log(total))
 
 
 def _directional(problem: Problem, x: Operands, values: Values, tangents: Sequence[Tangent]) -> RowJets:
@@ -140,15 +164,19 @@ def _directional(problem: Problem, x: Operands, values: Values, tangents: Sequen
     orders = range(1, full + 1)
     out_jet = {s: ByRow(x, x.value.shape[-1], dtype) for s in orders}
     lse_jet = {s: ByRow(x, 1, dtype) for s in orders}
+    coarse = _is_coarse(values.lse)
     for part in parts(problem, x, tangents):
         known, shift = part.by_row(known_out), part.by_row(known_lse)
         for rows in part.rows:
-            query, lse = part.scaled_query(rows), finite(part.row_block(shift, rows)[0])
+            query = part.scaled_query(rows)
+            lse, rest = _normaliser(part, rows, part.row_block(shift, rows)[0], coarse)
             totals: Jet = {}
             sums: Jet = {}
             for cols in part.cols(rows):
                 s = part.scores(query, part.key_block(part.key, cols), rows, cols)
                 s[0] -= lse
+                if rest is not None:
+                    s[0] -= rest
                 e = jets.exp_(s, full)
                 ez, value = weighted(e, part.dropout(rows, cols)), part.key_block(part.value, cols)
                 for i in orders:
@@ -183,12 +211,13 @@ def _gradient(
     query_grad = ByRow(x, x.query.shape[-1], dtype)
     key_grad, value_grad = ByKey(x.key.shape, x.key, dtype), ByKey(x.value.shape, x.value, dtype)
     bias = ByScore(x, dtype) if bias_grad else None
+    coarse = _is_coarse(residuals[1][0])
     for part in parts(problem, x, tangents):
         out, lse, out_bar, lse_bar = map(part.by_row, (*residuals, *cotangent))
         for rows in part.rows:
             query, w, shift = part.scaled_query(rows), part.row_block(out_bar, rows), part.row_block(lse, rows)
             no_key = shift[0] == NEG_INF
-            shift[0] = finite(shift[0])
+            shift[0], rest = _normaliser(part, rows, shift[0], coarse)
             delta = jets.product(_row_dot, w, part.row_block(out, rows), full)
             # The lse of a row without keys is constant, whatever its cotangent.
             w_lse = {s: t.masked_fill(no_key, 0.0) for s, t in part.row_block(lse_bar, rows).items()}
@@ -197,7 +226,10 @@ def _gradient(
             for cols in part.cols(rows):
                 key, value = part.key_block(part.key, cols), part.key_block(part.value, cols)
                 z = part.dropout(rows, cols)
-                p = jets.exp_(jets.subtract_(part.scores(query, key, rows, cols), shift), full)
+                s = jets.subtract_(part.scores(query, key, rows, cols), shift)
+                if rest is not None:
+                    s[0] -= rest
+                p = jets.exp_(s, full)
                 dp = weighted(jets.product(row_key, w, value, full), z)
                 ds = jets.product(torch.mul, p, jets.subtract_(dp, delta), full)
                 jets.add_to(row_grad, 0, jets.coefficient(torch.bmm, ds, key, full))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._protocol import Gradients, Operands, Problem, Rows, Tangent, Values, accumulator
-from ._scores import NEG_INF, barrier, dropout_weight, finite, group, key_sum, row_key, row_sum, split_heads, ungroup
+from ._scores import NEG_INF, barrier, dropout_weight, group, key_sum, row_key, row_sum, split_heads, ungroup
 
 name = "reference"
 
@@ -46,6 +46,11 @@ class _Dense(NamedTuple):
         z = dropout_weight(problem, g.seeds, rows, cols, dtype)
         return cls(query, key, value, problem.scale, scores, 1.0 if z is None else z)
 
+    def probabilities(self) -> Tensor:
+        """P, zeros in a row that sees no key. Not by the lse, which is too coarse where scores are huge."""
+        empty = (self.scores == NEG_INF).all(-1, keepdim=True)
+        return self.scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+
     def rows(self, t: Tensor | None, width: int) -> Tensor:
         """A row quantity ``[*B, Hq, Nq]`` (width 0) or ``[*B, Hq, Nq, width]`` with split heads; zeros if absent."""
         kv_heads, groups = self.scores.shape[-4:-2]
@@ -75,7 +80,7 @@ def forward(problem: Problem, x: Operands) -> Values:
     """F."""
     d = _Dense.of(problem, x)
     lse = d.scores.logsumexp(-1, keepdim=True)
-    p = torch.exp(d.scores - finite(lse))
+    p = d.probabilities()
     out = row_sum(p * d.dropout, d.value)
     return Values(out.flatten(-4, -3).to(x.query.dtype), lse.flatten(-4, -3).squeeze(-1))
 
@@ -87,7 +92,7 @@ def backward(problem: Problem, x: Operands, values: Values, cotangent: Rows, *, 
     out, lse = d.rows(values.out, width), d.rows(values.lse, 0)
     out_bar, lse_bar = d.rows(cotangent.out, width), d.rows(cotangent.lse, 0)
 
-    p = torch.exp(d.scores - finite(lse))
+    p = d.probabilities()
     dp = row_key(out_bar, d.value) * d.dropout
     ds = p * (dp - _delta(d, out, lse, out_bar, lse_bar))
     return _gradients(
@@ -104,12 +109,18 @@ def tangent(problem: Problem, x: Operands, values: Values, tangent: Tangent) -> 
     d = _Dense.of(problem, x)
     query_t, key_t, value_t, bias_t = d.tangent(tangent)
 
-    p = torch.exp(d.scores - finite(d.rows(values.lse, 0)))
+    p = d.probabilities()
     s_t = d.scale * (row_key(query_t, d.key) + row_key(d.query, key_t)) + bias_t
     mu = (p * s_t).sum(-1, keepdim=True)
     p_t = p * (s_t - mu)
     out_t = row_sum(p_t * d.dropout, d.value) + row_sum(p * d.dropout, value_t)
     return Values(out_t.flatten(-4, -3).to(x.query.dtype), mu.flatten(-4, -3).squeeze(-1))
+
+
+def forward_tangent(problem: Problem, x: Operands, direction: Tangent) -> tuple[Values, Values]:
+    """F, then T."""
+    values = forward(problem, x)
+    return values, tangent(problem, x, values, direction)
 
 
 def second(
@@ -132,7 +143,7 @@ def second(
     out_bar, lse_bar = d.rows(cotangent.out, width), d.rows(cotangent.lse, 0)
     out_bar_t, lse_bar_t = d.rows(cotangent_tangent.out, width), d.rows(cotangent_tangent.lse, 0)
 
-    p = torch.exp(d.scores - finite(lse))
+    p = d.probabilities()
     s_t = d.scale * (row_key(query_t, d.key) + row_key(d.query, key_t)) + bias_t
     p_t = p * (s_t - mu)
     dp = row_key(out_bar, d.value) * d.dropout

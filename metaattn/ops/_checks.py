@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import check_name, current_backend, refuses
 from ..backends._protocol import Operands
-from ._leaves import Call
+from ._leaves import Call, autocasts
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -40,20 +40,20 @@ def prepare(
 ) -> Prepared:
     """Check a call and bring its tensors to the form of :class:`Operands`; for what it raises, see ``sdpa``."""
     name = current_backend() if backend is None else check_name(backend)
-    _check_tensors(query=query, key=key, value=value)
+    query, key, value = _check_tensors(query=query, key=key, value=value)
     _check_lengths(query, key, value)
     if attn_mask is not None:
         _check_mask(attn_mask, query, is_causal)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be at least 0 and below 1; got {dropout_p}")
-    left, right = _band(is_causal, window)
+    left, right = check_window(window)
+    right = 0 if is_causal else right
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
-    elif isinstance(scale, Tensor) or not math.isfinite(scale):
+    elif not isinstance(scale, int | float) or not math.isfinite(scale):
         raise TypeError(
             f"scale must be a finite number, got {scale!r}; to differentiate a scale, multiply the query by it"
         )
-    query, key, value = _cast(query, key, value)
 
     rank = max(query.dim(), key.dim(), value.dim())
     if rank == 2 and enable_gqa:
@@ -84,12 +84,15 @@ def prepare(
     return Prepared(call, x, out_shape)
 
 
-def _check_tensors(**tensors: Tensor) -> None:
+def _check_tensors(**tensors: Tensor) -> Sequence[Tensor]:
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if t.layout != torch.strided or t.is_nested:
+            raise TypeError(f"{name} must be a dense tensor; got {'a nested one' if t.is_nested else t.layout}")
         if t.dim() < 2:
             raise ValueError(f"{name} must have at least 2 dimensions, [..., N, D]; got shape {list(t.shape)}")
+    tensors = dict(zip(tensors, _cast(*tensors.values()), strict=True))
     query = tensors["query"]
     for name, t in tensors.items():
         if t.dtype not in DTYPES:
@@ -102,6 +105,7 @@ def _check_tensors(**tensors: Tensor) -> None:
             raise ValueError(
                 f"query, key and value must be on one device; got query on {query.device}, {name} on {t.device}"
             )
+    return list(tensors.values())
 
 
 def _check_lengths(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -129,8 +133,8 @@ def _check_mask(mask: Tensor, query: Tensor, is_causal: bool) -> None:
         raise ValueError(f"attn_mask must be on the query's device, {query.device}; got {mask.device}")
 
 
-def _band(is_causal: bool, window: Window | None) -> Window:
-    """The limits left and right of the diagonal."""
+def check_window(window: object) -> Window:
+    """The limits left and right of the diagonal that ``window`` names; raises as :func:`sdpa`."""
     if window is None:
         window = (None, None)
     if not isinstance(window, Sequence) or len(window) != 2:
@@ -141,13 +145,14 @@ def _band(is_causal: bool, window: Window | None) -> Window:
                 f"each side of window must be an integer of at least 0, or None for no limit; got {window!r}"
             )
     left, right = window
-    return left, (0 if is_causal else right)
+    return left, right
 
 
 def _cast(*tensors: Tensor) -> Sequence[Tensor]:
     """Under autocast, the inputs in its dtype, as for PyTorch's attention; float64 stays."""
     device = tensors[0].device.type
-    if torch.is_autocast_enabled(device) and tensors[0].dtype != torch.float64:
+    floats = all(t.is_floating_point() and t.dtype != torch.float64 for t in tensors)
+    if floats and autocasts(device):
         return [t.to(torch.get_autocast_dtype(device)) for t in tensors]
     return tensors
 
@@ -200,6 +205,8 @@ def same_form(name: str, primal: Tensor | None, tangent: Tensor | None, operand:
     """A tangent of a primal as one of the operand that :func:`prepare` made of it."""
     if tangent is None:
         return None
+    if not isinstance(tangent, Tensor):
+        raise TypeError(f"the tangent of {name} must be a tensor or None; got {type(tangent).__name__}")
     if primal is None or operand is None:
         raise ValueError(f"{name} has no tangent here: it is boolean or absent")
     if tangent.shape != primal.shape:

@@ -8,19 +8,24 @@ or differentiated past the rules. The names are private: only :mod:`metaattn.ops
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import Library, register_fake
 
 from ..backends import blockwise, select
 from ..backends._protocol import Operands, Problem, Rows, Tangent, Values, accumulator
 
 
-class Call(NamedTuple):
-    """The static part of one attention call: the problem, flat, and the backend asked for."""
+@dataclass(frozen=True)
+class Call:
+    """The static part of one attention call: the problem, flat, and the backend asked for.
+
+    No tuple: :mod:`torch.func` takes arguments apart at every level, and time grows with what there is to take.
+    """
 
     scale: float
     left: int | None
@@ -31,9 +36,13 @@ class Call(NamedTuple):
     @property
     def problem(self) -> Problem:
         """The problem alone."""
-        return Problem(*self[:4])
+        return Problem(self.scale, self.left, self.right, self.dropout_p)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.scale, self.left, self.right, self.dropout_p, self.backend))
 
 
+_LIBRARY = Library("metaattn", "FRAGMENT")
 _CALL = "float scale, int? left, int? right, float dropout_p, str backend"
 _X = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? seeds"
 _TANGENTS = "Tensor? query_t, Tensor? key_t, Tensor? value_t, Tensor? bias_t, Tensor?[] more"
@@ -57,13 +66,18 @@ def flat(tangents: Sequence[Tangent]) -> tuple[Any, ...]:
     return *first, [part for t in more for part in t]
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device; some, as meta, have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _own_precision(leaf: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
     """Autocast ends here: inside, accumulators stay wide."""
 
     @functools.wraps(leaf)
     def wrapped(*args: Any) -> tuple[Tensor, ...]:
         device = args[5].device.type
-        if not torch.is_autocast_enabled(device):
+        if not autocasts(device):
             return leaf(*args)
         with torch.autocast(device, enabled=False):
             return leaf(*args)
@@ -71,8 +85,23 @@ def _own_precision(leaf: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tup
     return wrapped
 
 
-@custom_op("metaattn::_forward", mutates_args=(), schema=f"({_CALL}, {_X}) -> (Tensor, Tensor)")
-@_own_precision
+def _leaf(schema: str) -> Callable[[Callable[..., tuple[Tensor, ...]]], Callable[..., tuple[Tensor, ...]]]:
+    """Make a function the operator ``metaattn::_NAME``.
+
+    By the library itself: :func:`torch.library.custom_op` adds autograd, which a leaf has no use for, at a tenth of a
+    millisecond a call.
+    """
+
+    def register(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+        name = f"_{function.__name__}"
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, _own_precision(function), "CompositeExplicitAutograd")
+        return getattr(torch.ops.metaattn, name).default
+
+    return register
+
+
+@_leaf(f"({_CALL}, {_X}) -> (Tensor, Tensor)")
 def forward(*args: Any) -> tuple[Tensor, Tensor]:
     """F: out and lse."""
     call, problem, x, _ = _split(args)
@@ -80,12 +109,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
     return out.contiguous(), lse.contiguous()
 
 
-@custom_op(
-    "metaattn::_directional",
-    mutates_args=(),
-    schema=f"({_CALL}, {_X}, Tensor out, Tensor lse, {_TANGENTS}) -> (Tensor, Tensor)",
-)
-@_own_precision
+@_leaf(f"({_CALL}, {_X}, Tensor out, Tensor lse, {_TANGENTS}) -> (Tensor, Tensor)")
 def directional(*args: Any) -> tuple[Tensor, Tensor]:
     """T, and ``D_n`` for more than one tangent: the tangents of out and lse."""
     call, problem, x, (out, lse, *rest) = _split(args)
@@ -97,13 +121,22 @@ def directional(*args: Any) -> tuple[Tensor, Tensor]:
     return out_t.contiguous(), lse_t.contiguous()
 
 
-@custom_op(
-    "metaattn::_gradient",
-    mutates_args=(),
-    schema=f"({_CALL}, {_X}, bool bias_grad, Tensor out, Tensor lse, Tensor? out_t, Tensor? lse_t, Tensor? out_bar, "
-    f"Tensor? lse_bar, Tensor? out_bar_t, Tensor? lse_bar_t, {_TANGENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+@_leaf(
+    f"({_CALL}, {_X}, Tensor? query_t, Tensor? key_t, Tensor? value_t, Tensor? bias_t)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
-@_own_precision
+def forward_tangent(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """F and T: out and lse, and their tangents."""
+    call, problem, x, tangent = _split(args)
+    rows = select(call.backend, problem, x).forward_tangent(problem, x, Tangent(*tangent))
+    out, lse, out_t, lse_t = (t.contiguous() for pair in rows for t in pair)
+    return out, lse, out_t, lse_t
+
+
+@_leaf(
+    f"({_CALL}, {_X}, bool bias_grad, Tensor out, Tensor lse, Tensor? out_t, Tensor? lse_t, Tensor? out_bar, "
+    f"Tensor? lse_bar, Tensor? out_bar_t, Tensor? lse_bar_t, {_TANGENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 def gradient(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """B, S, and ``G_n`` for more than one tangent: query, key, value and bias (empty unless ``bias_grad``)."""
     call, problem, x, (bias_grad, *rows) = _split(args)
@@ -126,19 +159,27 @@ def _like(t: Tensor, *, shape: Sequence[Any] | None = None, dtype: torch.dtype |
     return t.new_empty(t.shape if shape is None else tuple(shape), dtype=dtype)
 
 
-@forward.register_fake
+@register_fake("metaattn::_forward", lib=_LIBRARY)
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     q, v = args[5], args[7]
     out = _like(q, shape=(*q.shape[:-1], v.shape[-1]))
     return out, _like(q, shape=q.shape[:-1], dtype=accumulator(q.dtype))
 
 
-@directional.register_fake
+@register_fake("metaattn::_forward_tangent", lib=_LIBRARY)
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, v = args[5], args[7]
+    out = _like(q, shape=(*q.shape[:-1], v.shape[-1]))
+    lse = _like(q, shape=q.shape[:-1], dtype=accumulator(q.dtype))
+    return out, lse, torch.empty_like(out), torch.empty_like(lse)
+
+
+@register_fake("metaattn::_directional", lib=_LIBRARY)
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     return _like(args[11]), _like(args[12])
 
 
-@gradient.register_fake
+@register_fake("metaattn::_gradient", lib=_LIBRARY)
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, bias, bias_grad = *args[5:9], args[11]
     return _like(q), _like(k), _like(v), _like(bias) if bias_grad else _like(q, shape=(0,))

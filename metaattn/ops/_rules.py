@@ -25,21 +25,21 @@ G_{n-1}(w'; t2 … tn)``), at a third of the price of a call of its own.
 Trap (PyTorch 2.11 to 2.13, held by ``tests/boundaries``): in a ``jvp`` rule forward mode is off, at the
 levels below as well, so that an ordinary tensor operation there silently loses the tangents of every
 outer ``torch.func.jvp``. Another Function turns it on again for those levels: our jvp rules return what
-Functions return and constants, and add with :class:`_Sum`.
+Functions return and constants, and add with :class:`Sum`.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import forward_ad
 
 from ..backends._protocol import Operands, Rows, Tangent, Values
 from . import _leaves as leaves
+from ._function import Form, Rule, flat, in_forward_mode, replace, tangent_at_hand, total, unflatten
 from ._leaves import Call
 
 ZERO = Rows()
@@ -50,11 +50,19 @@ def forward(call: Call, x: Operands) -> Values:
     return Values(*_forward(*call, *x))
 
 
+def forward_tangent(call: Call, x: Operands, tangent: Tangent) -> tuple[Values, Rows]:
+    """F and ``D_1`` at once; the latter zero (absent) if the tangent is."""
+    if tangent.is_zero:
+        return forward(call, x), ZERO
+    parts = _forward_tangent(*call, *x, *tangent)
+    return Values(*parts[:2]), Rows(*parts[2:])
+
+
 def directional(call: Call, x: Operands, values: Values, tangents: Sequence[Tangent]) -> Rows:
     """``D_n`` for ``n >= 1``; zero (absent) if any of the tangents is."""
     if any(t.is_zero for t in tangents):
         return ZERO
-    return Rows(*_directional(*call, *x, *values, *_flat(tangents)))
+    return Rows(*_directional(*call, *x, *values, *flat(tangents)))
 
 
 def gradient(
@@ -79,7 +87,7 @@ def gradient(
     elif None in values_tangent:
         values_tangent = directional(call, x, values, tangents)
     rows = (*values, *values_tangent, *w, *w_tangent)
-    return Tangent(*_gradient(*call, bias_grad, *x, *rows, *_flat(tangents)))
+    return Tangent(*_gradient(*call, bias_grad, *x, *rows, *flat(tangents)))
 
 
 # torch.compile puts these calls into its graph as they are and runs the rules when it traces that graph,
@@ -88,174 +96,170 @@ def gradient(
 
 @torch.compiler.allow_in_graph
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    return _Forward.apply(Call(*args[:5]), *args[5:])
+    return _Forward.of(Call(*args[:5]), *args[5:])
+
+
+@torch.compiler.allow_in_graph
+def _forward_tangent(*args: Any) -> tuple[Tensor, ...]:
+    return _ForwardTangent.of(Call(*args[:5]), *args[5:])
 
 
 @torch.compiler.allow_in_graph
 def _directional(*args: Any) -> tuple[Tensor, ...]:
-    return _Directional.apply(Call(*args[:5]), *args[5:])
+    return _Directional.of(Call(*args[:5]), *args[5:])
 
 
 @torch.compiler.allow_in_graph
 def _gradient(*args: Any) -> tuple[Tensor, ...]:
-    return _Gradient.apply(Call(*args[:5]), *args[5:])
+    return _Gradient.of((Call(*args[:5]), args[5]), *args[6:])
 
 
-def _flat(tangents: Sequence[Tangent]) -> tuple[Tensor | None, ...]:
-    return tuple(part for t in tangents for part in t)
-
-
-def _unflatten(flat: Sequence[Tensor | None]) -> list[Tangent]:
-    return [Tangent(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
-
-
-def _replace(tangents: list[Tangent], i: int, by: Tangent) -> list[Tangent]:
-    return [*tangents[:i], by, *tangents[i + 1 :]]
-
-
-def _present(grads: Sequence[Tensor | None], parts: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients of the parts that are there: autograd takes none for an argument that is ``None``."""
-    return tuple(None if p is None else g for g, p in zip(grads, parts, strict=True))
-
-
-def _total(terms: Sequence[Sequence[Tensor | None]], like: Sequence[Any]) -> tuple[Tensor, ...]:
-    """The sum of tuples of tensors, where an absent one is zero; zeros like ``like`` if all are."""
-    columns = ([t for t in column if t is not None] for column in zip(*terms, strict=True))
-    return tuple(
-        torch.zeros_like(p) if not c else c[0] if len(c) == 1 else _Sum.apply(*c)
-        for c, p in zip(columns, like, strict=False)
-    )
-
-
-class _Rule(Function):
-    """Base of the functions: after the leading constants, all arguments are tensors or ``None``.
-
-    Absent cotangents and tangents stay ``None``, so that no rule works on a zero.
-    """
+class _Forward(Rule):
+    """out and lse. Tensors: x (6)."""
 
     @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        """Fold the mapped dimension into the batch; what is not mapped is expanded by stride 0, not copied."""
+    def call(cls, form: Form, *there: Any) -> Any:
+        """In forward mode the tangents are at hand, so that F and T are one function, and one kernel.
 
-        def fold(a: Any, dim: int | None) -> Any:
-            if not isinstance(a, Tensor):
-                return a
-            return a.expand(info.batch_size, *a.shape) if dim is None else a.movedim(dim, 0)
-
-        out = cls.apply(*map(fold, args, in_dims))
-        return out, 0 if isinstance(out, Tensor) else (0,) * len(out)
-
-    @staticmethod
-    def keep(ctx: Any, *tensors: Tensor | None) -> None:
-        """Save tensors for both modes."""
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-
-class _Sum(_Rule):
-    """The sum of tensors, for use in jvp rules (see the trap above)."""
+        A rule could only run T after F. What it returns has its tangents attached by ``make_dual``, as
+        :func:`torch.func.jvp` itself does it. Not so where reverse mode is at the same level (a ``dual_level``
+        with leaves that require grad): its graph must be of the dual numbers. Nor under gradcheck's vmap, whose
+        tensors cannot be made dual.
+        """
+        same_level = in_forward_mode() and not any(t.requires_grad for t in there)
+        tangents = [tangent_at_hand(t) for t in there] if same_level else []
+        known = [t for t in tangents if t is not None]
+        if not known or any(map(torch._C._functorch.is_legacy_batchedtensor, known)):
+            return cls.apply(form, *there)
+        primals = [forward_ad.unpack_dual(t).primal for t in there]
+        parts = _ForwardTangent.of(form.static, *form.fill(primals), *form.fill(tangents)[:4])
+        return tuple(forward_ad.make_dual(p, t) for p, t in zip(parts[:2], parts[2:], strict=True))
 
     @staticmethod
-    def forward(*terms: Tensor) -> Tensor:
-        return functools.reduce(torch.add, terms)
+    def forward(form: Form, *there: Any) -> Any:
+        return leaves.forward(*form.static, *form.fill(there))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.count = len(inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return (grad,) * ctx.count
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        present = [t for t in tangents if t is not None]
-        return present[0] if len(present) == 1 else _Sum.apply(*present)
-
-
-class _Forward(_Rule):
-    @staticmethod
-    def forward(call: Call, *x: Any) -> Any:
-        return leaves.forward(*call, *x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.call = inputs[0]
-        _Rule.keep(ctx, *inputs[1:], *output)
+        Rule.keep(ctx, inputs[0], inputs[1:], output)
 
     @staticmethod
     def backward(ctx: Any, *w: Tensor | None) -> Any:
-        x, values = Operands(*ctx.saved_tensors[:6]), Values(*ctx.saved_tensors[6:])
-        grads = gradient(ctx.call, x, values, Rows(*w), bias_grad=ctx.needs_input_grad[4])
-        return None, *grads, None, None
+        (x, values), need = Rule.kept(ctx), Rule.needed(ctx)
+        grads = gradient(ctx.form.static, Operands(*x), Values(*values), Rows(*w), bias_grad=need[3])
+        return None, *ctx.form.pick((*grads, None, None))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
-        x, values = Operands(*ctx.saved_tensors[:6]), Values(*ctx.saved_tensors[6:])
-        return _total([directional(ctx.call, x, values, [Tangent(*tangents[:4])])], values)
+    def jvp(ctx: Any, _: None, *moved: Tensor | None) -> Any:
+        x, values = Rule.kept(ctx)
+        u = Tangent(*ctx.form.fill(moved)[:4])
+        return total([directional(ctx.form.static, Operands(*x), Values(*values), [u])], values)
 
 
-class _Directional(_Rule):
+class _ForwardTangent(Rule):
+    """out and lse, and their tangents along one direction. Tensors: x (6), t (4)."""
+
     @staticmethod
-    def forward(call: Call, *args: Any) -> Any:
-        return leaves.directional(*call, *args[:8], *leaves.flat(_unflatten(args[8:])))
+    def forward(form: Form, *there: Any) -> Any:
+        return leaves.forward_tangent(*form.static, *form.fill(there))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.call = inputs[0]
-        _Rule.keep(ctx, *output, *inputs[1:])
+        Rule.keep(ctx, inputs[0], inputs[1:], output)
+
+    @staticmethod
+    def restore(ctx: Any) -> tuple[Operands, Tangent, Values, Rows]:
+        """x, its tangent, values, their tangent."""
+        inputs, outputs = Rule.kept(ctx)
+        return Operands(*inputs[:6]), Tangent(*inputs[6:]), Values(*outputs[:2]), Rows(*outputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *parts: Tensor | None) -> Any:
+        x, t, values, values_t = _ForwardTangent.restore(ctx)
+        call, w, wt, need = ctx.form.static, Rows(*parts[:2]), Rows(*parts[2:]), Rule.needed(ctx)
+        grads, t_grads = Tangent(), Tangent()
+        if any(need[:4]):
+            # <w, D_0> + <wt, D_1(t)>: that w is the tangent of wt along t.
+            grads = gradient(call, x, values, wt, [t], w_tangent=w, values_tangent=values_t, bias_grad=need[3])
+        if any(need[6:]):
+            t_grads = gradient(call, x, values, wt, bias_grad=need[9])
+        return None, *ctx.form.pick((*grads, None, None, *t_grads))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *args: Tensor | None) -> Any:
+        x, t, values, values_t = _ForwardTangent.restore(ctx)
+        call, moved = ctx.form.static, ctx.form.fill(args)
+        u, t_moved = Tangent(*moved[:4]), Tangent(*moved[6:])
+        along_u = directional(call, x, values, [u])
+        terms = [directional(call, x, values, [t, u]), directional(call, x, values, [t_moved])]
+        return *total([along_u], values), *total(terms, values_t)
+
+
+class _Directional(Rule):
+    """``D_n``. Tensors: x (6), out, lse, n tangents (4 each)."""
+
+    @staticmethod
+    def forward(form: Form, *there: Any) -> Any:
+        args = form.fill(there)
+        return leaves.directional(*form.static, *args[:8], *leaves.flat(unflatten(args[8:])))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        Rule.keep(ctx, inputs[0], inputs[1:], output)
 
     @staticmethod
     def restore(ctx: Any) -> tuple[Rows, Operands, Values, list[Tangent]]:
         """What the function returned, and its arguments."""
-        s = ctx.saved_tensors
-        return Rows(*s[:2]), Operands(*s[2:8]), Values(*s[8:10]), _unflatten(s[10:])
+        s, output = Rule.kept(ctx)
+        return Rows(*output), Operands(*s[:6]), Values(*s[6:8]), unflatten(s[8:])
 
     @staticmethod
     def backward(ctx: Any, *w_parts: Tensor | None) -> Any:
         result, x, values, tangents = _Directional.restore(ctx)
-        w, need = Rows(*w_parts), ctx.needs_input_grad[1:]
+        call, w, need = ctx.form.static, Rows(*w_parts), Rule.needed(ctx)
         grads = Tangent()
         if any(need[:4]):
-            grads = gradient(ctx.call, x, values, w, tangents, values_tangent=result, bias_grad=need[3])
+            grads = gradient(call, x, values, w, tangents, values_tangent=result, bias_grad=need[3])
         t_grads: list[Tensor | None] = []
-        for i, t in enumerate(tangents):
+        for i in range(len(tangents)):
             others, wanted = [*tangents[:i], *tangents[i + 1 :]], need[8 + 4 * i : 12 + 4 * i]
-            g = gradient(ctx.call, x, values, w, others, bias_grad=wanted[3]) if any(wanted) else Tangent()
-            t_grads += _present(g, t)
-        return None, *grads, None, None, None, None, *t_grads
+            t_grads += gradient(call, x, values, w, others, bias_grad=wanted[3]) if any(wanted) else Tangent()
+        return None, *ctx.form.pick((*grads, None, None, None, None, *t_grads))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *args: Tensor | None) -> Any:
         result, x, values, tangents = _Directional.restore(ctx)
-        u, moved = Tangent(*args[:4]), _unflatten(args[8:])
-        terms = [directional(ctx.call, x, values, [*tangents, u])]
-        terms += [directional(ctx.call, x, values, _replace(tangents, i, m)) for i, m in enumerate(moved)]
-        return _total(terms, result)
+        call, moved = ctx.form.static, ctx.form.fill(args)
+        u, t_moved = Tangent(*moved[:4]), unflatten(moved[8:])
+        terms = [directional(call, x, values, [*tangents, u])]
+        terms += [directional(call, x, values, replace(tangents, i, m)) for i, m in enumerate(t_moved)]
+        return total(terms, result)
 
 
-class _Gradient(_Rule):
+class _Gradient(Rule):
+    """``G_n``. Tensors: x (6), out, lse, their tangents, w (2), w' (2), n tangents (4 each)."""
+
     @staticmethod
-    def forward(call: Call, bias_grad: bool, *args: Any) -> Any:
-        grads = leaves.gradient(*call, *args[:6], bias_grad, *args[6:14], *leaves.flat(_unflatten(args[14:])))
+    def forward(form: Form, *there: Any) -> Any:
+        (call, bias_grad), args = form.static, form.fill(there)
+        grads = leaves.gradient(*call, *args[:6], bias_grad, *args[6:14], *leaves.flat(unflatten(args[14:])))
         return grads if bias_grad else grads[:3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.call, ctx.bias_grad = inputs[:2]
-        _Rule.keep(ctx, *inputs[2:])
+        Rule.keep(ctx, inputs[0], inputs[1:])
 
     @staticmethod
     def restore(ctx: Any) -> tuple[Operands, Values, Rows, Rows, Rows, list[Tangent]]:
         """x, values, their tangent, w, its tangent, tangents."""
-        s = ctx.saved_tensors
-        return Operands(*s[:6]), Values(*s[6:8]), Rows(*s[8:10]), Rows(*s[10:12]), Rows(*s[12:14]), _unflatten(s[14:])
+        s, _ = Rule.kept(ctx)
+        return Operands(*s[:6]), Values(*s[6:8]), Rows(*s[8:10]), Rows(*s[10:12]), Rows(*s[12:14]), unflatten(s[14:])
 
     @staticmethod
     def backward(ctx: Any, *a_parts: Tensor | None) -> Any:
-        call, a, need = ctx.call, Tangent(*a_parts), ctx.needs_input_grad[2:]
-        x, values, _, w, wt, tangents = _Gradient.restore(ctx)
+        call, a, need = ctx.form.static[0], Tangent(*a_parts), Rule.needed(ctx)
+        state = _Gradient.restore(ctx)
+        x, values, _, w, wt, tangents = state
         # D_1(a) is the cotangent of w in B and of w' in S, and what S(a) needs: computed once.
         along_a = directional(call, x, values, [a]) if len(tangents) < 2 else ZERO
         grads, w_grad, wt_grad = Tangent(), ZERO, ZERO
@@ -268,22 +272,20 @@ class _Gradient(_Rule):
         if any(need[12:14]):
             wt_grad = directional(call, x, values, [*tangents[1:], a]) if tangents[1:] else along_a
         t_grads: list[Tensor | None] = []
-        for i, t in enumerate(tangents):
+        for i in range(len(tangents)):
             wanted = need[14 + 4 * i : 18 + 4 * i]
-            g = Tangent()
-            if any(wanted):
-                g = _Gradient.along(ctx, _replace(tangents, i, a), i, wanted[3], along_a)
-            t_grads += _present(g, t)
-        return None, None, *grads, *(None,) * 6, *_present(w_grad, w), *_present(wt_grad, wt), *t_grads
+            t_grads += _Gradient.along(call, state, i, a, wanted[3], along_a) if any(wanted) else Tangent()
+        return None, *ctx.form.pick((*grads, *(None,) * 6, *w_grad, *wt_grad, *t_grads))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, __: None, *args: Tensor | None) -> Any:
-        call, bias_grad = ctx.call, ctx.bias_grad
-        x, values, values_t, w, wt, tangents = _Gradient.restore(ctx)
-        u, moved_w, moved_wt, moved = Tangent(*args[:4]), Rows(*args[10:12]), Rows(*args[12:14]), _unflatten(args[14:])
+    def jvp(ctx: Any, _: None, *args: Tensor | None) -> Any:
+        (call, bias_grad), moved = ctx.form.static, ctx.form.fill(args)
+        state = _Gradient.restore(ctx)
+        x, values, values_t, w, wt, tangents = state
+        u, w_moved, wt_moved = Tangent(*moved[:4]), Rows(*moved[10:12]), Rows(*moved[12:14])
         if not tangents:
-            along_u = Rows(*args[6:8])  # the tangents of out and lse, which forward mode carried here
-            terms = [gradient(call, x, values, w, [u], w_tangent=moved_w, values_tangent=along_u, bias_grad=bias_grad)]
+            along_u = Rows(*moved[6:8])  # the tangents of out and lse, which forward mode carried here
+            terms = [gradient(call, x, values, w, [u], w_tangent=w_moved, values_tangent=along_u, bias_grad=bias_grad)]
         else:
             terms = [
                 gradient(call, x, values, w, [*tangents, u], w_tangent=wt, bias_grad=bias_grad),
@@ -291,21 +293,29 @@ class _Gradient(_Rule):
                     call,
                     x,
                     values,
-                    moved_w,
+                    w_moved,
                     tangents,
-                    w_tangent=moved_wt,
+                    w_tangent=wt_moved,
                     values_tangent=values_t,
                     bias_grad=bias_grad,
                 ),
-                *(_Gradient.along(ctx, _replace(tangents, i, m), i, bias_grad) for i, m in enumerate(moved)),
+                *(_Gradient.along(call, state, i, m, bias_grad) for i, m in enumerate(unflatten(moved[14:]))),
             ]
-        return _total(terms, x if bias_grad else x[:3])
+        return total(terms, x if bias_grad else x[:3])
 
     @staticmethod
-    def along(ctx: Any, tangents: list[Tangent], i: int, bias_grad: bool, values_tangent: Rows = ZERO) -> Tangent:
-        """The part linear in tangent ``i``, at these tangents: ``w'`` goes with the first, so not if that moves."""
-        x, values, _, w, wt, _ = _Gradient.restore(ctx)
-        wt = wt if i else ZERO
+    def along(
+        call: Call, state: tuple[Any, ...], i: int, by: Tangent, bias_grad: bool, values_tangent: Rows = ZERO
+    ) -> Tangent:
+        """The part linear in tangent ``i``, with ``by`` in its place; ``w'`` goes with the first alone."""
+        x, values, _, w, wt, tangents = state
         return gradient(
-            ctx.call, x, values, w, tangents, w_tangent=wt, values_tangent=values_tangent, bias_grad=bias_grad
+            call,
+            x,
+            values,
+            w,
+            replace(tangents, i, by),
+            w_tangent=wt if i else ZERO,
+            values_tangent=values_tangent,
+            bias_grad=bias_grad,
         )

@@ -109,9 +109,9 @@ def sdpa(
         torch.Size([2, 4, 16, 8])
     """
     p = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, backend)
-    values = rules.forward(p.call, p.x)
-    out = values.out.reshape(p.out_shape)
-    return (out, values.lse.reshape(p.out_shape[:-1])) if return_lse else out
+    out, lse = rules.forward(p.call, p.x)
+    out = out.reshape(p.out_shape)
+    return (out, lse.reshape(p.out_shape[:-1])) if return_lse else out
 
 
 class Gradients(NamedTuple):
@@ -178,8 +178,7 @@ def sdpa_jvp(primals: Primals, tangents: Sequence[Tensor | None], **options: Any
         torch.Size([2, 4, 16, 8])
     """
     p, tangent = _prepare_tangents(primals, tangents, options)
-    values = rules.forward(p.call, p.x)
-    rows = rules.directional(p.call, p.x, values, [tangent])
+    values, rows = rules.forward_tangent(p.call, p.x, tangent)
     return Jvp(*_rows(p, values), *_rows(p, rows))
 
 
@@ -239,8 +238,7 @@ def sdpa_hvp(primals: Primals, tangents: Sequence[Tensor | None], cotangent: Cot
     """
     p, tangent = _prepare_tangents(primals, tangents, options)
     w = _prepare_cotangent(p, cotangent)
-    values = rules.forward(p.call, p.x)
-    rows = rules.directional(p.call, p.x, values, [tangent])
+    values, rows = rules.forward_tangent(p.call, p.x, tangent)
     product = rules.gradient(p.call, p.x, values, w, [tangent], values_tangent=rows, bias_grad=p.x.bias is not None)
     return Hvp(*_rows(p, values), *_rows(p, rows), _gradients(primals, product))
 
@@ -279,8 +277,10 @@ def _prepare_tangents(
 
 
 def _prepare_cotangent(p: Prepared, cotangent: Cotangent) -> Rows:
-    out, lse = cotangent if isinstance(cotangent, tuple) else (cotangent, None)
+    out, lse = cotangent if isinstance(cotangent, tuple) and len(cotangent) == 2 else (cotangent, None)
     for name, w, shape in (("out", out, p.out_shape), ("lse", lse, p.out_shape[:-1])):
+        if w is not None and not isinstance(w, Tensor):
+            raise TypeError(f"a cotangent must be a tensor or a pair (of out, of lse); got {type(w).__name__}")
         if w is not None and tuple(w.shape) != shape:
             raise ValueError(f"the cotangent of {name} must have its shape, {list(shape)}; got {list(w.shape)}")
     if out is None and lse is None:

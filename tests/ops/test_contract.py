@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import metaattn
-from tests.helpers import TOLERANCE, assert_close, error
+from tests.helpers import TOLERANCE, as_vector, assert_close, error
 from tests.ops.cases import CASES
 from tests.ops.nestings import _dot
 
@@ -59,11 +60,6 @@ def test_low_precision(name, dtype, backend):
     rounded = [x.to(dtype) for x in case.inputs()]
     t = [x.to(dtype) for x in case.like(10)]
 
-    def flat(tensors):
-        # As one vector: a gradient that is zero by cancellation (of a bias that shifts whole rows) has no
-        # relative error of its own.
-        return torch.cat([torch.where(torch.isinf(t), 0.0, t).double().flatten() for t in tree_leaves(tensors)])
-
     def derivatives(attention, x, t):
         def f(*x):
             out, lse = attention(*x)
@@ -78,7 +74,7 @@ def test_low_precision(name, dtype, backend):
     assert got[0][0].dtype == dtype
     assert got[0][1].dtype == torch.float32
     for g, w in zip(got, want, strict=True):
-        assert_close(flat(g), flat(w), dtype, factor=2)
+        assert_close(as_vector(g), as_vector(w), dtype, factor=2)
 
 
 def test_lse_dtype():
@@ -93,6 +89,24 @@ def test_large_scores(backend):
     loss = lambda *x: metaattn.sdpa(*x, return_lse=True, backend=backend)[1].sum()
     g, h = torch.func.jvp(torch.func.grad(loss, (0, 1, 2)), (q, k, v), (k, v, q))
     assert all(t.isfinite().all() for t in (*g, *h))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("low", ["finfo.min", -1e9, 1e6])
+def test_huge_finite_masks(low, dtype, backend):
+    """Rows that a finite mask hides whole have weights that sum to one, in the value and in its derivatives."""
+    q, k, v, t = (r(1, 2, 5, 4, dtype=dtype) for _ in range(4))
+    mask = torch.zeros(5, 5, dtype=dtype)
+    mask[1:3] = torch.finfo(dtype).min if low == "finfo.min" else low
+    f = lambda *x: metaattn.sdpa(*x, mask, backend=backend)
+    ones = torch.ones_like(v)
+    assert_close(f(q, k, ones), ones, dtype)
+    assert_close(torch.func.jvp(lambda v: f(q, k, v), (v,), (ones,))[1], ones, dtype)
+    assert_close(torch.func.vjp(f, q, k, v)[1](ones)[2].sum(-2), torch.full((1, 2, 4), 5.0), dtype)
+    # Along the query, with the values all one, nothing changes, nor does any gradient's sum.
+    h = torch.func.jvp(lambda q: torch.func.vjp(f, q, k, ones)[1](ones), (q,), (t,))[1]
+    assert_close(h[0], torch.zeros_like(q), dtype, factor=100)
+    assert_close(h[2].sum(-2), torch.zeros(1, 2, 4), dtype, factor=100)
 
 
 def test_rows_without_keys_have_zero_derivatives(backend):
@@ -125,6 +139,37 @@ def test_autocast(backend):
         assert metaattn.sdpa(*(t.double() for t in x), backend=backend).dtype == torch.float64
     rounded = [t.bfloat16() for t in x]
     assert torch.equal(got, metaattn.sdpa(*rounded, backend=backend))  # inside, accumulators stay wide
+
+
+def test_autocast_of_mixed_dtypes():
+    q, k = r(1, 2, 5, 4), r(1, 2, 5, 4).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(metaattn.sdpa(q, k, k), metaattn.sdpa(q.bfloat16(), k, k))
+
+
+def test_meta_tensors():
+    x = torch.empty(1, 2, 5, 4, device="meta")
+    assert metaattn.sdpa(x, x, x).shape == x.shape
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant, backend):
+    x = r(1, 2, 5, 4, requires_grad=True)
+    f = lambda x: metaattn.sdpa(x.sin(), x, x, backend=backend).cos()
+    (want,) = torch.autograd.grad(f(x).sum(), x)
+    checkpoint(f, x, use_reentrant=reentrant).sum().backward()
+    assert torch.equal(x.grad, want)
+
+
+def test_checkpointed_double_backward(backend):
+    x = r(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    f = lambda x: metaattn.sdpa(x.sin(), x, x, backend=backend).cos().square().sum()
+
+    def double(f):
+        (g,) = torch.autograd.grad(f(x), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), x)[0]
+
+    assert_close(double(lambda x: checkpoint(f, x, use_reentrant=False)), double(f))
 
 
 def test_no_graph_is_built_without_need():

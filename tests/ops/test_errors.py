@@ -60,6 +60,14 @@ ERRORS = {
     "dropout_negative": ({"dropout_p": -0.1}, ValueError, "dropout_p must be at least 0 and below 1; got -0.1"),
     "dropout_nan": ({"dropout_p": math.nan}, ValueError, "dropout_p must be at least 0"),
     "scale_tensor": ({"scale": torch.ones(())}, TypeError, "scale must be a finite number.*multiply the query"),
+    "scale_text": ({"scale": "0.3"}, TypeError, "scale must be a finite number, got '0.3'"),
+    "sparse": ({"key": X.to_sparse()}, TypeError, "key must be a dense tensor; got torch.sparse_coo"),
+    "nested": (
+        {"query": torch.nested.nested_tensor([X[0], X[1]], layout=torch.jagged)},
+        TypeError,
+        "query must be a dense tensor; got",
+    ),
+    "vendor": ({"backend": "vendor"}, NotImplementedError, "needs a CUDA device; the tensors are on cpu.*blockwise"),
     "scale_nan": ({"scale": math.nan}, TypeError, "scale must be a finite number"),
     "window_shape": ({"window": 3}, TypeError, r"window must be a pair \(left, right\).*got 3"),
     "window_negative": ({"window": (-1, 0)}, ValueError, r"integer of at least 0, or None.*got \(-1, 0\)"),
@@ -73,6 +81,7 @@ ERRORS = {
 def test_error(name, monkeypatch):
     arguments, error, message = ERRORS[name]
     monkeypatch.setattr(_leaves, "forward", None)  # no work may have begun
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments = {"query": X, "key": X, "value": X, **arguments}
     state = torch.get_rng_state()
     with pytest.raises(error, match=message):

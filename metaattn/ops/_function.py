@@ -1,0 +1,137 @@
+"""What the rules are made of: the base of the functions, sums in forward mode, lists of tangents."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from ..backends._protocol import Tangent
+
+
+def flat(tangents: Sequence[Tangent]) -> tuple[Tensor | None, ...]:
+    return tuple(part for t in tangents for part in t)
+
+
+def unflatten(flat: Sequence[Tensor | None]) -> list[Tangent]:
+    return [Tangent(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
+
+
+def replace(tangents: list[Tangent], i: int, by: Tangent) -> list[Tangent]:
+    return [*tangents[:i], by, *tangents[i + 1 :]]
+
+
+def total(terms: Sequence[Sequence[Tensor | None]], like: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The sum of tuples of tensors, where an absent one is zero; zeros like ``like`` if all are."""
+    columns = ([t for t in column if t is not None] for column in zip(*terms, strict=True))
+    return tuple(
+        torch.zeros_like(p) if not c else c[0] if len(c) == 1 else Sum.apply(*c)
+        for c, p in zip(columns, like, strict=False)
+    )
+
+
+@dataclass(frozen=True)
+class Form:
+    """The constants of a function, and which of its tensors are there: only these are its arguments."""
+
+    static: Any
+    there: tuple[bool, ...]
+
+    def fill(self, tensors: Sequence[Any], absent: Any = None) -> list[Any]:
+        """One entry for each of the function's tensors, ``absent`` for those that are not there."""
+        rest = iter(tensors)
+        return [next(rest) if there else absent for there in self.there]
+
+    def pick(self, entries: Sequence[Any]) -> tuple[Any, ...]:
+        """The entries of those that are there."""
+        return tuple(e for e, there in zip(entries, self.there, strict=True) if there)
+
+
+class Rule(Function):
+    """Base of the functions. Their first argument is a :class:`Form`, the others are tensors.
+
+    Absent cotangents and tangents stay ``None``, so that no rule works on a zero.
+    """
+
+    @classmethod
+    def of(cls, static: Any, *tensors: Tensor | None) -> Any:
+        """The function of its constants and all of its tensors, ``None`` for those that are not there."""
+        form = Form(static, tuple(t is not None for t in tensors))
+        return cls.call(form, *(t for t in tensors if t is not None))
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        """Fold the mapped dimension into the batch; what is not mapped is expanded by stride 0, not copied."""
+
+        def fold(a: Any, dim: int | None) -> Any:
+            if not isinstance(a, Tensor):
+                return a
+            return a.expand(info.batch_size, *a.shape) if dim is None else a.movedim(dim, 0)
+
+        out = cls.call(*map(fold, args, in_dims))
+        return out, 0 if isinstance(out, Tensor) else (0,) * len(out)
+
+    @classmethod
+    def call(cls, *args: Any) -> Any:
+        """How the function is called at the current level."""
+        return cls.apply(*args)
+
+    @staticmethod
+    def keep(ctx: Any, form: Form, inputs: Sequence[Tensor], outputs: Sequence[Tensor] = ()) -> None:
+        """Save tensors for both modes."""
+        ctx.form = form
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *outputs)
+        ctx.save_for_forward(*inputs, *outputs)
+
+    @staticmethod
+    def kept(ctx: Any) -> tuple[list[Any], Sequence[Tensor]]:
+        """All of the inputs, and the outputs. Once in a rule: activation checkpointing recomputes at each access."""
+        saved = ctx.saved_tensors
+        n = sum(ctx.form.there)
+        return ctx.form.fill(saved[:n]), saved[n:]
+
+    @staticmethod
+    def needed(ctx: Any) -> list[bool]:
+        """For each of the inputs, whether its gradient is asked for."""
+        return ctx.form.fill(ctx.needs_input_grad[1:], False)
+
+
+class Sum(Rule):
+    """The sum of tensors, for use in jvp rules (see the trap in :mod:`metaattn.ops._rules`)."""
+
+    @staticmethod
+    def forward(*terms: Tensor) -> Tensor:
+        return functools.reduce(torch.add, terms)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.count = len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return (grad,) * ctx.count
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        there = [t for t in tangents if t is not None]
+        return there[0] if len(there) == 1 else Sum.apply(*there)
+
+
+def tangent_at_hand(t: Any) -> Tensor | None:
+    """The tangent that a tensor has at the current level of forward mode."""
+    tangent = forward_ad.unpack_dual(t).tangent if isinstance(t, Tensor) else None
+    return None if tangent is None or tangent._is_zerotensor() else tangent
+
+
+def in_forward_mode() -> bool:
+    """Whether the innermost level is one of forward mode, so that tensors show their tangents here."""
+    if forward_ad._current_level < 0:
+        return False
+    level = torch._C._functorch.peek_interpreter_stack()
+    return level is None or level.key() == torch._C._functorch.TransformType.Jvp
