@@ -1,18 +1,24 @@
 """What a run is: the schema behind ``conf/`` and the command line.
 
-Every key and every value is checked against these classes, so that a misspelt one is an error.
+Every key and every value is checked against these classes, and every number against ``LIMITS``, so that a
+misspelt one is an error.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from .errors import UserError
 
 
 class Backend(Enum):
@@ -22,6 +28,7 @@ class Backend(Enum):
     reference = "reference"
     blockwise = "blockwise"
     triton = "triton"
+    vendor = "vendor"
 
 
 class Mode(Enum):
@@ -163,7 +170,7 @@ class TrainConfig:
 
 @dataclass
 class TestConfig:
-    """The evaluation on held-out tasks; ``steps`` inner steps are plotted, at least as many as trained."""
+    """The evaluation on held-out tasks; ``steps`` inner steps are plotted, by default ten or all that are trained."""
 
     tasks: int = 600
     chunk_size: int = 25
@@ -189,12 +196,77 @@ class Config:
     checkpoint: str | None = None
 
 
-def run_dir(resume: str | None, task: TaskName) -> str:
+Limit = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what is
+ONE: Limit = (lambda x: x >= 1, "at least 1")
+TWO: Limit = (lambda x: x >= 2, "at least 2")
+ZERO: Limit = (lambda x: x >= 0, "at least 0")
+SEED: Limit = (lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
+POSITIVE: Limit = (lambda x: 0 < x < math.inf, "positive and finite")
+PROBABILITY: Limit = (lambda x: 0 <= x < 1, "at least 0 and below 1")
+
+
+def _or_null(limit: Limit) -> Limit:
+    allowed, text = limit
+    return lambda x: x is None or allowed(x), f"{text}, or null"
+
+
+# Of every number of the schema. What must fit another value (heads divide dim) is for its owner to check.
+LIMITS: dict[str, Limit] = {
+    "task.way": TWO,
+    "task.shot": ONE,
+    "task.queries": ONE,
+    "model.dim": ONE,
+    "model.depth": ONE,
+    "model.heads": ONE,
+    "model.kv_heads": _or_null(ONE),
+    "model.mlp_ratio": POSITIVE,
+    "model.dropout": PROBABILITY,
+    "model.attention_dropout": PROBABILITY,
+    "model.patch_size": ONE,
+    "model.feature_tokens": ONE,
+    "algorithm.steps": ONE,
+    "algorithm.learning_rate": POSITIVE,
+    "train.steps": ONE,
+    "train.tasks": ONE,
+    "train.chunk_size": _or_null(ONE),
+    "train.learning_rate": POSITIVE,
+    "train.warmup": ZERO,
+    "train.clip": _or_null(POSITIVE),
+    "train.log_every": ONE,
+    "train.validate_every": ONE,
+    "train.validation_tasks": ONE,
+    "train.checkpoint_every": ONE,
+    "test.tasks": TWO,  # one has no interval
+    "test.chunk_size": ONE,
+    "test.steps": _or_null(ONE),
+    "seed": SEED,
+    "threads": _or_null(ONE),
+}
+
+
+def checked(raw: DictConfig) -> Config:
+    """The config of a run as an object, every key and every number checked.
+
+    Raises:
+        OmegaConfBaseException: A key that the schema lacks (``+key=value`` adds any) or a value of another type.
+        UserError: A number that is not allowed, by its key.
+    """
+    # As a plain dict: a merge with a config that has been added to takes over the additions.
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(raw)))
+    assert isinstance(config, Config)
+    for key, (allowed, text) in LIMITS.items():
+        if not allowed(value := attrgetter(key)(config)):
+            raise UserError(f"{key} must be {text}; got {'null' if value is None else value}")
+    return config
+
+
+def run_dir(resume: str | None, checkpoint: str | None, task: TaskName) -> str:
     """Where a run writes: the directory of the run that it resumes, else a new one by date and time."""
     if resume:
         path = Path(resume)
         return str(path if path.is_dir() else path.parent)
-    return f"outputs/{task.value}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    # The task of a checkpoint is not known before it is read.
+    return f"outputs/{'evaluate' if checkpoint else task.value}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
 
 
 def register() -> None:

@@ -3,13 +3,14 @@
 from . import meta
 from .backends import use_backend
 from .nn import MultiheadAttention, Transformer, TransformerConfig
-from .ops import sdpa, sdpa_hvp, sdpa_jvp, sdpa_vjp
+from .ops import explain, sdpa, sdpa_hvp, sdpa_jvp, sdpa_vjp
 
 __version__ = "0.1.0"
 __all__ = [
     "MultiheadAttention",
     "Transformer",
     "TransformerConfig",
+    "explain",
     "meta",
     "sdpa",
     "sdpa_hvp",

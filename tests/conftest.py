@@ -1,15 +1,22 @@
 """Fixtures shared by all tests: seeds, backends, and tiles small enough that small shapes need many of them."""
 
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # the kernels in Triton's interpreter, before Triton is imported
+
 import matplotlib as mpl
 import pytest
-import torch
 
 from metaattn.backends import _tiles
 
 mpl.use("Agg")
 torch.set_num_threads(1)  # pytest-xdist runs a process for each core
 
-BACKENDS = ["reference", "blockwise"]
+BACKENDS = ["reference", "blockwise"]  # those that serve float64
+FUSED = ["triton"]  # float32 at the widest
 
 
 @pytest.fixture(autouse=True)

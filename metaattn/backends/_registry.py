@@ -1,15 +1,17 @@
-"""Which backend serves a call: by name, by context or, for ``auto``, by measurement."""
+"""Which backend serves a call: by name or by context."""
 
 from __future__ import annotations
 
+import os
 import types
 from contextvars import ContextVar, Token
 
-from . import blockwise, reference
+from . import _auto, blockwise, reference
 from ._protocol import Backend, Operands, Problem
 
-BACKENDS: dict[str, Backend] = {"reference": reference, "blockwise": blockwise}
-NAMES = ("auto", *BACKENDS, "triton")
+BACKENDS: dict[str, Backend] = {"auto": _auto, "reference": reference, "blockwise": blockwise}
+LAZY = ("triton", "vendor")  # imported when first asked for: they need the package triton
+NAMES = (*BACKENDS, *LAZY)
 
 _current: ContextVar[str] = ContextVar("metaattn_backend", default="auto")
 # How many `use_backend` blocks are open, in any thread. torch.compile guards on it: it cannot trace the
@@ -31,7 +33,7 @@ class use_backend:  # noqa: N801 - a context manager, named like those of torch
     call that they differentiate, wherever they are taken.
 
     Args:
-        name: ``"auto"``, ``"reference"``, ``"blockwise"`` or ``"triton"``.
+        name: ``"auto"``, ``"reference"``, ``"blockwise"``, ``"triton"`` or ``"vendor"``.
 
     Raises:
         ValueError: No backend has this name.
@@ -68,24 +70,31 @@ def current_backend() -> str:
     return _current.get() if _open else "auto"
 
 
+def _backend(name: str) -> Backend | str:
+    """The backend of a name, or why it cannot be had."""
+    return BACKENDS[name] if name in BACKENDS else _auto.load(name)
+
+
 def refuses(name: str, problem: Problem, x: Operands) -> str | None:
     """Why the named backend cannot serve the call, and what to do; ``None`` if it can."""
-    if name == "auto":
-        return None
-    if name == "triton":
-        return _triton_refuses(x)
-    return BACKENDS[name].refuses(problem, x)
+    if name in LAZY and not x.query.is_cuda and not (name == "triton" and _interpreted()):
+        # Said before the import: without a GPU there may be no Triton either.
+        return (
+            f"backend={name!r} needs a CUDA device; the tensors are on {x.query.device}. Move them to a GPU, or ask "
+            "for backend='blockwise' or 'auto'"
+        )
+    backend = _backend(name)
+    return backend if isinstance(backend, str) else backend.refuses(problem, x)
 
 
-def _triton_refuses(x: Operands) -> str | None:
-    return (
-        f"backend='triton' needs a CUDA device; the tensors are on {x.query.device}. Move them to a GPU, or ask for "
-        "backend='blockwise' or 'auto'"
-    )
+def _interpreted() -> bool:
+    """Whether Triton runs in its interpreter, for tests without a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def select(name: str, problem: Problem, x: Operands) -> Backend:
     """The backend that serves the call; one asked for by name is the one given."""
-    if name != "auto":
-        return BACKENDS[name]
-    return blockwise
+    backend = _backend(name)
+    if isinstance(backend, str):
+        raise NotImplementedError(backend)
+    return backend

@@ -1,0 +1,132 @@
+"""``auto``: for each primitive the fastest backend that serves the call.
+
+On a CPU, and for whatever the kernels do not serve, blockwise. On a GPU our kernels, but PyTorch's own F and
+B where ``auto.json``, measured by ``scripts/bench_attention.py``, has them faster.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from . import blockwise
+from ._protocol import Gradients, Operands, Problem, Rows, Tangent, Values
+
+name = "auto"
+PATH = Path(__file__).with_name("auto.json")
+PRIMITIVES = ("forward", "backward", "tangent", "forward_tangent", "second")
+
+
+class Choice(NamedTuple):
+    """A backend and why it was chosen."""
+
+    backend: ModuleType
+    why: str
+
+
+def load(backend: str) -> ModuleType | str:
+    """A backend that needs Triton, or why it cannot be imported."""
+    try:
+        return importlib.import_module(f".{backend}", __package__)
+    except ImportError as error:
+        return f"backend={backend!r} needs the package triton, which cannot be imported here: {error}"
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, dict[str, list[int | None]]]]:
+    """By capability, primitive and head size: tokens from which the vendor is faster, full and causal."""
+    table: dict[str, dict[str, dict[str, list[int | None]]]] = json.loads(PATH.read_text())
+    return table
+
+
+def choose(primitive: str, problem: Problem, x: Operands) -> Choice:
+    """The backend for a primitive, see above."""
+    if not x.query.is_cuda:
+        return Choice(blockwise, f"tensors on {x.query.device.type}: tiles in plain PyTorch")
+    triton = load("triton")
+    if isinstance(triton, str):
+        return Choice(blockwise, triton)
+    if (reason := triton.refuses(problem, x)) is not None:
+        return Choice(blockwise, reason.split(". ")[0])
+    if primitive not in ("forward", "backward"):
+        return Choice(triton, "fused kernel; no other has this derivative")
+    vendor = load("vendor")
+    assert not isinstance(vendor, str)
+    if (reason := vendor.refuses(problem, x)) is not None:
+        return Choice(triton, reason.split(";")[0])
+    if primitive == "backward" and torch.are_deterministic_algorithms_enabled():
+        return Choice(triton, "deterministic algorithms are asked for, and ours is one")
+    tokens = _from_tokens(primitive, problem, x)
+    if tokens is None:
+        return Choice(triton, "measured faster than PyTorch's own")
+    if x.query.shape[-2] >= tokens:
+        return Choice(vendor, f"PyTorch's own is measured faster from {tokens} tokens")
+    return Choice(triton, f"measured faster than PyTorch's own below {tokens} tokens")
+
+
+def _from_tokens(primitive: str, problem: Problem, x: Operands) -> int | None:
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(x.query.device))
+    column = _table().get(capability, {}).get(primitive, {})
+    sizes = [int(size) for size in column if int(size) >= x.query.shape[-1]]
+    return column[str(min(sizes))][problem.right == 0] if sizes else None
+
+
+def refuses(problem: Problem, x: Operands) -> str | None:
+    """Serves everything."""
+    return None
+
+
+def forward(problem: Problem, x: Operands) -> Values:
+    """F."""
+    values: Values = choose("forward", problem, x).backend.forward(problem, x)
+    return values
+
+
+def backward(problem: Problem, x: Operands, values: Values, cotangent: Rows, *, bias_grad: bool) -> Gradients:
+    """B."""
+    backend = choose("backward", problem, x).backend
+    grads: Gradients = backend.backward(problem, x, values, cotangent, bias_grad=bias_grad)
+    return grads
+
+
+def tangent(problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
+    """T."""
+    values_t: Values = choose("tangent", problem, x).backend.tangent(problem, x, values, tangent)
+    return values_t
+
+
+def forward_tangent(problem: Problem, x: Operands, direction: Tangent) -> tuple[Values, Values]:
+    """F and T at once."""
+    both: tuple[Values, Values] = choose("forward_tangent", problem, x).backend.forward_tangent(problem, x, direction)
+    return both
+
+
+def second(
+    problem: Problem,
+    x: Operands,
+    values: Values,
+    values_tangent: Values,
+    cotangent: Rows,
+    tangent: Tangent,
+    *,
+    cotangent_tangent: Rows,
+    bias_grad: bool,
+) -> Gradients:
+    """S."""
+    grads: Gradients = choose("second", problem, x).backend.second(
+        problem,
+        x,
+        values,
+        values_tangent,
+        cotangent,
+        tangent,
+        cotangent_tangent=cotangent_tangent,
+        bias_grad=bias_grad,
+    )
+    return grads

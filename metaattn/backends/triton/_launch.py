@@ -1,0 +1,93 @@
+"""Launching kernels: on the tensors' device, with the measured block sizes, or smaller ones where these do not fit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton.runtime.errors import OutOfResources
+
+from .._protocol import Operands, Problem
+from ._tiles import Tile, fit, tile
+from ._views import Batch
+
+# What did not fit, by all that a kernel's size depends on: found when it first happens, not tried again.
+_smaller: dict[tuple[Any, ...], Tile] = {}
+
+
+def constants(problem: Problem, x: Operands) -> dict[str, Any]:
+    """The compile-time arguments that all kernels share."""
+    d, dv = x.query.shape[-1], x.value.shape[-1]
+    rounded = x.query.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return {
+        "D": d,
+        "DV": dv,
+        "FOLD": x.bias is not None or problem.scale <= 0.0,
+        # Three products of tf32 parts are as exact as a float32 product, and run on the tensor cores.
+        "PRECISION": "tf32" if rounded else "tf32x3",
+    }
+
+
+def tile_for(primitive: str, batch: Batch) -> Tile:
+    """The block sizes of a primitive for these operands."""
+    x = batch.x
+    head_size = max(x.query.shape[-1], x.value.shape[-1])
+    return tile(primitive, x.query, head_size, batch.rows, batch.keys)
+
+
+def run(
+    kernel: Any,
+    primitive: str,
+    t: Tile,
+    batch: Batch,
+    programs: Callable[[Tile], int],
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    *,
+    whole_rows: bool = False,
+    even: bool = True,
+) -> None:
+    """Launch a kernel; if its blocks do not fit this device, with fewer stages or smaller blocks.
+
+    Args:
+        kernel: The kernel.
+        primitive: Its name in the table.
+        t: The block sizes to try first.
+        batch: The operands.
+        programs: How many programs there are with given block sizes.
+        arguments: The kernel's arguments.
+        options: Its compile-time ones.
+        whole_rows: The keys of a block must stay as many.
+        even: The kernel has compile-time arguments for whether blocks divide the lengths.
+    """
+    x = batch.x
+    extent = (t, x.query.dtype, x.query.device.index, x.mask is None, x.bias is None, x.seeds is None)
+    key = (id(kernel), *extent, *sorted(options.items()))
+    t = _smaller.get(key, t)
+    context = torch.cuda.device(x.query.device) if x.query.is_cuda else contextlib.nullcontext()
+    while count := programs(t):
+        sizes: dict[str, Any] = {"BM": t.rows, "BN": t.keys, "num_warps": t.warps, "num_stages": t.stages}
+        if even:
+            sizes |= {"EVEN_M": batch.rows % t.rows == 0, "EVEN_N": batch.keys % t.keys == 0}
+        try:
+            with context:
+                kernel[(count,)](*arguments, **options, **sizes)
+            return
+        except OutOfResources:
+            smaller = _shrink(t, whole_rows)
+            if smaller is None:
+                raise
+            _smaller[key] = t = fit(primitive, smaller)
+
+
+def _shrink(t: Tile, whole_rows: bool) -> Tile | None:
+    """The next smaller block sizes, or ``None``."""
+    if t.stages > 1:
+        return t._replace(stages=t.stages - 1)
+    if t.keys > 16 and t.keys >= t.rows and not whole_rows:
+        return t._replace(keys=t.keys // 2)
+    if t.rows > 16:
+        return t._replace(rows=t.rows // 2)
+    return t._replace(keys=t.keys // 2) if t.keys > 16 and not whole_rows else None

@@ -1,0 +1,201 @@
+"""The four primitives, and F and T at once: operands to the kernels' form, launches, results back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .._protocol import Gradients, Operands, Problem, Rows, Tangent, Values
+from . import _bias, _values
+from . import _gradients as gradients
+from ._launch import constants, run, tile_for
+from ._tiles import Tile, fit
+from ._views import Batch, Share, align, align_rows, align_tangent
+
+INTERPRETED = triton.knobs.runtime.interpret
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_HEAD = 256
+
+
+def refuses(problem: Problem, x: Operands) -> str | None:
+    """Serves CUDA tensors of 16 and 32 bits with head sizes up to 256."""
+    device = x.query.device
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+        return (
+            f"backend='triton' needs a CUDA device; the tensors are on {device}. Move them to a GPU, or ask for "
+            "backend='blockwise' or 'auto'"
+        )
+    if x.query.dtype not in DTYPES:
+        return (
+            f"backend='triton' serves float16, bfloat16 and float32; got {x.query.dtype}. Convert the tensors, or ask "
+            "for backend='blockwise' or 'auto'"
+        )
+    if max(x.query.shape[-1], x.value.shape[-1]) > LARGEST_HEAD:
+        return (
+            f"backend='triton' serves head sizes up to {LARGEST_HEAD}; got {x.query.shape[-1]} for query and key and "
+            f"{x.value.shape[-1]} for value. Ask for backend='blockwise' or 'auto'"
+        )
+    return None
+
+
+def forward(problem: Problem, x: Operands) -> Values:
+    """F."""
+    batch = Batch(align(x))
+    values = _new_rows(batch)
+    _launch_values("forward", problem, batch, values, Tangent(), None)
+    return _sliced(values, x)
+
+
+def tangent(problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
+    """T."""
+    tangent, rows = align_tangent(tangent), align_rows(values)
+    batch = Batch(align(x), tangent[:3], (tangent.bias,), (rows.out,))
+    values_t = _new_rows(batch)
+    _launch_values("tangent", problem, batch, rows, tangent, values_t)
+    return _sliced(values_t, x)
+
+
+def forward_tangent(problem: Problem, x: Operands, direction: Tangent) -> tuple[Values, Values]:
+    """F and T in one kernel."""
+    direction = align_tangent(direction)
+    batch = Batch(align(x), direction[:3], (direction.bias,))
+    values, values_t = _new_rows(batch), _new_rows(batch)
+    _launch_values("forward_tangent", problem, batch, values, direction, values_t)
+    return _sliced(values, x), _sliced(values_t, x)
+
+
+def backward(problem: Problem, x: Operands, values: Values, cotangent: Rows, *, bias_grad: bool) -> Gradients:
+    """B."""
+    return _gradients("backward", problem, x, values, Rows(), cotangent, Rows(), Tangent(), bias_grad)
+
+
+def second(
+    problem: Problem,
+    x: Operands,
+    values: Values,
+    values_tangent: Values,
+    cotangent: Rows,
+    tangent: Tangent,
+    *,
+    cotangent_tangent: Rows,
+    bias_grad: bool,
+) -> Gradients:
+    """S."""
+    values_t = Rows(*values_tangent)
+    return _gradients("second", problem, x, values, values_t, cotangent, cotangent_tangent, tangent, bias_grad)
+
+
+def _new_rows(batch: Batch) -> Values:
+    """Room for out and lse, or for their tangents."""
+    query = batch.x.query
+    out = query.new_empty(*query.shape[:-1], batch.x.value.shape[-1])
+    return Values(out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+
+
+def _sliced(values: Values, x: Operands) -> Values:
+    """Without the columns that alignment added."""
+    return Values(values.out[..., : x.value.shape[-1]], values.lse)
+
+
+def _launch_values(
+    primitive: str, problem: Problem, batch: Batch, values: Rows | Values, tangent: Tangent, values_t: Values | None
+) -> None:
+    assert values.lse is not None
+    arguments = (
+        batch.inputs(batch.x),
+        batch.inputs(tangent),
+        batch.scores(problem),
+        batch.view(values.out),
+        values.lse.contiguous(),
+        *(values_t or (None, None)),
+    )
+    options = {
+        **constants(problem, batch.x),
+        "VALUE": primitive != "tangent",
+        "TANGENT": primitive != "forward",
+    }
+    run(_values.values, primitive, tile_for(primitive, batch), batch, _row_programs(batch), arguments, options)
+
+
+def _row_programs(batch: Batch) -> Callable[[Tile], int]:
+    """How many programs have a block of rows each."""
+    return lambda t: triton.cdiv(batch.rows, t.rows) * batch.lanes
+
+
+def _gradients(
+    primitive: str,
+    problem: Problem,
+    x: Operands,
+    values: Values,
+    values_t: Rows,
+    w: Rows,
+    w_t: Rows,
+    tangent: Tangent,
+    bias_grad: bool,
+) -> Gradients:
+    sizes = [t.shape[-1] for t in x[:3]]
+    x, tangent, w, w_t, values_t = align(x), align_tangent(tangent), *map(align_rows, (w, w_t, values_t))
+    rows = align_rows(values)
+    batch = Batch(x, (*tangent[:3], w.out, w_t.out), (tangent.bias,), (rows.out, values_t.out))
+    query, key, value = (x.query.new_empty(t.shape) for t in x[:3])
+    scores = batch.scores(problem)
+    arguments = (batch.inputs(x), batch.inputs(tangent), scores, batch.cotangents(rows, values_t, w, w_t))
+    options = {**constants(problem, x), "SECOND": primitive == "second"}
+
+    t = tile_for(f"{primitive}_keys", batch)
+    alone = batch.keys <= t.keys and not bias_grad
+    if alone and t.warps > 4:
+        t = t._replace(rows=min(t.rows, 32))  # see fit: here rows are those of a product as well
+    if not alone:
+        row_tile = tile_for(f"{primitive}_rows", batch)
+        run(gradients.by_row, f"{primitive}_rows", row_tile, batch, _row_programs(batch), (*arguments, query), options)
+    elif not batch.keys:
+        query.zero_()
+    run(
+        gradients.by_key,
+        f"{primitive}_keys",
+        t,
+        batch,
+        lambda t: triton.cdiv(batch.keys, t.keys) * (batch.lanes // scores.GROUP),
+        (*arguments, query, key, value),
+        {**options, "ALONE": alone},
+        whole_rows=alone,
+    )
+    bias = _bias_gradient(batch, t, arguments, options) if bias_grad else None
+    query, key, value = (g[..., :n] for g, n in zip((query, key, value), sizes, strict=True))
+    return Gradients(query, key, value, bias)
+
+
+def _bias_gradient(batch: Batch, t: Tile, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
+    """The gradient of the bias, after the deltas: partial sums over shares of what it serves, then their sum."""
+    bias = batch.x.bias
+    assert bias is not None
+
+    def tiles(t: Tile, share: Share) -> int:
+        rows = triton.cdiv(batch.rows, t.rows) if share.row is not None else 1
+        return share.OWN * rows * (triton.cdiv(batch.keys, t.keys) if share.col is not None else 1)
+
+    # Enough programs to fill a GPU, at a memory of no more than a few biases.
+    own = tiles(t, batch.share(bias, splits=1)[0])
+    share, shape = batch.share(bias, splits=max(1, min(64, 1024 // max(1, own))))
+    if not own * share.SPLITS:
+        return torch.zeros_like(bias)
+    sums = bias.new_empty(share.SPLITS, *shape, dtype=torch.float32)
+    run(
+        _bias.by_bias,
+        "bias_rows",
+        fit("bias_rows", t),
+        batch,
+        lambda t: tiles(t, share) * share.SPLITS,
+        (*arguments, sums, share),
+        options,
+        even=False,
+    )
+    total = sums.sum(0) if len(sums) > 1 else sums[0]
+    if batch.copies:
+        total = total.view(*batch.sizes, *total.shape[-3:]).sum_to_size(bias.shape)
+    return total.view(bias.shape).to(bias.dtype)

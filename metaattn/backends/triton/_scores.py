@@ -1,0 +1,159 @@
+"""Scores, mask, window, bias and dropout of one tile, on the device: the one home of each for every kernel.
+
+A tile is ``[rows, keys]`` in the kernels that walk over keys and ``[keys, rows]`` in those that walk over
+rows. All here works for both: ``i`` (row numbers) and ``j`` (key numbers) come shaped to broadcast to the
+tile. Scores are in base 2: ``exp2(s * c - lse * LOG2E)`` are the probabilities.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def locate(x, where):
+    """Where the matrix of batch ``(b0, b1)`` and head begins in a view."""
+    b0, b1, head = where
+    return x.ptr + b0 * x.batch0 + b1 * x.batch1 + head * x.head
+
+
+@triton.jit
+def locate_key(x, where, GROUP):
+    """The same for what belongs to key heads, each shared by ``GROUP`` query heads."""
+    b0, b1, head = where
+    return x.ptr + b0 * x.batch0 + b1 * x.batch1 + (head // GROUP) * x.head
+
+
+@triton.jit
+def stride_of(x, problem):
+    """The row stride of a view: its own, or the common one, whose offsets are then computed once for all."""
+    if x.row is None:
+        return problem.ROW
+    else:
+        return x.row
+
+
+@triton.jit
+def batch_of(index, BATCH1, HEADS):
+    """The batch ``(b0, b1)`` and head of a flat index, in int64: offsets pass 2^31."""
+    index = index.to(tl.int64)
+    head = index % HEADS
+    b = index // HEADS
+    return b // BATCH1, b % BATCH1, head
+
+
+@triton.jit
+def schedule(BLOCKS, LANES, WAVE):
+    """Which block of which lane (batch and head) a program has: first blocks of WAVE lanes, then their second ones.
+
+    With the heaviest blocks first no multiprocessor is left with a long one at the end, and the lanes of a wave are
+    few enough that their keys stay in the L2 cache.
+    """
+    pid = tl.program_id(0)
+    first = pid // (WAVE * BLOCKS) * WAVE
+    lanes = tl.minimum(WAVE, LANES - first)
+    rest = pid % (WAVE * BLOCKS)
+    return rest // lanes, (first + rest % lanes).to(tl.int64)
+
+
+@triton.jit
+def load_rows(at, stride, start, r, d, limit, EVEN: tl.constexpr):
+    """Rows ``start + r`` of a matrix; zeros past row ``limit``, unless EVEN says that there are none."""
+    start = tl.cast(start, tl.int64)
+    p = at + start * stride + r[:, None] * stride + d[None, :]
+    return tl.load(p) if EVEN else tl.load(p, mask=(r < limit - start)[:, None], other=0.0)
+
+
+@triton.jit
+def store_rows(at, x, start, r, d, limit, SIZE: tl.constexpr):
+    """The same rows of a contiguous matrix with SIZE columns, written."""
+    start = tl.cast(start, tl.int64)
+    p = at + start * SIZE + r[:, None] * SIZE + d[None, :]
+    tl.store(p, x.to(at.dtype.element_ty), mask=(r < limit - start)[:, None])
+
+
+@triton.jit
+def load_plane(x, at, i, j, NQ, NK):
+    """A tile of a mask, a bias or its tangent; a stride of ``None`` is a broadcast dimension, read once."""
+    if x.row is None and x.col is None:
+        return tl.load(at)
+    elif x.row is None:
+        return tl.load(at + j.to(tl.int64) * x.col, mask=j < NK, other=0)
+    elif x.col is None:
+        return tl.load(at + i.to(tl.int64) * x.row, mask=i < NQ, other=0)
+    else:
+        return tl.load(at + i.to(tl.int64) * x.row + j.to(tl.int64) * x.col, mask=(i < NQ) & (j < NK), other=0)
+
+
+@triton.jit
+def hide(s, problem, bias_at, mask_at, i, j, FOLD: tl.constexpr, EDGE: tl.constexpr):
+    """Scores with bias, -inf where hidden. With FOLD they are scaled here, else by their user.
+
+    EDGE: the tile may reach past the band or the last key.
+    """
+    if FOLD:
+        s = s * (problem.scale * LOG2E)
+    if problem.bias.ptr is not None:
+        s += load_plane(problem.bias, bias_at, i, j, problem.NQ, problem.NK).to(tl.float32) * LOG2E
+    if problem.mask.ptr is not None:
+        s += load_plane(problem.mask, mask_at, i, j, problem.NQ, problem.NK).to(tl.float32)
+    if EDGE:
+        shown = j < problem.NK
+        if problem.right is not None:
+            shown = shown & (j - i <= problem.right)
+        if problem.left is not None:
+            shown = shown & (i - j <= problem.left)
+        s = tl.where(shown, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def mix(x):
+    """The 32-bit finaliser of MurmurHash3 (Appleby)."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def kept(seed, threshold, i, j):
+    """Which elements dropout keeps: the function of seed, row and column of ``backends/_scores.py``, bit for bit."""
+    low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    row = mix((i.to(tl.uint32) * 0x9E3779B9) ^ low)
+    bits = mix(mix(j.to(tl.uint32) * 0x9E3779B9 + row) ^ high)
+    return bits.to(tl.int64) >= threshold
+
+
+@triton.jit
+def key_range(problem, row, BM: tl.constexpr, BN: tl.constexpr):
+    """Keys that rows ``[row, row + BM)`` see: ``lo <= a <= b <= hi``, with no edge in tiles between ``a`` and ``b``."""
+    lo = 0
+    a = 0
+    hi = problem.NK
+    b = problem.NK // BN * BN
+    if problem.right is not None:
+        hi = tl.minimum(hi, tl.maximum(row + BM + problem.right, 0))
+        b = tl.minimum(b, tl.maximum(row + problem.right + 1, 0) // BN * BN)
+    if problem.left is not None:
+        lo = tl.minimum(tl.maximum(row - problem.left, 0) // BN * BN, hi)
+        a = tl.minimum(tl.cdiv(tl.maximum(row + BM - 1 - problem.left, 0), BN) * BN, tl.cdiv(hi, BN) * BN)
+    return lo, tl.maximum(a, lo), tl.maximum(b, a), hi
+
+
+@triton.jit
+def row_range(problem, key, BM: tl.constexpr, BN: tl.constexpr):
+    """Rows that see keys ``[key, key + BN)``: the same, for tiles of BM rows."""
+    lo = 0
+    a = 0
+    hi = problem.NQ
+    b = problem.NQ // BM * BM
+    if problem.left is not None:
+        hi = tl.minimum(hi, key + BN + problem.left)
+        b = tl.minimum(b, (key + problem.left + 1) // BM * BM)
+    if problem.right is not None:
+        lo = tl.minimum(tl.maximum(key - problem.right, 0) // BM * BM, tl.cdiv(hi, BM) * BM)
+        a = tl.minimum(tl.cdiv(tl.maximum(key + BN - 1 - problem.right, 0), BM) * BM, tl.cdiv(hi, BM) * BM)
+    return lo, tl.maximum(a, lo), tl.maximum(b, a), hi

@@ -1,0 +1,73 @@
+"""Block sizes: rows and keys of a tile, warps, and stages of the pipeline.
+
+``tiles.json`` holds what ``scripts/tune_tiles.py`` found fastest, by compute capability, primitive, bytes of an
+element and head size. A device without a row of its own has that of the newest one before it; a head size
+without one has that of the next larger.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ._views import block
+
+Column = dict[int, "Tile"]  # by head size, a power of two
+
+
+class Tile(NamedTuple):
+    """Rows, keys, warps, stages."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# What a device with 99 KiB of shared memory can run; where tiles.json has nothing.
+_SAFE: dict[int, Column] = {
+    2: {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    4: {64: Tile(32, 16, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
+}
+
+PATH = Path(__file__).with_name("tiles.json")
+
+
+@functools.cache
+def table() -> dict[tuple[int, int], dict[tuple[str, int], Column]]:
+    """The measured table: by capability, then by primitive and bytes of an element."""
+    content = json.loads(PATH.read_text())
+    return {
+        (int(capability.split(".")[0]), int(capability.split(".")[1])): {
+            (primitive, int(itemsize)): {int(size): Tile(*t) for size, t in column.items()}
+            for primitive, by_itemsize in primitives.items()
+            for itemsize, column in by_itemsize.items()
+        }
+        for capability, primitives in content.items()
+    }
+
+
+@functools.cache
+def _device(index: int | None) -> dict[tuple[str, int], Column]:
+    """The part of the table for a device: by its index, or ``None`` for the interpreter."""
+    capability = (9, 0) if index is None else torch.cuda.get_device_capability(index)
+    known = [c for c in table() if c <= capability]
+    return table()[max(known)] if known else {}
+
+
+def tile(primitive: str, x: torch.Tensor, head_size: int, rows: int, keys: int) -> Tile:
+    """The block sizes for a primitive on tensors like ``x``; no larger than the problem."""
+    itemsize = x.element_size()
+    column = _device(x.device.index).get((primitive, itemsize)) or _SAFE[itemsize]
+    best = column[min(size for size in column if size >= head_size)]
+    return fit(primitive, best._replace(rows=min(best.rows, block(rows)), keys=min(best.keys, block(keys))))
+
+
+def fit(primitive: str, t: Tile) -> Tile:
+    """No more warps than 16 rows of each product have: with more, Triton (3.6) reads past its operands."""
+    kept = t.keys if primitive.endswith("_keys") else t.rows
+    return t._replace(warps=min(t.warps, max(4, kept // 16)))

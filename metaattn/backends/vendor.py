@@ -1,0 +1,91 @@
+"""PyTorch's own fused attention for F and B, where it returns the lse; our kernels for T and S.
+
+cuDNN's up to head size 128, FlashAttention above. Both know neither forward mode nor second derivatives, and
+no cotangent of the lse: what they do not serve here goes to :mod:`metaattn.backends.triton`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import triton
+from ._protocol import Gradients, Operands, Problem, Rows, Values
+
+name = "vendor"
+DTYPES = (torch.float16, torch.bfloat16)
+CUDNN_HEAD, FLASH_HEAD = 128, 256
+aten = torch.ops.aten
+
+tangent = triton.tangent
+forward_tangent = triton.forward_tangent
+second = triton.second
+
+
+def refuses(problem: Problem, x: Operands) -> str | None:
+    """Serves plain and causal attention of CUDA tensors of 16 bits."""
+    instead = "; ask for backend='triton' or 'auto'"
+    d, dv = x.query.shape[-1], x.value.shape[-1]
+    if not x.query.is_cuda:
+        return f"backend='vendor' needs a CUDA device; the tensors are on {x.query.device}{instead}"
+    if torch.cuda.get_device_capability(x.query.device) < (8, 0):
+        return f"backend='vendor' needs a GPU of compute capability 8.0 or above{instead}"
+    if x.query.dtype not in DTYPES:
+        return f"backend='vendor' serves float16 and bfloat16; got {x.query.dtype}{instead}"
+    if x.bias is not None or x.mask is not None or x.seeds is not None:
+        return f"backend='vendor' serves no attn_mask and no dropout here{instead}"
+    if problem.left is not None or problem.right not in (None, 0):
+        return f"backend='vendor' serves no window{instead}"
+    if d != dv or d % 8 or d > FLASH_HEAD:
+        return f"backend='vendor' serves one head size, a multiple of 8 up to {FLASH_HEAD}; got {d} and {dv}{instead}"
+    if x.query.shape[-3] != x.key.shape[-3]:
+        return f"backend='vendor' serves no grouped-query attention{instead}"
+    if x.query.shape[-2] != x.key.shape[-2]:
+        return f"backend='vendor' serves one length of query and key{instead}"
+    if x.query.numel() == 0:
+        return f"backend='vendor' serves no empty tensors{instead}"
+    return None
+
+
+def forward(problem: Problem, x: Operands) -> Values:
+    """F."""
+    query, key, value = (_four(t) for t in x[:3])
+    causal = problem.right == 0
+    with torch.cuda.device(query.device):
+        if x.query.shape[-1] <= CUDNN_HEAD:
+            out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+                query, key, value, None, True, 0.0, causal, False, scale=problem.scale
+            )
+        else:
+            out, lse, *_ = aten._scaled_dot_product_flash_attention(
+                query, key, value, 0.0, causal, False, scale=problem.scale
+            )
+    return Values(out.reshape(x.query.shape), lse.reshape(x.query.shape[:-1]))
+
+
+def backward(problem: Problem, x: Operands, values: Values, cotangent: Rows, *, bias_grad: bool) -> Gradients:
+    """B; by our kernels if the lse has a cotangent."""
+    if cotangent.lse is not None or cotangent.out is None:
+        return triton.backward(problem, x, values, cotangent, bias_grad=bias_grad)
+    query, key, value, out, w = (_four(t) for t in (*x[:3], values.out, cotangent.out))
+    lse, rows = values.lse.reshape(query.shape[:3]), query.shape[-2]
+    causal = problem.right == 0
+    with torch.cuda.device(query.device):
+        unused = torch.zeros((), dtype=torch.int64, device=query.device)
+        if x.query.shape[-1] <= CUDNN_HEAD:
+            grads = aten._scaled_dot_product_cudnn_attention_backward(
+                w, query, key, value, out, lse.unsqueeze(-1), unused, unused, None, None, None, rows, rows, 0.0, causal,
+                scale=problem.scale,
+            )  # fmt: skip
+        else:
+            grads = aten._scaled_dot_product_flash_attention_backward(
+                w, query, key, value, out, lse, None, None, rows, rows, 0.0, causal, unused, unused, scale=problem.scale
+            )
+    query_bar, key_bar, value_bar = (g.reshape(t.shape) for g, t in zip(grads, x[:3], strict=True))
+    return Gradients(query_bar, key_bar, value_bar, None)
+
+
+def _four(t: Tensor) -> Tensor:
+    """``[*B, H, N, ·]`` as ``[B, H, N, ·]`` with dense rows."""
+    t = t.reshape(-1, *t.shape[-3:])
+    return t if t.stride(-1) == 1 else t.contiguous()

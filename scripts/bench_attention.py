@@ -1,0 +1,382 @@
+"""Attention and its derivatives on this GPU, ours beside the peers, in one run.
+
+    python scripts/bench_attention.py [--out docs/benchmarks/attention] [--quick] [--no-jax] [--no-flex]
+
+Rules: fwd; bwd (the backward alone); jvp (with the forward); hvp (jvp of vjp, everything); dbl (forward, backward,
+double backward by all inputs and the cotangent). TFLOP/s count the products that the mathematics needs, 2 B H Nq Nk D
+each, half when causal: 2, 5, 6, 20 and 21. A row whose result is not within its dtype's bound of float64 on a slice is
+reported as wrong, without a time. Writes JSON, a table (Markdown) and plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.func import jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+from triton.testing import do_bench
+
+import metaattn
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
+
+PRODUCTS = {"fwd": 2, "bwd": 5, "jvp": 6, "hvp": 20, "dbl": 21}
+SHAPES = [(32, 16, 512, 64), (8, 16, 2048, 64), (2, 16, 8192, 64), (4, 16, 2048, 128), (1, 16, 8192, 128)]
+SMALL = [(512, 4, 64, 32), (1024, 8, 64, 64), (256, 8, 197, 64)]
+BOUND = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-3}
+SDPA = {
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "SDPA math": SDPBackend.MATH,
+}
+OURS = {"metaattn auto": "auto", "metaattn triton": "triton"}
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Setting(NamedTuple):
+    """What is measured: sizes, and what else of the contract is used."""
+
+    shape: tuple[int, int, int, int]
+    causal: bool
+    dtype: torch.dtype = torch.bfloat16
+    kv_heads: int | None = None
+    mask: bool = False
+    window: int | None = None
+
+    def label(self) -> str:
+        """In words."""
+        extra = [str(self.dtype)[6:], "causal" if self.causal else "full"]
+        extra += [f"{self.kv_heads} key heads"] * (self.kv_heads is not None)
+        extra += ["boolean mask"] * self.mask + [f"window {self.window}"] * (self.window is not None)
+        return f"{','.join(map(str, self.shape))} {', '.join(extra)}"
+
+    def pairs(self) -> float:
+        """Elements of the score matrices that are shown."""
+        b, h, n, _ = self.shape
+        if self.window is not None:
+            return b * h * n * min(self.window, n)
+        return b * h * n * n * (0.5 if self.causal else 1.0)
+
+    def tensors(self, batch: int | None = None) -> list[Tensor]:
+        """query, key, value, cotangent, and tangents of the first three."""
+        g = torch.Generator("cuda").manual_seed(0)
+        b, h, n, d = self.shape
+        kv = self.kv_heads or h
+        sizes = [h, kv, kv, h, h, kv, kv]
+        return [torch.randn(batch or b, heads, n, d, device="cuda", generator=g).to(self.dtype) for heads in sizes]
+
+    def bool_mask(self) -> Tensor | None:
+        """A mask that hides a fifth of the keys of each batch."""
+        if not self.mask:
+            return None
+        g = torch.Generator("cuda").manual_seed(1)
+        return torch.rand(1, 1, 1, self.shape[2], device="cuda", generator=g) > 0.2
+
+
+def attention(name: str, s: Setting) -> Attention:
+    """The attention of a name for a setting."""
+    mask = s.bool_mask()
+    if name in OURS:
+        window = None if s.window is None else (s.window - 1, None)
+        return functools.partial(
+            metaattn.sdpa,
+            attn_mask=mask,
+            is_causal=s.causal and not s.mask,
+            enable_gqa=s.kv_heads is not None,
+            window=window,
+            backend=OURS[name],
+        )
+    if name == "FlexAttention":
+        return flex(s)
+    backend = SDPA[name]
+
+    def peer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=s.causal and not s.mask, enable_gqa=s.kv_heads is not None
+            )
+
+    return peer
+
+
+@functools.cache
+def flex(s: Setting) -> Attention:
+    """FlexAttention, compiled for the setting."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    n, block = s.shape[2], None
+    if s.causal or s.window is not None:
+        left = s.window or n
+        block = create_block_mask(lambda b, h, i, j: (j <= i) & (i - j < left), None, None, n, n, device="cuda")
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=block, enable_gqa=s.kv_heads is not None)
+
+
+def rule(name: str, f: Attention, x: list[Tensor]) -> Callable[[], Any]:
+    """A rule as a call to time; what is not to be timed is done before."""
+    q, k, v, w, *t = x
+    if name == "fwd":
+        return lambda: f(q, k, v)
+    if name == "jvp":
+        return lambda: jvp(f, (q, k, v), tuple(t))
+    if name == "hvp":
+        return lambda: jvp(lambda *x: vjp(f, *x)[1](w), (q, k, v), tuple(t))
+    leaves = [a.detach().requires_grad_() for a in (q, k, v)]
+    if name == "bwd":
+        out = f(*leaves)
+        return lambda: torch.autograd.grad(out, leaves, w, retain_graph=True)
+    cotangent = w.detach().requires_grad_()
+
+    def double() -> Any:
+        g = torch.autograd.grad(f(*leaves), leaves, cotangent, create_graph=True)
+        return torch.autograd.grad(g, (*leaves, cotangent), t)
+
+    return double
+
+
+def dense64(s: Setting) -> Attention:
+    """The oracle: our reference backend in float64."""
+    window = None if s.window is None else (s.window - 1, None)
+    return functools.partial(
+        metaattn.sdpa,
+        attn_mask=s.bool_mask(),
+        is_causal=s.causal and not s.mask,
+        enable_gqa=s.kv_heads is not None,
+        window=window,
+        backend="blockwise",
+    )
+
+
+@functools.cache
+def oracle(s: Setting, name: str) -> list[Tensor]:
+    """The exact results of a rule on one batch, in float64."""
+    x = [t.double() for t in s.tensors(1)]
+    return [t.detach() for t in tree_leaves(rule(name, dense64(s), x)())]
+
+
+def relative_error(name: str, f: Attention, s: Setting) -> float:
+    """Of a rule's results on one batch, in the 2-norm."""
+    got = [t.detach().double() for t in tree_leaves(rule(name, f, s.tensors(1))())]
+    want = oracle(s, name)
+    top = sum(((a - b) ** 2).sum() for a, b in zip(got, want, strict=True))
+    return math.sqrt(top / sum((b**2).sum() for b in want))
+
+
+def measure(who: str, name: str, s: Setting, quick: bool) -> dict[str, Any]:
+    """One row."""
+    row: dict[str, Any] = {"who": who, "rule": name, "setting": s.label(), "shape": s.shape, "causal": s.causal}
+    try:
+        f = attention(who, s)
+        if s.shape[2] <= 2048:
+            row["error"] = relative_error(name, f, s)
+        if not row.get("error", 0.0) < BOUND[s.dtype]:
+            return row | {"failed": f"wrong: relative error {row['error']:.1e}"}
+        call = rule(name, f, s.tensors())
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        warmup, rep = (5, 20) if quick else (20, 80)
+        row["ms"] = do_bench(call, warmup=warmup, rep=rep, return_mode="median")
+        row["tflops"] = PRODUCTS[name] * 2 * s.pairs() * s.shape[3] / row["ms"] / 1e9
+    except Exception as error:  # a peer that cannot: the row says so
+        row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+    finally:
+        torch.cuda.empty_cache()
+    return row
+
+
+def jax_rows(shapes: list[tuple[int, int, int, int]]) -> list[dict[str, Any]]:
+    """JAX's XLA attention under jit, by a second process."""
+    program = Path(__file__).with_name("_bench_jax.py")
+    done = subprocess.run([sys.executable, str(program), json.dumps(shapes)], capture_output=True, text=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        print("JAX did not run:", done.stderr[-300:])
+    return lines
+
+
+def length_rows(quick: bool) -> list[dict[str, Any]]:
+    """Time and memory against length, 1 x 16 heads x 64, full."""
+    rows = []
+    top = 15 if quick else 17
+    for power in range(9, top + 1):
+        s = Setting((1, 16, 2**power, 64), False)
+        for who, name in itertools.product(("metaattn auto", "SDPA math", "SDPA flash"), PRODUCTS):
+            if (who == "SDPA math" and power > 13) or (who == "SDPA flash" and name not in ("fwd", "bwd")):
+                continue
+            rows.append(measure(who, name, s, quick=True))
+    return rows
+
+
+def matrix_product_tflops() -> float:
+    """What matrix products reach on this GPU, on random data."""
+    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return 2 * 8192**3 / do_bench(lambda: x @ x, return_mode="median") / 1e9
+
+
+def compile_one(s: Setting) -> None:
+    """Compile our kernels for a setting, into Triton's cache on disk."""
+    torch.set_float32_matmul_precision("high")
+    for name in PRODUCTS:
+        rule(name, attention("metaattn triton", s), s.tensors())()
+    torch.cuda.synchronize()
+
+
+def compile_all(settings: list[Setting]) -> None:
+    """The same for all of them, side by side."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=spawn) as pool:
+        list(tqdm(pool.map(compile_one, settings), total=len(settings), desc="compile", mininterval=10))
+
+
+def main() -> None:
+    """Measure, write, show."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=Path("docs/benchmarks/attention"))
+    p.add_argument("--quick", action="store_true", help="shorter timings, lengths up to 32,768")
+    p.add_argument("--no-jax", action="store_true")
+    p.add_argument("--no-flex", action="store_true")
+    p.add_argument("--no-lengths", action="store_true")
+    a = p.parse_args()
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    ceiling = matrix_product_tflops()
+    machine = {
+        "device": torch.cuda.get_device_name(),
+        "torch": str(torch.__version__),
+        "triton": triton.__version__,
+        "matrix_product_tflops": ceiling,
+    }
+    settings = [Setting(shape, causal) for shape in SHAPES for causal in (False, True)]
+    settings += [Setting(shape, causal) for shape in SMALL for causal in (False, True)]
+    settings += [
+        Setting(SHAPES[1], True, kv_heads=4),
+        Setting(SHAPES[1], False, mask=True),
+        Setting((1, 16, 32768, 64), True, window=4096),
+    ]
+    settings += [Setting(shape, causal, torch.float32) for shape in (SHAPES[1], SHAPES[3]) for causal in (False, True)]
+    torch.set_float32_matmul_precision("high")
+    compile_all(settings)
+    if not a.no_lengths:
+        lengths = length_rows(a.quick)
+        (a.out.with_name(a.out.name + "_lengths.json")).write_text(json.dumps({"machine": machine, "rows": lengths}))
+        plot_lengths(a.out.with_name(a.out.name + "_lengths.png"), lengths, machine["device"])
+    rows: list[dict[str, Any]] = []
+    for s in settings:
+        peers = [*OURS, *SDPA] if s.window is None else [*OURS]
+        if not a.no_flex and not s.mask and s.dtype == torch.bfloat16 and (s in settings[2:4] or s.window):
+            peers.append("FlexAttention")
+        for who, name in itertools.product(peers, PRODUCTS):
+            # The others' own say: no second derivative. Tried once, in tests/boundaries.
+            if who not in (*OURS, "SDPA math") and name not in ("fwd", "bwd"):
+                continue
+            rows.append(measure(who, name, s, a.quick))
+        save(a.out, machine, rows)
+        oracle.cache_clear()
+        print("\n".join(table([r for r in rows if r["setting"] == s.label()], ceiling)[2:]), flush=True)
+    if not a.no_jax and importlib.util.find_spec("jax"):
+        rows += jax_rows(SHAPES[:2] + SHAPES[3:4])
+        save(a.out, machine, rows)
+    plot_speed(a.out.with_suffix(".png"), rows, machine)
+
+
+def save(out: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """JSON and table, after every setting: nothing measured is lost."""
+    out.with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=0))
+    text = "\n".join(table(rows, machine["matrix_product_tflops"]))
+    out.with_suffix(".md").write_text(f"# Attention on a GPU\n\n{json.dumps(machine)}\n\n{text}\n")
+
+
+def table(rows: list[dict[str, Any]], ceiling: float) -> list[str]:
+    """Markdown lines."""
+    lines = [
+        "| setting | rule | who | ms | TFLOP/s | of the ceiling | peak MiB | error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        head = f"| {r['setting']} | {r['rule']} | {r['who']} |"
+        if "failed" in r:
+            lines.append(f"{head} {r['failed']} | | | | |")
+            continue
+        error = f"{r['error']:.1e}" if "error" in r else ""
+        share = f"{100 * r['tflops'] / ceiling:.0f}%"
+        memory = f"{r['peak_mib']:.0f}" if "peak_mib" in r else ""
+        lines.append(f"{head} {r['ms']:.3f} | {r['tflops']:.0f} | {share} | {memory} | {error} |")
+    return lines
+
+
+def plot_speed(path: Path, rows: list[dict[str, Any]], machine: dict[str, Any]) -> None:
+    """TFLOP/s of each rule for the large shapes in bfloat16."""
+    figure, axes = plt.subplots(2, len(SHAPES), figsize=(3.6 * len(SHAPES), 6.4), sharey=True)
+    names = [*OURS, *SDPA, "FlexAttention", "JAX XLA"]
+    colours = dict(zip(names, [f"C{i}" for i in range(10)], strict=False))
+    for (row, causal), (column, shape) in itertools.product(enumerate((False, True)), enumerate(SHAPES)):
+        axis, label = axes[row, column], Setting(shape, causal).label()
+        for i, name in enumerate(PRODUCTS):
+            here = [r for r in rows if r["setting"] == label and r["rule"] == name and "tflops" in r]
+            for k, r in enumerate(here):
+                width = 0.8 / max(1, len(here))
+                axis.bar(i - 0.4 + (k + 0.5) * width, r["tflops"], width, color=colours[r["who"]])
+        axis.set_xticks(range(len(PRODUCTS)), list(PRODUCTS))
+        axis.set_title(f"{', '.join(map(str, shape))} {'causal' if causal else 'full'}", fontsize=9)
+        axis.grid(axis="y", alpha=0.3)
+    for row in axes:
+        row[0].set_ylabel("TFLOP/s")
+    handles = [Rectangle((0, 0), 1, 1, color=colours[n]) for n in names]
+    figure.legend(handles, names, ncols=len(names), loc="lower center", fontsize=8, frameon=False)
+    figure.suptitle(
+        f"{machine['device']}, bfloat16; matrix products reach {machine['matrix_product_tflops']:.0f} TFLOP/s"
+    )
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.savefig(path, dpi=110)
+
+
+def plot_lengths(path: Path, rows: list[dict[str, Any]], device: str) -> None:
+    """Time and peak memory against length."""
+    figure, axes = plt.subplots(2, len(PRODUCTS), figsize=(3.4 * len(PRODUCTS), 6.2), sharex=True)
+    for column, name in enumerate(PRODUCTS):
+        for who in dict.fromkeys(r["who"] for r in rows):
+            part = [r for r in rows if r["rule"] == name and r["who"] == who and "ms" in r]
+            lengths = [r["shape"][2] for r in part]
+            axes[0, column].loglog(lengths, [r["ms"] for r in part], "-o", ms=3, label=who, base=2)
+            axes[1, column].loglog(lengths, [r["peak_mib"] for r in part], "-o", ms=3, label=who, base=2)
+        axes[0, column].set_title(name)
+        axes[1, column].set_xlabel("tokens")
+        for axis in axes[:, column]:
+            axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("ms")
+    axes[1, 0].set_ylabel("peak MiB")
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle(f"{device}: 1 x 16 heads x 64, bfloat16, full")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Find the fastest block sizes of each Triton kernel on this GPU, and write them into the backend's table.
+
+    python scripts/tune_tiles.py [--head-sizes 64 128] [--dtypes bfloat16 float32] [--primitives second_keys]
+
+Candidates compile side by side in as many processes as there are cores; then each is timed alone, full and causal, and
+the least sum of both wins. All times go to --out as JSON; ``metaattn/backends/triton/tiles.json`` is updated in place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from metaattn.backends import triton as backend
+from metaattn.backends._protocol import Operands, Problem, Rows, Tangent, Values
+from metaattn.backends.triton import _tiles
+from metaattn.backends.triton._tiles import Tile
+
+PRIMITIVES = (
+    "forward",
+    "forward_tangent",
+    "tangent",
+    "backward_rows",
+    "backward_keys",
+    "second_rows",
+    "second_keys",
+)
+TOKENS = 2048
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Trial(NamedTuple):
+    """One candidate for one kernel."""
+
+    primitive: str
+    dtype: str
+    head_size: int
+    tile: Tile
+
+
+def candidates(primitive: str, dtype: str, head_size: int) -> Iterator[Trial]:
+    """Block sizes worth a trial: what is kept in registers is at least 64 high, for the tensor cores, and fits."""
+    keeps_rows = primitive not in ("backward_keys", "second_keys")
+    accumulators = 1 if keeps_rows and primitive != "forward_tangent" else 2
+    scores = 1 if primitive == "forward" else 4 if "second" in primitive else 2
+    others = (16, 32, 64) if dtype == "float32" or head_size > 128 else (32, 64, 128)
+    for kept, other, warps, stages in itertools.product((64, 128), others, (4, 8), (1, 2, 3)):
+        # 32-bit registers of a thread for the accumulators and for the tiles alive at once.
+        registers = kept * (accumulators * head_size + scores * other) / (32 * warps)
+        deep = stages == 3 and (dtype == "float32" or head_size > 128)
+        shallow = stages == 1 and dtype != "float32" and head_size <= 128
+        if 32 <= registers <= 300 and kept >= 16 * warps and not deep and not shallow:
+            rows, keys = (kept, other) if keeps_rows else (other, kept)
+            yield Trial(primitive, dtype, head_size, Tile(rows, keys, warps, stages))
+
+
+def force(trial: Trial) -> None:
+    """Put a candidate into the table in memory."""
+    itemsize = DTYPES[trial.dtype].itemsize
+    column = _tiles._device(0).setdefault((trial.primitive, itemsize), {})
+    column[trial.head_size] = trial.tile
+
+
+def call(trial: Trial, causal: bool) -> Callable[[], Any]:
+    """The primitive of a trial on random tensors."""
+    dtype, heads = DTYPES[trial.dtype], max(1, 128 * 64 // trial.head_size)
+    if dtype == torch.float32:
+        torch.set_float32_matmul_precision("high")
+
+    def tensor() -> Tensor:
+        return torch.randn(1, heads, TOKENS, trial.head_size, device="cuda", dtype=dtype)
+
+    x, t, w = Operands(tensor(), tensor(), tensor()), Tangent(tensor(), tensor(), tensor()), Rows(tensor())
+    rows = Values(tensor(), torch.full((1, heads, TOKENS), 8.0, device="cuda"))
+    problem = Problem(trial.head_size**-0.5, None, 0 if causal else None)
+    if trial.primitive == "forward":
+        return lambda: backend.forward(problem, x)
+    if trial.primitive == "forward_tangent":
+        return lambda: backend.forward_tangent(problem, x, t)
+    if trial.primitive == "tangent":
+        return lambda: backend.tangent(problem, x, rows, t)
+    if trial.primitive.startswith("backward"):
+        return lambda: backend.backward(problem, x, rows, w, bias_grad=False)
+    return lambda: backend.second(problem, x, rows, rows, w, t, cotangent_tangent=Rows(), bias_grad=False)
+
+
+def compile_one(trial: Trial) -> str | None:
+    """Compile a candidate, into Triton's cache on disk; why not, if it cannot be launched."""
+    force(trial)
+    try:
+        for causal in (False, True):
+            call(trial, causal)()
+            torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    return None
+
+
+def milliseconds(trial: Trial) -> list[float] | None:
+    """Full and causal."""
+    from triton.testing import do_bench
+
+    force(trial)
+    try:
+        return [do_bench(call(trial, causal), warmup=4, rep=16, return_mode="median") for causal in (False, True)]
+    except Exception:
+        return None
+
+
+def main() -> None:
+    """Compile, time, write."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--primitives", nargs="+", default=PRIMITIVES, choices=PRIMITIVES)
+    p.add_argument("--head-sizes", type=int, nargs="+", default=[64, 128])
+    p.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
+    p.add_argument("--out", type=Path, default=Path("docs/benchmarks/tiles.json"))
+    a = p.parse_args()
+    trials = [t for c in itertools.product(a.primitives, a.dtypes, a.head_sizes) for t in candidates(*c)]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+        results = list(tqdm(pool.map(compile_one, trials), total=len(trials), desc="compile", mininterval=5))
+    usable = [t for t, error in zip(trials, results, strict=True) if error is None]
+    print(f"{len(usable)} of {len(trials)} candidates can be launched")
+
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    content = json.loads(_tiles.PATH.read_text())
+    rows: list[dict[str, Any]] = []
+    for group, members in itertools.groupby(usable, key=lambda t: t[:3]):
+        primitive, dtype, size = group
+        timed = [(ms, t) for t in members if (ms := milliseconds(t)) is not None]
+        timed.sort(key=lambda pair: sum(pair[0]))
+        if not timed:
+            continue
+        for ms, t in timed:
+            rows.append({"primitive": primitive, "dtype": dtype, "head_size": size, "tile": t.tile, "ms": ms})
+        best = timed[0][1]
+        force(best)  # what follows is timed beside the best
+        column = (
+            content.setdefault(capability, {}).setdefault(primitive, {}).setdefault(str(DTYPES[dtype].itemsize), {})
+        )
+        column[str(size)] = list(best.tile)
+        write(content)
+        top = ", ".join(f"{tuple(t.tile)} {ms[0]:.3f}+{ms[1]:.3f}" for ms, t in timed[:4])
+        print(f"{primitive} {dtype} {size}: {top}", flush=True)
+    device = torch.cuda.get_device_name()
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    a.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}))
+
+
+def write(content: dict[str, Any]) -> None:
+    """The table, one primitive to a line."""
+    blocks = []
+    for capability, primitives in content.items():
+        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(column)}" for name, column in primitives.items())
+        blocks.append(f"  {json.dumps(capability)}: {{\n{lines}\n  }}")
+    _tiles.PATH.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The kernels' five primitives against the reference in float64, over many small blocks.
+
+Without a GPU in Triton's interpreter, in float32; ``scripts/check_attention.py`` checks all dtypes on a GPU.
+"""
+
+import pytest
+import torch
+
+from metaattn.backends import reference
+from metaattn.backends._protocol import Operands, Problem, Rows, Tangent
+from tests.helpers import assert_close
+
+triton = pytest.importorskip("metaattn.backends.triton", exc_type=ImportError)
+from metaattn.backends.triton import _launch, _tiles, _views  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# Lengths, head sizes, and what else of the contract is used.
+CALLS = {
+    "even": {"rows": 32, "keys": 48},
+    "ragged": {"rows": 37, "keys": 51, "size": 12, "value_size": 20},
+    "one_block_of_keys": {"rows": 37, "keys": 9},
+    "causal": {"rows": 50, "keys": 35, "right": 0},
+    "causal_wide": {"rows": 35, "keys": 50, "right": 0},
+    "window": {"rows": 70, "keys": 60, "left": 20, "right": 3},
+    "window_left": {"rows": 40, "keys": 70, "left": 5},
+    "window_narrow": {"rows": 40, "keys": 40, "left": 0, "right": 0},
+    "rows_without_keys": {"rows": 60, "keys": 20, "left": 5},
+    "gqa": {"rows": 20, "keys": 40, "heads": 4, "right": 0},
+    "bias": {"rows": 20, "keys": 40, "bias": (2, 2, 20, 40)},
+    "bias_shared": {"batch": (2, 3), "rows": 20, "keys": 14, "bias": (1, 3, 1, 20, 14)},
+    "bias_keys": {"rows": 40, "keys": 36, "bias": (1, 1, 1, 36)},
+    "bias_rows": {"rows": 40, "keys": 36, "bias": (1, 2, 36 + 4, 1), "scale": -0.3},
+    "bias_heads": {"rows": 9, "keys": 14, "bias": (1, 2, 1, 1)},
+    "mask": {"rows": 40, "keys": 40, "mask": (2, 1, 40, 40)},
+    "mask_keys": {"rows": 40, "keys": 36, "mask": (2, 1, 1, 36), "right": 0},
+    "mask_one_block": {"rows": 20, "keys": 16, "mask": (1, 2, 20, 16), "heads": 2},
+    "dropout": {"rows": 20, "keys": 40, "dropout": 0.3},
+    "query_tangent": {"rows": 20, "keys": 40, "tangents": (1, 0, 0, 0)},
+    "key_tangent": {"rows": 20, "keys": 40, "tangents": (0, 1, 0, 0), "moving": False},
+    "value_tangent": {"rows": 20, "keys": 9, "tangents": (0, 0, 1, 0), "moving": False},
+    "bias_tangent": {"rows": 20, "keys": 40, "bias": (2, 2, 20, 40), "tangents": (0, 0, 0, 1), "moving": False},
+    "lse_alone": {"rows": 20, "keys": 40, "out": False},
+    "three_batches": {"batch": (2, 2, 2), "rows": 9, "keys": 10, "bias": (2, 1, 2, 1, 9, 10)},
+    "expanded": {"rows": 20, "keys": 40, "expanded": True},
+    "transposed": {"rows": 20, "keys": 40, "transposed": True},
+    "one": {"rows": 1, "keys": 1, "size": 1, "value_size": 1},
+    "no_batch": {"batch": (0,), "rows": 3, "keys": 4},
+    "no_keys": {"rows": 3, "keys": 0},
+    "no_rows": {"rows": 0, "keys": 3},
+}
+
+
+def _tensor(*shape, expanded=False, transposed=False):
+    if transposed:
+        *batch, h, n, d = shape
+        return torch.randn(*batch, n, h, d, device=DEVICE).transpose(-2, -3)
+    if expanded:
+        return torch.randn(1, *shape[1:], device=DEVICE).expand(shape)
+    return torch.randn(shape, device=DEVICE)
+
+
+def _wide(tensors):
+    return type(tensors)(*(t.double() if t is not None and t.is_floating_point() else t for t in tensors))
+
+
+def _call(
+    rows,
+    keys,
+    batch=(2,),
+    heads=2,
+    size=8,
+    value_size=8,
+    bias=None,
+    mask=None,
+    dropout=0.0,
+    tangents=(1, 1, 1, 1),
+    moving=True,
+    out=True,
+    scale=None,
+    left=None,
+    right=None,
+    **layout,
+):
+    """Problem, operands, tangent, cotangent and its tangent."""
+    kv_heads = 2 if heads == 4 else heads
+    x = Operands(
+        _tensor(*batch, heads, rows, size, **layout),
+        _tensor(*batch, kv_heads, keys, size, **layout),
+        _tensor(*batch, kv_heads, keys, value_size, **layout),
+        None if bias is None else _tensor(*bias),
+        None if mask is None else torch.rand(mask, device=DEVICE) < 0.7,
+        torch.randint(2**62, (*batch, heads, 1, 1), device=DEVICE) if dropout else None,
+    )
+    t = Tangent(*(torch.randn_like(a) if a is not None and on else None for a, on in zip(x, tangents, strict=False)))
+
+    def cotangent():
+        return Rows(_tensor(*batch, heads, rows, value_size), _tensor(*batch, heads, rows))
+
+    w = cotangent() if out else Rows(None, cotangent().lse)
+    return Problem(scale or size**-0.5, left, right, dropout), x, t, w, cotangent() if moving else Rows()
+
+
+@pytest.fixture(params=[(16, 16), (32, 16)], ids=str)
+def blocks(request, monkeypatch):
+    """Blocks so small that all is cut into many."""
+    rows, keys = request.param
+    monkeypatch.setattr(_launch, "tile", lambda *_: _tiles.Tile(rows, keys, 4, 1))
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.usefixtures("blocks")
+def test_primitives(name):
+    problem, x, t, w, w_t = _call(**CALLS[name])
+    bias_grad = x.bias is not None
+    wide = {"x": _wide(x), "t": _wide(t), "w": _wide(w), "w_t": _wide(w_t)}
+
+    def close(got, want):
+        assert_close(got, want, torch.float32)
+
+    values, exact = triton.forward(problem, x), reference.forward(problem, wide["x"])
+    close(values, exact)
+    values_t = triton.tangent(problem, x, values, t)
+    exact_t = reference.tangent(problem, wide["x"], exact, wide["t"])
+    close(values_t, exact_t)
+    close(triton.forward_tangent(problem, x, t), (exact, exact_t))
+    close(
+        triton.backward(problem, x, values, w, bias_grad=bias_grad),
+        reference.backward(problem, wide["x"], exact, wide["w"], bias_grad=bias_grad),
+    )
+    close(
+        triton.second(problem, x, values, values_t, w, t, cotangent_tangent=w_t, bias_grad=bias_grad),
+        reference.second(
+            problem, wide["x"], exact, exact_t, wide["w"], wide["t"], cotangent_tangent=wide["w_t"], bias_grad=bias_grad
+        ),
+    )
+
+
+def test_batches_merge_without_copies():
+    q = torch.randn(2, 3, 4, 16, 16)
+    shared = torch.randn(1, 3, 4, 16, 16).expand(2, -1, -1, -1, -1)
+    batch = _views.Batch(Operands(q, shared, shared))
+    assert batch.groups == [[0], [1]]
+    assert batch.view(shared).ptr is shared
+    assert _views.Batch(Operands(q, q, q)).groups == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "copied"),
+    [
+        (torch.randn(2, 8, 32), False),
+        (torch.randn(8, 2, 32).transpose(0, 1), False),
+        (torch.randn(1, 8, 32).expand(2, 8, 32), False),
+        (torch.randn(2, 8, 64)[..., :32], False),
+        (torch.randn(2, 8, 40)[..., :32], True),
+        (torch.randn(2, 32, 8).mT, True),
+        (torch.randn(2, 8, 33)[..., 1:], True),
+        (torch.randn(2, 8, 24), True),
+    ],
+)
+def test_alignment(tensor, copied):
+    got = _views.aligned(tensor)
+    assert (got is not tensor) == copied
+    assert got.shape[-1] in (16, 32)
+    assert torch.equal(got[..., : tensor.shape[-1]], tensor)
+    assert got.stride(-1) == 1
+    assert all(s % 16 == 0 for s in got.stride()[:-1])
+
+
+def test_shrinks_what_does_not_fit():
+    from triton.runtime.errors import OutOfResources
+
+    x = Operands(*(torch.randn(1, 1, 64, 16, device=DEVICE),) * 3)
+    tried = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*arguments, BM, BN, num_warps, num_stages, **options):
+                tried.append((BM, BN, num_warps, num_stages))
+                if BM * BN * num_stages > 64 * 32:
+                    raise OutOfResources(1, 0, "shared memory")
+
+            return launch
+
+    kernel, batch = Kernel(), _views.Batch(x)
+    for _ in range(2):
+        _launch.run(kernel, "forward", _tiles.Tile(128, 64, 8, 2), batch, lambda t: 1, (), {})
+    assert tried == [(128, 64, 8, 2), (128, 64, 8, 1), (64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)]
+
+
+def test_table_has_no_more_warps_than_rows():
+    """A warp needs 16 rows of a product; see _tiles.fit."""
+    for primitives in _tiles.table().values():
+        for (primitive, _), column in primitives.items():
+            for tile in column.values():
+                assert _tiles.fit(primitive, tile) == tile, (primitive, tile)
+
+
+def test_refusals():
+    problem = Problem(1.0)
+
+    def operands(size, dtype=torch.float32, device=DEVICE):
+        return Operands(*(torch.zeros(1, 1, 4, size, dtype=dtype, device=device),) * 3)
+
+    assert triton.refuses(problem, operands(256)) is None
+    assert "head sizes up to 256; got 257" in triton.refuses(problem, operands(257))
+    assert "serves float16, bfloat16 and float32; got torch.float64" in triton.refuses(
+        problem, operands(8, torch.float64)
+    )
+    assert "needs a CUDA device; the tensors are on meta" in triton.refuses(problem, operands(8, device="meta"))
