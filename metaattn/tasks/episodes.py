@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -40,8 +41,25 @@ def generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(state)
 
 
+def checked_index(index: int, length: int) -> int:
+    """The index of an episode, if it is one of ``length``."""
+    try:
+        index = operator.index(index)
+    except TypeError as error:
+        raise TypeError(f"an episode has one integer for index; got {index!r}. For several, use stack") from error
+    if not 0 <= index < length:
+        raise IndexError(f"episodes have indices 0 to {length - 1}; got {index}")
+    return index
+
+
 def stack(episodes: Indexed, start: int, count: int) -> Episode:
-    """Episodes ``start … start + count - 1``, stacked in the first dimension: a batch of tasks."""
+    """Episodes ``start … start + count - 1``, stacked in the first dimension: a batch of tasks.
+
+    Raises:
+        ValueError: A count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1; got {count}")
     parts = [episodes[i] for i in range(start, start + count)]
     support, query = (Batch(*map(torch.stack, zip(*sets, strict=True))) for sets in zip(*parts, strict=True))
     return Episode(support, query)
@@ -80,8 +98,8 @@ class Episodes(Dataset[Episode]):
     support and query set share none. Targets are ``0 … way - 1`` in an order of its own.
 
     Args:
-        data: ``[samples, …]``, or a map-style dataset of ``(input, label)`` pairs.
-        labels: The class of each sample. By default the dataset's ``targets``; failing that, the dataset
+        data: A tensor or NumPy array ``[samples, …]``, or a map-style dataset of ``(input, label)`` tuples.
+        labels: The class of each sample, an integer. By default the dataset's ``targets``; failing that, the dataset
             is read through once.
         way: Classes in an episode.
         shot: Samples of each class in the support set.
@@ -94,7 +112,8 @@ class Episodes(Dataset[Episode]):
             random numbers from the generator alone.
 
     Raises:
-        ValueError: Too few classes or samples; labels that do not match the data.
+        ValueError: Too few classes or samples; a class that comes twice; labels that do not match the data.
+        TypeError: Samples that are no pairs; labels or an index that are no integers.
         IndexError: An index that is not below ``length``.
 
     Source:
@@ -111,8 +130,8 @@ class Episodes(Dataset[Episode]):
 
     def __init__(
         self,
-        data: Tensor | Dataset[Any],
-        labels: Sequence[int] | Tensor | None = None,
+        data: Tensor | np.ndarray | Dataset[Any] | Sequence[tuple[Any, Any]],
+        labels: Sequence[int] | Tensor | np.ndarray | None = None,
         *,
         way: int,
         shot: int,
@@ -129,6 +148,8 @@ class Episodes(Dataset[Episode]):
         self.seed, self.length, self.augment = seed, length, augment
         members = _members(data, labels)
         self.classes = sorted(members) if classes is None else list(classes)
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"each class may come once; got {self.classes}")
         if unknown := sorted(set(self.classes) - set(members)):
             raise ValueError(f"no sample has the label {unknown[0]}; there are {len(members)} labels in the data")
         if len(self.classes) < way:
@@ -145,9 +166,7 @@ class Episodes(Dataset[Episode]):
         return self.length
 
     def __getitem__(self, index: int) -> Episode:
-        if not 0 <= index < self.length:
-            raise IndexError(f"episodes have indices 0 to {self.length - 1}; got {index}")
-        g = generator(self.seed, index)
+        g = generator(self.seed, checked_index(index, self.length))
         chosen = torch.randperm(len(self.classes), generator=g)[: self.way].tolist()
         each = self.shot + self.queries
         rows = torch.stack([self.members[c][torch.randperm(len(self.members[c]), generator=g)[:each]] for c in chosen])
@@ -164,19 +183,39 @@ class Episodes(Dataset[Episode]):
     def _inputs(self, rows: Tensor) -> Tensor:
         if isinstance(self.data, Tensor):
             return self.data[rows]
-        return torch.stack([torch.as_tensor(self.data[i][0]) for i in rows.tolist()])
+        if isinstance(self.data, np.ndarray):
+            return torch.from_numpy(self.data[rows.numpy()])
+        return torch.stack([torch.as_tensor(_pair(self.data, i)[0]) for i in rows.tolist()])
 
 
-def _members(data: Tensor | Dataset[Any], labels: Sequence[int] | Tensor | None) -> dict[int, Tensor]:
+def _pair(data: Any, i: int) -> tuple[Any, Any]:
+    item = data[i]
+    if not isinstance(item, tuple) or len(item) != 2:
+        got = type(item).__name__ + (f" of {len(item)}" if isinstance(item, tuple) else "")
+        raise TypeError(
+            f"data must be a tensor, a NumPy array or a dataset of (input, label) tuples; its sample {i} is a {got}. "
+            "Of a list of tensors make one: torch.stack(data)"
+        )
+    return item
+
+
+def _members(data: Any, labels: Any) -> dict[int, Tensor]:
     """The samples of each class."""
-    size = len(data)  # type: ignore[arg-type]
+    size, whole = len(data), isinstance(data, Tensor | np.ndarray)
+    if size and not whole:
+        _pair(data, 0)
     if labels is None:
         labels = getattr(data, "targets", None)
     if labels is None:
-        if isinstance(data, Tensor):
-            raise ValueError("a tensor needs labels: pass one for each sample")
-        labels = [int(data[i][1]) for i in tqdm(range(size), desc="reading labels", leave=False)]
-    labels = torch.as_tensor(labels)
+        if whole:
+            raise ValueError("a tensor or an array needs labels: pass one for each sample")
+        labels = [_pair(data, i)[1] for i in tqdm(range(size), desc="reading labels", leave=False)]
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"labels must be integers ({error}); number the classes first") from error
+    if size and (labels.is_floating_point() or labels.is_complex()):
+        raise TypeError(f"labels must be integers; got {labels.dtype}")
     if labels.shape != (size,):
         raise ValueError(f"labels must be one for each of the {size} samples; got shape {list(labels.shape)}")
     order = torch.argsort(labels, stable=True)

@@ -99,7 +99,8 @@ def jitter(images: Tensor, g: torch.Generator) -> Tensor:
     Rotation by up to 25 degrees, scale 0.75 to 1.25, shear up to 0.3 and shift up to an eighth of the image.
     """
     n = len(images)
-    u = 2 * torch.rand(5, n, generator=g) - 1
+    # Of the images' dtype, and drawn in one: neither follows torch.set_default_dtype.
+    u = (2 * torch.rand(5, n, generator=g, dtype=torch.float32) - 1).to(images.dtype)
     angle, scale, shear, shift = u[0] * math.radians(25), 1 + 0.25 * u[1], 0.3 * u[2], 0.25 * u[3:]
     cos, sin = angle.cos() * scale, angle.sin() * scale
     rows = (torch.stack([cos, shear - sin, shift[0]], -1), torch.stack([sin, cos, shift[1]], -1))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch.utils.data import Dataset
 
-from .episodes import Batch, Episode, generator
+from .episodes import Batch, Episode, checked_index, generator
 
 
 class Sinusoids(Dataset[Episode]):
@@ -25,6 +25,7 @@ class Sinusoids(Dataset[Episode]):
     Raises:
         ValueError: A number below 1.
         IndexError: An index that is not below ``length``.
+        TypeError: An index that is no integer.
 
     Source:
         Finn, Abbeel and Levine 2017 (arXiv 1703.03400), section 5.1.
@@ -45,9 +46,7 @@ class Sinusoids(Dataset[Episode]):
         return self.length
 
     def __getitem__(self, index: int) -> Episode:
-        if not 0 <= index < self.length:
-            raise IndexError(f"episodes have indices 0 to {self.length - 1}; got {index}")
-        g = generator(self.seed, index)
+        g = generator(self.seed, checked_index(index, self.length))
         amplitude, phase = torch.rand(2, generator=g).tolist()
         x = 10 * torch.rand(self.shot + self.queries, 1, generator=g) - 5
         y = (0.1 + 4.9 * amplitude) * torch.sin(x + math.pi * phase)

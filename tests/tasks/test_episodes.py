@@ -2,12 +2,14 @@
 
 import functools
 import operator
+import re
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from metaattn.tasks import Episodes, split_classes, stack
+from metaattn.tasks import Episodes, Sinusoids, split_classes, stack
 from tests.helpers import assert_close
 
 CLASSES, EACH = 12, 8
@@ -103,9 +105,22 @@ class _WithTargets(Dataset):
         return DATA[i], self.targets[i]
 
 
-@pytest.mark.parametrize("source", [_WithTargets(), TensorDataset(DATA, LABELS)], ids=["targets", "read_through"])
+PAIRS = list(zip(DATA, LABELS.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "source", [_WithTargets(), TensorDataset(DATA, LABELS), PAIRS], ids=["targets", "read_through", "list"]
+)
 def test_any_dataset(source):
     assert_close(Episodes(source, way=5, shot=2, queries=3)[7], _episodes()[7])
+
+
+def test_numpy_arrays_are_like_tensors():
+    data, labels = DATA.numpy(), LABELS.numpy()
+    data.flags.writeable = False  # as of a file that is mapped to memory: not a warning
+    got = Episodes(data, labels, way=5, shot=2, queries=3)[7]
+    assert_close(got, _episodes()[7])
+    assert got.support.inputs.shape == (10, 1)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +131,9 @@ def test_any_dataset(source):
         ({"shot": 0}, "shot must be at least 1; got 0"),
         ({"classes": [0, 1, 2, 3, 99]}, "no sample has the label 99"),
         ({"labels": LABELS[:5]}, r"labels must be one for each of the 96 samples; got shape \[5\]"),
-        ({"labels": None}, "a tensor needs labels"),
+        ({"labels": None}, "a tensor or an array needs labels"),
+        ({"data": DATA.numpy(), "labels": None}, "a tensor or an array needs labels"),
+        ({"classes": [0, 1, 2, 3, 3]}, r"each class may come once; got \[0, 1, 2, 3, 3\]"),
     ],
 )
 def test_errors(changes, message):
@@ -124,11 +141,41 @@ def test_errors(changes, message):
         Episodes(**{"data": DATA, "labels": LABELS, "way": 5, "shot": 2, "queries": 3, **changes})
 
 
-def test_index_errors():
+class _Dicts(_WithTargets):
+    def __getitem__(self, i):
+        return {"image": DATA[i]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": list(DATA)}, "its sample 0 is a Tensor. Of a list of tensors make one: torch.stack"),
+        ({"data": DATA.tolist()}, "its sample 0 is a list"),
+        ({"data": [(x, y, 0) for x, y in PAIRS]}, "its sample 0 is a tuple of 3"),
+        ({"data": _Dicts(), "labels": None}, "its sample 0 is a dict"),
+        ({"labels": [f"c{y}" for y in LABELS]}, "labels must be integers .*; number the classes first"),
+        ({"labels": LABELS.numpy().astype(str)}, "labels must be integers .*; number the classes first"),
+        ({"labels": LABELS.double()}, "labels must be integers; got torch.float64"),
+        ({"data": [(x, f"c{y}") for x, y in PAIRS], "labels": None}, "labels must be integers"),
+    ],
+)
+def test_type_errors(changes, message):
+    with pytest.raises(TypeError, match=message):
+        Episodes(**{"data": DATA, "labels": LABELS, "way": 5, "shot": 2, "queries": 3, **changes})
+
+
+@pytest.mark.parametrize("episodes", [_episodes(length=4), Sinusoids(shot=1, queries=1, length=4)])
+def test_index_errors(episodes):
     for i in (-1, 4):
         with pytest.raises(IndexError, match="indices 0 to 3; got"):
-            _episodes(length=4)[i]
-    assert len(_episodes(length=4)) == 4
+            episodes[i]
+    for i in (slice(0, 2), "0", 1.0):
+        with pytest.raises(TypeError, match=rf"one integer for index; got {re.escape(repr(i))}"):
+            episodes[i]
+    assert_close(episodes[np.int64(3)], episodes[3])
+    assert len(episodes) == 4
+    with pytest.raises(ValueError, match="count must be at least 1; got 0"):
+        stack(episodes, 0, 0)
 
 
 def test_split_classes():

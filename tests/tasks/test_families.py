@@ -89,6 +89,19 @@ def test_jitter_moves_and_keeps():
     assert_close(jitter(x, torch.Generator().manual_seed(0)), y)
 
 
+def test_glyphs_do_not_follow_the_default_dtype(tmp_path):
+    episodes = glyphs("test", way=5, shot=1, queries=2, cache=tmp_path)
+    want = episodes[3]
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = episodes[3]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.query.inputs.dtype == torch.float32
+    assert torch.equal(got.query.inputs, want.query.inputs)
+    assert jitter(want.query.inputs.double(), torch.Generator()).dtype == torch.float64
+
+
 def test_cache_is_read_again_and_survives_corruption(tmp_path):
     calls, data = [], np.random.default_rng(0).integers(0, 256, 5000, np.uint8)
 
