@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from .gradients import Gradient, trajectory
+from ._checks import check_learning_rate, check_meta, check_optimizer, check_params, check_steps, check_tasks
+from .gradients import Gradient, check_gradient, trajectory
 from .optim import InnerOptimizer, Params, Rates, sgd
 
 MetaParams = dict[str, Params]
@@ -27,7 +28,7 @@ class GradientBased:
     Args:
         loss: ``loss(params, inputs, targets)`` of one batch, a scalar; with ``has_aux`` a pair of it and a
             dict of tensors (metrics) that are carried along.
-        steps: Inner steps.
+        steps: Inner steps, at least 1.
         learning_rate: Of the inner steps, at the start if it is learned.
         optimizer: Of the inner steps.
         gradient: How the inner loop is differentiated, see :func:`metaattn.meta.trajectory`.
@@ -39,6 +40,7 @@ class GradientBased:
 
     Raises:
         ValueError: A value that is none of those allowed; patterns that match no parameter (on use).
+        TypeError: A value of another type, such as an optimizer's name.
     """
 
     loss: Callable[..., Any]
@@ -46,24 +48,35 @@ class GradientBased:
     learning_rate: float = 0.1
     optimizer: InnerOptimizer = field(default_factory=sgd)
     gradient: Gradient = "reverse"
-    adapts: tuple[str, ...] = ("*",)
+    adapts: Sequence[str] = ("*",)
     learns: Literal["nothing", "scalar", "tensor", "element"] = "nothing"
     per_step: bool = False
     has_aux: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"steps must be at least 0; got {self.steps}")
+        check_steps(self.steps, 1)
+        check_learning_rate(self.learning_rate)
+        check_optimizer(self.optimizer)
+        check_gradient(self.gradient)
+        if isinstance(self.adapts, str):
+            raise TypeError(f"adapts must be a sequence of patterns, such as ({self.adapts!r},); got {self.adapts!r}")
         if self.learns not in ("nothing", "scalar", "tensor", "element"):
             raise ValueError(f"learns must be 'nothing', 'scalar', 'tensor' or 'element'; got {self.learns!r}")
 
     def init(self, params: Params) -> MetaParams:
-        """Meta-parameters from a model's: copies that require gradients, of it and of the learned rates."""
+        """Meta-parameters from a model's: copies that require gradients, of it and of the learned rates.
+
+        Raises:
+            TypeError: Anything but a dict of tensors, such as a module.
+            ValueError: No parameters, or none that a task adapts.
+        """
+        check_params(params)
+        self.adapted(params)
         out = {"params": params, "rates": self._initial_rates(params)}
         return {k: {n: t.detach().clone().requires_grad_() for n, t in group.items()} for k, group in out.items()}
 
     def _initial_rates(self, params: Params) -> Params:
-        steps = max(self.steps, 1) if self.per_step else 1
+        steps = self.steps if self.per_step else 1
         like = next(iter(params.values()))
         if self.learns == "nothing":
             return {}
@@ -85,7 +98,12 @@ class GradientBased:
         return names
 
     def trajectory(self, meta: MetaParams, support: Batch, steps: int | None = None) -> list[Params]:
-        """The parameters before, between and after the inner steps on a task's support set."""
+        """The parameters before, between and after the inner steps on a task's support set.
+
+        Raises:
+            TypeError: Meta-parameters that are not of :meth:`init`.
+        """
+        check_meta(meta, self.learns != "nothing")
 
         def loss(params: Params, *batch: Tensor) -> Tensor:
             return self.loss(params, *batch)[0] if self.has_aux else self.loss(params, *batch)
@@ -110,7 +128,13 @@ class GradientBased:
         return self.loss(self.adapt(meta, support), *query)
 
     def losses(self, meta: MetaParams, support: Batch, query: Batch, *, chunk_size: int | None = None) -> Any:
-        """:meth:`task_loss` of many tasks, stacked in the first dimension, by vmap in chunks of ``chunk_size``."""
+        """:meth:`task_loss` of many tasks, stacked in the first dimension, by vmap in chunks of ``chunk_size``.
+
+        Raises:
+            TypeError: Meta-parameters that are not of :meth:`init`; sets that are no sequences of tensors.
+            ValueError: No tasks, or not as many in all tensors; ``chunk_size`` below 1.
+        """
+        check_tasks(support, query, chunk_size)
         f = vmap(self.task_loss, (None, 0, 0), chunk_size=chunk_size, randomness="different")
         return f(meta, tuple(support), tuple(query))
 
@@ -130,8 +154,13 @@ class GradientBased:
 
         Returns:
             What :meth:`losses` returns, detached, and gradients in the form of ``meta``.
+
+        Raises:
+            TypeError: As :meth:`losses`.
+            ValueError: As :meth:`losses`.
         """
-        tasks = support[0].shape[0]
+        check_meta(meta, self.learns != "nothing")
+        tasks = check_tasks(support, query, chunk_size)
         size = tasks if chunk_size is None else chunk_size
         names = [(group, k) for group, tensors in meta.items() for k in tensors]
         leaves = [meta[group][k].detach().requires_grad_() for group, k in names]
@@ -197,7 +226,7 @@ def anil(loss: Callable[..., Any], *, adapts: Sequence[str] = ("head.*",), **set
     Source:
         Raghu et al. 2020 (arXiv 1909.09157).
     """
-    return GradientBased(loss, adapts=tuple(adapts), **settings)
+    return GradientBased(loss, adapts=adapts, **settings)
 
 
 def meta_sgd(loss: Callable[..., Any], **settings: Any) -> GradientBased:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.func import grad
 
+from ._checks import check_optimizer, check_params, check_steps
 from .optim import InnerOptimizer, Params, Rates
 
 Loss = Callable[..., Tensor]
@@ -30,6 +31,12 @@ def _first_order(loss: Loss) -> Callable[..., Params]:
 
 # How the inner gradient looks to an outer derivative; the other ways join here.
 GRADIENTS: dict[str, Callable[[Loss], Callable[..., Params]]] = {"reverse": _reverse, "first_order": _first_order}
+
+
+def check_gradient(gradient: str) -> None:
+    """A way of differentiating is one of ``GRADIENTS``."""
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}; got {gradient!r}")
 
 
 def trajectory(
@@ -61,11 +68,12 @@ def trajectory(
 
     Raises:
         ValueError: A negative number of steps, an unknown way of differentiating, an unknown parameter.
+        TypeError: Parameters that are no dict of tensors, an optimizer that is none, steps that are no integer.
     """
-    if steps < 0:
-        raise ValueError(f"steps must be at least 0; got {steps}")
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}; got {gradient!r}")
+    check_steps(steps, 0)
+    check_gradient(gradient)
+    check_optimizer(optimizer)
+    check_params(params)
     names = list(params) if adapts is None else list(adapts)
     if unknown := sorted(set(names) - set(params)):
         raise ValueError(f"no parameter is named {unknown}; there are {sorted(params)}")

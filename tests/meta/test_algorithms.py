@@ -1,13 +1,14 @@
 """Meta-gradients: against finite differences, a hand-written unroll, a loop over tasks and their definitions."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch.func import functional_call, grad
 
 import metaattn
-from metaattn.meta import adam, adapt, anil, first_order_maml, maml, meta_sgd, momentum, sgd, trajectory
+from metaattn.meta import GradientBased, adam, adapt, anil, first_order_maml, maml, meta_sgd, momentum, sgd, trajectory
 from tests.helpers import assert_close, error
 
 F64 = {"dtype": torch.float64}
@@ -15,6 +16,7 @@ MODEL = metaattn.Transformer(
     input="continuous", in_features=2, output="pooled", out_features=1, dim=4, heads=2, depth=1
 ).double()
 TASKS = 3
+ONE = torch.tensor(1.0)
 
 
 @pytest.fixture
@@ -135,8 +137,8 @@ def test_first_order_differs_from_second(params, tasks):
     assert (flat(a) - flat(b)).norm() > 0.01 * flat(a).norm()
 
 
-def test_first_order_without_inner_steps_is_the_plain_gradient(params, tasks):
-    learner = first_order_maml(_loss, steps=0)
+def test_first_order_at_a_rate_of_zero_is_the_plain_gradient(params, tasks):
+    learner = first_order_maml(_loss, learning_rate=0)
     _, gradient = learner.value_and_grad(learner.init(params), *tasks)
     want = grad(lambda p: torch.stack([_loss(p, *_task(tasks, i)[1]) for i in range(TASKS)]).mean())(params)
     assert_close(gradient["params"], want)
@@ -219,20 +221,68 @@ def test_learning_reduces_the_loss(params, tasks):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: maml(_loss, steps=-1), "steps must be at least 0; got -1"),
+        (lambda: maml(_loss, steps=0), "steps must be at least 1; got 0"),
         (lambda: maml(_loss, learns="all"), "learns must be .*; got 'all'"),
+        (lambda: maml(_loss, gradient="forward"), "gradient must be one of 'reverse', 'first_order'; got 'forward'"),
+        (lambda: maml(_loss, learning_rate=math.nan), "learning_rate must be at least 0 and finite; got nan"),
+        (lambda: maml(_loss, learning_rate=-0.1), "learning_rate must be at least 0 and finite; got -0.1"),
+        (lambda: maml(_loss).init({}), "params must hold at least one tensor"),
         (lambda: maml(_loss, adapts=("tail.*",)).adapted({"head.weight": 0}), r"no parameter matches \['tail.\*'\]"),
         (
-            lambda: adapt(_loss, {}, (), optimizer=sgd(), rates=0.1, steps=1, gradient="forward"),
+            lambda: adapt(_loss, {"a": ONE}, (), optimizer=sgd(), rates=0.1, steps=1, gradient="forward"),
             "gradient must be one of 'reverse', 'first_order'; got 'forward'",
         ),
         (
-            lambda: adapt(_loss, {"a": 0}, (), optimizer=sgd(), rates=0.1, steps=1, adapts=["b"]),
+            lambda: adapt(_loss, {"a": ONE}, (), optimizer=sgd(), rates=0.1, steps=1, adapts=["b"]),
             r"no parameter is named \['b'\]; there are \['a'\]",
         ),
-        (lambda: adapt(_loss, {}, (), optimizer=sgd(), rates=0.1, steps=-1), "steps must be at least 0"),
+        (lambda: adapt(_loss, {"a": ONE}, (), optimizer=sgd(), rates=0.1, steps=-1), "steps must be at least 0"),
     ],
 )
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: maml(_loss, optimizer="adam"), r"optimizer must be an InnerOptimizer, such as .*adam\(\); got 'adam'"),
+        (lambda: maml(_loss, optimizer=adam), r"optimizer must be .*adam\(\); got <function adam"),
+        (
+            lambda: adapt(_loss, {"a": ONE}, (), optimizer=sgd, rates=0.1, steps=1),
+            "optimizer must be .* got <function sgd",
+        ),
+        (lambda: maml(_loss, steps=1.5), "steps must be an integer; got 1.5"),
+        (lambda: maml(_loss, learning_rate="0.1"), "learning_rate must be a number; got '0.1'"),
+        (lambda: anil(_loss, adapts="head.*"), r"adapts must be a sequence of patterns, such as \('head.\*',\)"),
+        (lambda: maml(_loss).init(MODEL), r"got a Transformer. Of a module, pass dict\(module.named_parameters\(\)\)"),
+        (lambda: maml(_loss).init(MODEL.named_parameters()), "params must be a dict of tensors; got a generator"),
+        (lambda: maml(_loss).init({"a": 1.0}), "params must be a dict of tensors"),
+    ],
+)
+def test_type_errors(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("method", [GradientBased.losses, GradientBased.value_and_grad])
+def test_errors_of_a_batch_of_tasks(method, params, tasks):
+    learner = maml(_loss)
+    meta, (support, query) = learner.init(params), tasks
+    for wrong, got in ((params, "a dict of "), (MODEL, "a Transformer"), (list(params.values()), "a list")):
+        with pytest.raises(TypeError, match=rf"meta must be what this learner's init\(params\) returns.*got {got}"):
+            method(learner, wrong, support, query)
+    with pytest.raises(TypeError, match="with 'params' and 'rates'; got a dict of"):
+        method(meta_sgd(_loss), meta, support, query)
+    with pytest.raises(TypeError, match=r"support must be a sequence of tensors, .*got a Tensor"):
+        method(learner, meta, support[0], query)
+    for size in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"chunk_size must be an integer of at least 1, .*got {size}"):
+            method(learner, meta, support, query, chunk_size=size)
+    for few in ([t[:0] for t in query], [t[:2] for t in query], [ONE]):
+        with pytest.raises(ValueError, match=r"the same number of tasks .*, at least 1; got the shapes"):
+            method(learner, meta, support, few)
+    none = [[t[:0] for t in part] for part in tasks]
+    with pytest.raises(ValueError, match="at least 1; got the shapes"):
+        method(learner, meta, *none)

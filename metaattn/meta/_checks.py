@@ -1,0 +1,72 @@
+"""Every error of the arguments of meta-learning, before any work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+from torch import Tensor
+
+from .optim import InnerOptimizer
+
+
+def check_steps(steps: Any, least: int) -> None:
+    """Inner steps are an integer of at least ``least``."""
+    if not isinstance(steps, Integral):
+        raise TypeError(f"steps must be an integer; got {steps!r}")
+    if steps < least:
+        raise ValueError(f"steps must be at least {least}; got {steps}")
+
+
+def check_learning_rate(value: Any) -> None:
+    """A learning rate is a finite number that is not negative."""
+    if not isinstance(value, Real):
+        raise TypeError(f"learning_rate must be a number; got {value!r}")
+    if not 0 <= float(value) < math.inf:
+        raise ValueError(f"learning_rate must be at least 0 and finite; got {value}")
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """An inner optimizer is made, neither named nor the function that makes it."""
+    if not isinstance(optimizer, InnerOptimizer):
+        raise TypeError(f"optimizer must be an InnerOptimizer, such as metaattn.meta.adam(); got {optimizer!r}")
+
+
+def check_params(params: Any) -> None:
+    """Parameters are tensors by name."""
+    if not isinstance(params, Mapping) or not all(isinstance(p, Tensor) for p in params.values()):
+        raise TypeError(
+            f"params must be a dict of tensors; got a {type(params).__name__}. Of a module, pass "
+            "dict(module.named_parameters())"
+        )
+    if not params:
+        raise ValueError("params must hold at least one tensor; got none")
+
+
+def check_meta(meta: Any, rates: bool) -> None:
+    """Meta-parameters are those that ``init`` gives, with learning rates if they are learned."""
+    groups = ("params", "rates") if rates else ("params",)
+    if not isinstance(meta, Mapping) or not all(isinstance(meta.get(g), Mapping) and meta[g] for g in groups):
+        got = f"a dict of {list(meta)[:3]}" if isinstance(meta, Mapping) else f"a {type(meta).__name__}"
+        raise TypeError(
+            f"meta must be what this learner's init(params) returns, with {' and '.join(map(repr, groups))}; got {got}"
+        )
+
+
+def check_tasks(support: Any, query: Any, chunk_size: Any) -> int:
+    """How many tasks are stacked in the first dimension of all tensors of both sets, in chunks of a size."""
+    for name, part in (("support", support), ("query", query)):
+        if isinstance(part, Tensor) or not isinstance(part, Sequence) or not all(isinstance(t, Tensor) for t in part):
+            raise TypeError(f"{name} must be a sequence of tensors, (inputs, targets); got a {type(part).__name__}")
+    counts = {t.shape[0] if t.dim() else 0 for t in (*support, *query)}
+    if len(counts) != 1 or 0 in counts:
+        shapes = [[list(t.shape) for t in part] for part in (support, query)]
+        raise ValueError(
+            "support and query must have the same number of tasks in the first dimension of all their tensors, at "
+            f"least 1; got the shapes {shapes[0]} and {shapes[1]}"
+        )
+    if chunk_size is not None and (not isinstance(chunk_size, Integral) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be an integer of at least 1, or None for all at once; got {chunk_size!r}")
+    return counts.pop()
