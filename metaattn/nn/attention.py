@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import sdpa
+from ..ops import check_backend, sdpa
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -100,6 +100,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         backend: As in :func:`metaattn.sdpa`.
         **kwargs: As for :class:`torch.nn.MultiheadAttention`.
 
+    Raises:
+        ValueError: No backend has this name.
+
     Example:
         >>> import torch, metaattn
         >>> theirs = torch.nn.MultiheadAttention(16, 4, batch_first=True)
@@ -111,6 +114,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     """
 
     def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+        if backend is not None:
+            check_backend(backend)
         super().__init__(*args, **kwargs)
         self.backend = backend
 
@@ -141,12 +146,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             The output, in the query's layout, and the weights, ``[N, L, S]`` or ``[N, heads, L, S]``, or ``None``.
 
         Raises:
-            ValueError: ``is_causal`` without ``attn_mask``; nested tensors; masks of a wrong shape.
+            ValueError: ``is_causal`` without ``attn_mask``; nested tensors; inputs or masks of a wrong shape.
         """
         if is_causal and attn_mask is None:
             raise ValueError("is_causal says that attn_mask is causal, and needs it; got attn_mask=None")
         if any(t.is_nested for t in (query, key, value)):
             raise ValueError("nested tensors are not served; pad them and pass key_padding_mask")
+        self._check_shapes(query, key, value)
         batched = query.dim() == 3
         if not batched:
             query, key, value = (t.unsqueeze(0) for t in (query, key, value))
@@ -162,6 +168,21 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not batched:
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
         return (out if self.batch_first else out.transpose(0, 1)), weights
+
+    def _check_shapes(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        shapes = f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)}"
+        if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
+            raise ValueError(f"query, key and value must have 2 dimensions each, or 3 with a batch; got {shapes}")
+        sizes = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}
+        for (name, size), x in zip(sizes.items(), (query, key, value), strict=True):
+            if x.shape[-1] != size:
+                raise ValueError(f"{name} must have the size {size} in its last dimension; got {list(x.shape)}")
+        batch = 0 if self.batch_first else 1
+        if key.shape[:-1] != value.shape[:-1] or (query.dim() == 3 and query.shape[batch] != key.shape[batch]):
+            layout = "[N, length, size]" if self.batch_first else "[length, N, size]"
+            raise ValueError(
+                f"key and value must have one length, and all three one batch size, of {layout}; got {shapes}"
+            )
 
     def _project(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """query, key and value with heads, ``[N, heads, ·, E/heads]``, and the extra keys if there are any."""

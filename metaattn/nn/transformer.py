@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import sdpa
+from ..ops import check_backend, check_window, sdpa
 from .attention import Rotation, SelfAttention, rotation
 from .norm import LayerNorm, RMSNorm
 
@@ -51,6 +52,7 @@ class TransformerConfig:
 
     Raises:
         ValueError: A value that is none of those allowed, or that does not go with another.
+        TypeError: A window that is no pair.
     """
 
     input: Literal["token", "patch", "continuous", "features"] = "token"
@@ -82,12 +84,13 @@ class TransformerConfig:
         hints = get_type_hints(type(self))
         for name in ("input", "output", "activation", "norm", "position"):
             _require(getattr(self, name) in get_args(hints[name]), name, getattr(self, name), get_args(hints[name]))
-        for name in ("dim", "depth", "heads", "channels", "feature_tokens"):
+        for name in ("dim", "depth", "heads", "channels", "feature_tokens", "max_length"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
         for name in ("dropout", "attention_dropout"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
-        _require(self.mlp_ratio > 0, "mlp_ratio", self.mlp_ratio, "positive")
+        fits = 0 < self.mlp_ratio < math.inf and self.hidden >= 1
+        _require(fits, "mlp_ratio", self.mlp_ratio, f"positive and finite, and with dim={self.dim} give a hidden unit")
         _require(self.dim % self.heads == 0, "heads", self.heads, f"a divisor of dim, {self.dim}")
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         _require(
@@ -97,13 +100,25 @@ class TransformerConfig:
             size = self.dim // self.heads
             _require(size % 2 == 0, "dim / heads", size, "even for position='rope'")
         needs = {"token": ["vocab_size"], "patch": ["image_size", "patch_size"]}.get(self.input, ["in_features"])
-        for name in [*needs, *(["out_features"] if self.output != "sequence" else [])]:
+        needed = dict.fromkeys(needs, f"input={self.input!r}")
+        if self.output != "sequence":
+            needed["out_features"] = f"output={self.output!r}"
+        for name, by in needed.items():
             value = getattr(self, name)
-            _require(value is not None and value >= 1, name, value, f"at least 1 for {self.input!r}, {self.output!r}")
+            _require(value is not None, name, value, f"given for {by}")
+            _require(value >= 1, name, value, "at least 1")
         if self.image_size and self.patch_size:
             fits = self.image_size % self.patch_size == 0
             _require(fits, "patch_size", self.patch_size, f"a divisor of image_size, {self.image_size}")
+        if self.backend is not None:
+            check_backend(self.backend)
+        check_window(self.window)
         _require(self.position != "learned" or self.length is not None, "max_length", None, "given, to learn positions")
+
+    @property
+    def hidden(self) -> int:
+        """Width of the hidden layer."""
+        return round(self.dim * self.mlp_ratio)
 
     @property
     def length(self) -> int | None:
@@ -237,7 +252,7 @@ class _Embedding(nn.Module):
         assert c.patch_size is not None
         shape = ([] if c.channels is None else [c.channels]) + [c.image_size] * 2
         if list(x.shape[-len(shape) :]) != shape:
-            raise ValueError(f"input='patch' takes images {['…', *shape]}; got {list(x.shape)}")
+            raise ValueError(f"input='patch' takes images [..., {', '.join(map(str, shape))}]; got {list(x.shape)}")
         if c.channels is None:
             x = x.unsqueeze(-3)
         x = x.unflatten(-1, (-1, c.patch_size)).unflatten(-3, (-1, c.patch_size))  # […, C, rows, p, columns, p]
@@ -253,9 +268,8 @@ class _Mlp(nn.Module):
     def __init__(self, c: TransformerConfig) -> None:
         super().__init__()
         self.gated = c.activation == "swiglu"
-        hidden = round(c.dim * c.mlp_ratio)
-        self.up = nn.Linear(c.dim, 2 * hidden if self.gated else hidden)
-        self.down = nn.Linear(hidden, c.dim)
+        self.up = nn.Linear(c.dim, 2 * c.hidden if self.gated else c.hidden)
+        self.down = nn.Linear(c.hidden, c.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)

@@ -145,6 +145,42 @@ def test_errors(arguments, message):
         metaattn.MultiheadAttention(8, 2, batch_first=True)(x, x, x, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(1, 2, 4, 8)] * 3, r"must have 2 dimensions each, or 3 with a batch; got query \[1, 2, 4, 8\]"),
+        ([(8,)] * 3, "must have 2 dimensions each, or 3"),
+        ([(2, 4, 8), (4, 8), (4, 8)], "must have 2 dimensions each, or 3"),
+        ([(4, 8), (2, 4, 8), (2, 4, 8)], "must have 2 dimensions each, or 3"),
+        ([(2, 4, 8), (2, 4, 8), (4, 8)], "must have 2 dimensions each, or 3"),
+        ([(2, 4, 6), (2, 4, 8), (2, 4, 8)], r"query must have the size 8 in its last dimension; got \[2, 4, 6\]"),
+        ([(2, 4, 8), (2, 4, 6), (2, 4, 8)], "key must have the size 8"),
+        ([(2, 4, 8), (2, 4, 8), (2, 4, 6)], "value must have the size 8"),
+        ([(2, 4, 8), (2, 5, 8), (2, 4, 8)], r"one length, and all three one batch size, of \[N, length, size\]"),
+        ([(1, 4, 8), (2, 5, 8), (2, 5, 8)], "all three one batch size"),
+        ([(4, 8), (5, 8), (4, 8)], "must have one length"),
+    ],
+)
+def test_shape_errors(shapes, message):
+    x = [torch.randn(shape) for shape in shapes]
+    with pytest.raises(ValueError, match=message):
+        metaattn.MultiheadAttention(8, 2, batch_first=True)(*x)
+    with pytest.raises((AssertionError, RuntimeError)):  # what PyTorch refuses too
+        torch.nn.MultiheadAttention(8, 2, batch_first=True)(*x)
+
+
+def test_a_backend_that_is_not_there():
+    with pytest.raises(ValueError, match=r"backend must be one of .*; got 'trition'"):
+        metaattn.MultiheadAttention(8, 2, backend="trition")
+
+
+def test_the_batch_is_where_batch_first_says():
+    x = torch.randn(4, 2, 8)
+    assert metaattn.MultiheadAttention(8, 2)(x, x[:3], x[:3])[0].shape == (4, 2, 8)
+    with pytest.raises(ValueError, match=r"all three one batch size, of \[length, N, size\]"):
+        metaattn.MultiheadAttention(8, 2)(x, x[:, :1], x[:, :1])
+
+
 def test_rotation_makes_scores_depend_on_distance_alone():
     x, y = torch.randn(2, 1, 8, **F64)
     by = rotation(10, 8, 10000.0, x)

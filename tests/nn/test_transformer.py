@@ -239,14 +239,21 @@ def test_config_and_changes():
         ({"dim": 12, "heads": 4}, "dim / heads must be even for position='rope'; got 3"),
         ({"depth": 0}, "depth must be at least 1; got 0"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1; got 1.0"),
-        ({"vocab_size": None}, "vocab_size must be at least 1 for 'token'.*got None"),
-        ({"output": "pooled"}, "out_features must be at least 1 for 'token', 'pooled'; got None"),
+        ({"vocab_size": None}, "vocab_size must be given for input='token'; got None"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1; got 0"),
+        ({"output": "pooled"}, "out_features must be given for output='pooled'; got None"),
+        ({"input": "patch", "image_size": 28}, "patch_size must be given for input='patch'; got None"),
+        ({"position": "learned", "max_length": 0}, "max_length must be at least 1; got 0"),
         ({"position": "learned"}, "max_length must be given, to learn positions; got None"),
         (
             {"input": "patch", "image_size": 28, "patch_size": 5},
             "patch_size must be a divisor of image_size, 28; got 5",
         ),
+        ({"backend": "foo"}, "backend must be one of .*; got 'foo'"),
+        ({"window": (-1, 2)}, r"window .*got \(-1, 2\)"),
         ({"mlp_ratio": 0.0}, "mlp_ratio must be positive"),
+        ({"mlp_ratio": float("inf")}, "mlp_ratio must be positive and finite"),
+        ({"mlp_ratio": 1e-3}, "and with dim=64 give a hidden unit; got 0.001"),
     ],
 )
 def test_config_errors(changes, message):
@@ -254,11 +261,16 @@ def test_config_errors(changes, message):
         TransformerConfig(**{"vocab_size": 7, **changes})
 
 
+def test_a_window_is_a_pair():
+    with pytest.raises(TypeError, match=r"window must be a pair \(left, right\).*; got 3"):
+        Transformer(vocab_size=7, window=3)
+
+
 @pytest.mark.parametrize(
     ("name", "x", "message"),
     [
         ("tokens", VECTORS, "takes integers; got torch.float64"),
-        ("patches", IMAGES[:, :3], r"takes images \['…', 4, 4\]; got \[2, 3, 4\]"),
+        ("patches", IMAGES[:, :3], r"takes images \[..., 4, 4\]; got \[2, 3, 4\]"),
         ("vectors", VECTORS[..., :2], r"takes 3 features in the last dimension; got \[2, 5, 2\]"),
     ],
 )
