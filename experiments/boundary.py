@@ -28,8 +28,10 @@ from tqdm import tqdm
 import metaattn
 
 from . import report
-from ._settings import parse
+from ._settings import fail, parse
+from .errors import UserError
 from .second_order import dense
+from .setup import find_device
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # relative error that counts as right
@@ -181,18 +183,21 @@ def picture(path: Path, table: dict[str, dict[str, Any]], where: str) -> None:
 def main() -> None:
     """Try everything, show it."""
     s = parse(Settings, "experiments.boundary")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if s.device == "auto" else s.device
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    try:
+        device = find_device(s.device)
+    except UserError as error:
+        fail(str(error))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     inputs = tuple(torch.randn(1, 2, 16, 32, device=device).to(dtype) for _ in range(4))
     table: dict[str, dict[str, Any]] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name, attention in tqdm(attentions(device.split(":")[0]).items(), desc="attentions", leave=False):
+        for name, attention in tqdm(attentions(device.type).items(), desc="attentions", leave=False):
             table[name] = {n: probe(attention, nesting, inputs) for n, nesting in NESTINGS.items()}
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     where = f"{name}, {str(dtype)[6:]}, torch {torch.__version__}"
     report.write_json(out / "boundary.json", {"where": where, "table": table})
     picture(out / "boundary.png", table, where)

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,13 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from . import checkpoint, config, evaluate, train
-from .config import Config, Mode
+from .config import Config, Mode, checked
 from .errors import UserError
 from .setup import setup
 
 CONF = str(Path(__file__).parent.parent / "conf")
-# What may change when a run goes on: nothing that its numbers depend on, but for how long it goes.
-FREE = (
+# What may change when a run is resumed: nothing that its numbers depend on, but for how long it goes.
+RESUMED = (
     "resume",
     "device",
     "threads",
@@ -32,20 +33,35 @@ FREE = (
     "train.checkpoint_every",
     "train.validate_every",
     "train.validation_tasks",
-    "test.",
+    "test.*",
+)
+# And when it is evaluated: on which tasks and how, but not what was learned.
+EVALUATED = (
+    "mode",
+    "checkpoint",
+    "device",
+    "threads",
+    "backend",
+    "seed",
+    "task.shot",
+    "task.queries",
+    "task.augment",
+    "task.root",
+    "test.*",
 )
 
 
-def _of_checkpoint(path: Path, current: DictConfig, free: tuple[str, ...] | None) -> DictConfig:
-    """The config of a checkpoint, changed by what the command line names; ``free``: what it may name."""
+def _of_checkpoint(path: Path, current: DictConfig, done: str, free: tuple[str, ...]) -> DictConfig:
+    """The config of the checkpoint of a run that is ``done``, changed by the command line where it is ``free`` to."""
     stored = OmegaConf.merge(OmegaConf.structured(Config), checkpoint.load(path)["config"])
     assert isinstance(stored, DictConfig)
     for override in HydraConfig.get().overrides.task:
         key = override.split("=", 1)[0].lstrip("+~")
-        if free is not None and not key.startswith(free):
-            raise UserError(f"{key} cannot change when a run is resumed; these can: {', '.join(FREE)}")
-        if OmegaConf.select(current, key) is not None and not isinstance(OmegaConf.select(current, key), DictConfig):
-            OmegaConf.update(stored, key, OmegaConf.select(current, key))
+        if not any(fnmatchcase(key, pattern) for pattern in free):
+            raise UserError(
+                f"{key} cannot change when a run is {done}, it comes from the checkpoint; these can: {', '.join(free)}"
+            )
+        OmegaConf.update(stored, key, OmegaConf.select(current, key))
     return stored
 
 
@@ -57,6 +73,10 @@ def job(raw: DictConfig) -> None:
         if _wants_traceback():
             raise
         _exit(error.code, f"error: {error}")
+    except OmegaConfBaseException as error:
+        if _wants_traceback():
+            raise
+        _exit(2, f"error: {_one_line(error)}")
     except train.StoppedBySignal as stop:
         out = HydraConfig.get().runtime.output_dir
         _exit(stop.code, f"stopped after a whole step, which is saved; go on with resume={out}")
@@ -71,21 +91,19 @@ def run(raw: DictConfig) -> None:
         if raw.checkpoint is None:
             raise UserError("mode=evaluate needs checkpoint=PATH, a checkpoint or the directory of a run")
         path = checkpoint.find(raw.checkpoint, "best.pt")
-        c = _object(_of_checkpoint(path, raw, None))
+        c = checked(_of_checkpoint(path, raw, "evaluated", EVALUATED))
         summary = evaluate.run_evaluation(setup(c), path, out)
     else:
+        if raw.checkpoint is not None:
+            raise UserError(
+                f"checkpoint={raw.checkpoint} is for mode=evaluate; to train on from it give resume={raw.checkpoint}"
+            )
         resume = checkpoint.find(raw.resume) if raw.resume else None
-        c = _object(_of_checkpoint(resume, raw, FREE) if resume else raw)
+        c = checked(_of_checkpoint(resume, raw, "resumed", RESUMED) if resume else raw)
         if resume is None:
             (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(c), resolve=True))
         summary = train.train(setup(c), out, resume)
     print(evaluate.table(summary, out))
-
-
-def _object(raw: DictConfig) -> Config:
-    c = OmegaConf.to_object(raw)
-    assert isinstance(c, Config)
-    return c
 
 
 def _one_line(error: Exception) -> str:
@@ -100,7 +118,7 @@ def _one_line(error: Exception) -> str:
     message = "; ".join(parts)
     names = _names()
     for word in re.findall(r"[\w-]+", " ".join(re.findall(r"'([^']*)'", message))):
-        if word not in names and word not in ("Config", "config") and (near := get_close_matches(word, names, 1)):
+        if word not in names and not word.lower().endswith("config") and (near := get_close_matches(word, names, 1)):
             return f"{message} (did you mean {near[0]!r}?)"
     return message
 

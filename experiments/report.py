@@ -9,7 +9,9 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils.tensorboard import SummaryWriter
@@ -98,10 +100,19 @@ def _save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
+def _legend_below(axis: Axes, columns: int = 2) -> None:
+    """A legend under the axis, where it covers no data."""
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=columns, frameon=False, fontsize=8)
+
+
+def _steps(axis: Axes) -> None:
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
 def learning(path: Path, rows: list[Row], metric: str, baseline: float | None) -> None:
     """Loss and metric against outer steps, before and after adaptation, in training and on held-out tasks."""
     names = ["loss"] if metric == "loss" else ["loss", "accuracy"]
-    figure, axes = plt.subplots(1, len(names), figsize=(6.5 * len(names), 4.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(names), figsize=(6.5 * len(names), 4.8), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         for split, width in (("train", 1.0), ("validation", 2.0)):
             part = [r for r in rows if r["split"] == split]
@@ -116,13 +127,14 @@ def learning(path: Path, rows: list[Row], metric: str, baseline: float | None) -
             axis.axhline(baseline, color="black", lw=0.8, ls="--", label="chance")
         axis.set(xlabel="outer step", ylabel=name, title=f"{name} on the query sets")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        _steps(axis)
+        _legend_below(axis)
     _save(figure, path)
 
 
 def adaptation(path: Path, values: Tensor, metric: str, trained: int, neighbour: float, chance: float | None) -> None:
     """The metric at each inner step on held-out tasks, ``values`` ``[tasks, steps + 1]``, with its 95% band."""
-    figure, axis = plt.subplots(figsize=(6.5, 4.2))
+    figure, axis = plt.subplots(figsize=(6.5, 4.8))
     steps, mean = range(values.shape[1]), values.mean(0).numpy()
     half = 1.96 * (values.std(0) / len(values) ** 0.5).numpy()
     axis.plot(steps, mean, "-o", color=BLUE, ms=4, label=f"mean of {len(values)} held-out tasks")
@@ -133,7 +145,8 @@ def adaptation(path: Path, values: Tensor, metric: str, trained: int, neighbour:
         axis.axhline(chance, color="black", lw=0.8, ls="--", label="chance")
     axis.set(xlabel="inner step", ylabel=metric, title="Adaptation to a new task")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    _steps(axis)
+    _legend_below(axis)
     _save(figure, path)
 
 
@@ -161,7 +174,7 @@ def _regression(path: Path, support: list[Tensor], query: list[Tensor], grid: Te
     axis.plot(*map(_numpy, support), "^", color=RED, ms=8, label="support")
     axis.set(xlabel="x", ylabel="y", title="One held-out task")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    _legend_below(axis, 4)
     _save(figure, path)
 
 

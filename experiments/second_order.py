@@ -29,6 +29,8 @@ from metaattn.tasks import Episode, glyphs, stack
 from . import report
 from ._settings import fail, parse
 from .config import Backend, Precision
+from .errors import UserError
+from .setup import find_device
 
 # Largest relative error allowed, by dtype: against dense autodiff in float64, of the Hessian's symmetry, and
 # against finite differences of the float64 loss (whose own error is 1e-7 or so). In lower precision the
@@ -94,7 +96,7 @@ def _gradient(learner: GradientBased, params: dict[str, Tensor], tasks: Episode)
     return _flat(learner.value_and_grad(learner.init(params), tasks.support, tasks.query)[1])
 
 
-def _cast(tasks: Episode, dtype: torch.dtype, device: str) -> Episode:
+def _cast(tasks: Episode, dtype: torch.dtype, device: torch.device) -> Episode:
     return Episode(*(type(b)(b.inputs.to(device, dtype), b.targets.to(device)) for b in tasks))
 
 
@@ -129,15 +131,16 @@ def _asymmetry(loss: Any, params: dict[str, Tensor], tasks: Episode) -> float:
 
 def check(s: Settings) -> list[dict[str, Any]]:
     """One row of errors for each number of inner steps."""
+    device = find_device(s.device)
     wide = stack(glyphs("train", way=s.way, shot=1, queries=3, seed=s.seed), 0, s.tasks)
-    wide = _cast(wide, torch.float64, "cpu")
+    wide = _cast(wide, torch.float64, torch.device("cpu"))
     dtype: torch.dtype = getattr(torch, s.precision.value)
-    ours, oracle = _model(s, backend=s.backend.value).to(s.device, dtype), _model(s, attention=dense)
+    ours, oracle = _model(s, backend=s.backend.value).to(device, dtype), _model(s, attention=dense)
     # Both start from the same numbers, those of the lower precision.
     params = {k: p.detach() for k, p in ours.named_parameters()}
     exact = {k: p.double().cpu() for k, p in params.items()}
-    tasks = _cast(wide, dtype, s.device)
-    wide = _cast(tasks, torch.float64, "cpu")
+    tasks = _cast(wide, dtype, device)
+    wide = _cast(tasks, torch.float64, torch.device("cpu"))
     rows = []
     for steps in tqdm(s.inner_steps, desc="inner steps", leave=False):
         options = {"steps": steps, "learning_rate": s.learning_rate}
@@ -179,7 +182,7 @@ def plot(path: Path, rows: list[dict[str, Any]], s: Settings) -> None:
     )
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    report._legend_below(axes[0])
     report._save(figure, path)
 
 
@@ -188,7 +191,7 @@ def main() -> None:
     s = parse(Settings, "experiments.second_order")
     try:
         rows = check(s)
-    except (NotImplementedError, ValueError, TypeError, RuntimeError) as error:
+    except (UserError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
         fail(str(error).splitlines()[0])
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)

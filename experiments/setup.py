@@ -63,7 +63,11 @@ def setup(config: Config) -> Setup:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = _device(config)
+    if config.backend is Backend.triton and not torch.cuda.is_available():
+        raise UserError(
+            "backend=triton needs a CUDA GPU and there is none here; use backend=auto, or run on a machine with a GPU"
+        )
+    device = find_device(config.device)
     dtype: torch.dtype = getattr(torch, config.precision.value)
     seed_everything(config.seed)
     try:
@@ -83,19 +87,20 @@ def setup(config: Config) -> Setup:
     return run
 
 
-def _device(config: Config) -> torch.device:
-    if config.backend is Backend.triton and not torch.cuda.is_available():
-        raise UserError(
-            "backend=triton needs a CUDA GPU and there is none here; use backend=auto, or run on a machine with a GPU"
-        )
-    if config.device == "auto":
+def find_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is a GPU if there is one.
+
+    Raises:
+        UserError: A device that is not there.
+    """
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(config.device)
-        torch.zeros(1, device=device)
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device={config.device} cannot be used here ({reason}); try device=auto") from error
+        raise UserError(f"device={name} cannot be used here ({reason}); try device=auto") from error
     return device
 
 

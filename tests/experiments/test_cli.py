@@ -207,6 +207,48 @@ def test_evaluation_repeats_that_of_the_run(finished, command):
     assert out.splitlines()[1] in finished[1]
 
 
+def test_evaluation_takes_what_does_not_touch_what_was_learned(finished, command, tmp_path):
+    changes = ["task.shot=5", "task.queries=2", "task.augment=false", "seed=3", "test.steps=2", "test.chunk_size=7"]
+    code, out, err = command("mode=evaluate", f"checkpoint={finished[0]}", "test.tasks=30", "threads=1", *changes)
+    assert code == 0, err
+    summary = json.loads((_only(tmp_path / "outputs" / "evaluate") / "summary.json").read_text())
+    assert (summary["tasks"], summary["inner_steps"], len(summary["at_each_step"])) == (30, 2, 3)
+    plain = command("mode=evaluate", f"checkpoint={finished[0]}", "test.tasks=30", "threads=1")[1]
+    assert [line.split()[:2] for line in plain.splitlines()] != [line.split()[:2] for line in out.splitlines()]
+
+
+LEARNED = ["task=sinusoid", "task.way=3", "task.way=7", "model.dim=64", "algorithm=anil", "precision=float64"]
+
+
+@pytest.mark.parametrize("override", [*LEARNED, "train.steps=3", "experiment=smoke", "resume=x", "+foo=1", "test={}"])
+def test_evaluation_refuses_the_rest(finished, command, override):
+    _assert_mistake(
+        command("mode=evaluate", f"checkpoint={finished[0]}", override),
+        f"{override.split('=')[0].lstrip('+')} cannot change when a run is evaluated, it comes from the checkpoint; "
+        "these can: mode, checkpoint,",
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("test.tasks=1", "test.tasks must be at least 2; got 1"),
+        ("+test.foo=1", "Key 'foo' not in 'TestConfig'"),
+        ("task.shot=9", "9 shots and 5 queries need 14 samples of each class"),
+    ],
+)
+def test_evaluation_checks_what_it_takes(finished, command, override, message):
+    _assert_mistake(command("mode=evaluate", f"checkpoint={finished[0]}", override), message)
+
+
+def test_null_takes_back_what_the_checkpoint_says(command, tmp_path):
+    assert command(*SMOKE, "train.steps=1", "test.tasks=2", "test.steps=1", f"hydra.run.dir={tmp_path}/run")[0] == 0
+    steps = lambda: len(json.loads((tmp_path / "e" / "summary.json").read_text())["at_each_step"])
+    evaluate = ["mode=evaluate", f"checkpoint={tmp_path}/run", f"hydra.run.dir={tmp_path}/e"]
+    assert (command(*evaluate)[0], steps()) == (0, 2)
+    assert (command(*evaluate, "test.steps=null")[0], steps()) == (0, 11)
+
+
 def test_sweep(command, tmp_path):
     code, _, _ = command("-m", *SMOKE, "algorithm=first_order_maml,anil", "train.steps=2", "test.tasks=4")
     assert code == 0
@@ -255,6 +297,20 @@ MISTAKES = {
     "patterns": (["algorithm.adapts=[tail.*]"], "no parameter matches ['tail.*']"),
     "omniglot": (["task=omniglot"], "task=omniglot needs task.root=PATH"),
     "omniglot_root": (["task=omniglot", "task.root=/nowhere"], "no Omniglot in /nowhere"),
+    "clip": (["train.clip=-1"], "train.clip must be positive and finite, or null; got -1.0"),
+    "rate": (["train.learning_rate=nan"], "train.learning_rate must be positive and finite; got nan"),
+    "seed": (["seed=-1"], "seed must be at least 0 and below 2**63; got -1"),
+    "one_way": (["task.way=1"], "task.way must be at least 2; got 1"),
+    "added_key": (["+foo=1"], "Key 'foo' not in 'Config'"),
+    "added_nested_key": (["++train.stps=1"], "Key 'stps' not in 'TrainConfig' (did you mean 'steps'?)"),
+    "mlp_ratio": (
+        ["model.mlp_ratio=1e-5"],
+        "mlp_ratio must be positive and finite, and with dim=64 give a hidden unit",
+    ),
+    "training_a_checkpoint": (
+        ["checkpoint=a/b"],
+        "checkpoint=a/b is for mode=evaluate; to train on from it give resume=",
+    ),
     "no_checkpoint": (["mode=evaluate"], "mode=evaluate needs checkpoint=PATH"),
     "lost_checkpoint": (["resume=/nowhere/latest.pt"], "no checkpoint at /nowhere/latest.pt"),
 }
@@ -262,9 +318,14 @@ MISTAKES = {
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the errors of a machine without a GPU")
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_code_2(name, command):
+def test_a_mistake_is_one_line_and_exit_code_2(name, command, tmp_path):
     arguments, message = MISTAKES[name]
-    code, _, err = command(*arguments)
+    _assert_mistake(command(*arguments), message)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def _assert_mistake(result, message):
+    code, _, err = result
     lines = [line for line in err.strip().splitlines() if "it/s" not in line]
     assert code == 2
     assert len(lines) == 1, err

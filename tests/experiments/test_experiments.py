@@ -78,6 +78,14 @@ def test_boundary(monkeypatch, tmp_path, capsys):
     assert "metaattn blockwise" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the error of a machine without a GPU")
+@pytest.mark.parametrize("module", [boundary, second_order])
+def test_a_device_that_is_not_there(module, monkeypatch, capsys, tmp_path):
+    assert _run(monkeypatch, module, "device=cuda", f"out={tmp_path}") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: device=cuda cannot be used here (")
+
+
 def test_boundary_tells_wrong_from_right():
     q, k, v, t = (torch.randn(1, 2, 16, 32) for _ in range(4))
     wrong = lambda q, k, v: second_order.dense(q, k, v).detach() * 1.5
@@ -103,6 +111,22 @@ def test_schedule():
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     c.train.schedule = Schedule.constant
     assert learning_rate(c, 99) == 1.0
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_legends_cover_no_data_and_steps_are_whole(metric, tmp_path, monkeypatch):
+    figures = []
+    save = report._save
+    monkeypatch.setattr(report, "_save", lambda figure, path: (save(figure, path), figures.append(figure)))
+    numbers = {f"{name}_{when}": 0.5 for name in ("loss", "accuracy") for when in ("before", "after")}
+    rows = [{"step": step, "split": split, **numbers} for split in ("train", "validation") for step in (1, 4, 7)]
+    chance = None if metric == "loss" else 0.2
+    report.learning(tmp_path / "learning.png", rows, metric, chance)
+    report.adaptation(tmp_path / "adaptation.png", torch.rand(5, 4), metric, 3, 0.5, chance)
+    for figure in figures:
+        for axis in figure.axes:
+            assert not axis.get_legend().get_window_extent().overlaps(axis.get_window_extent())
+            assert all(float(tick).is_integer() for tick in axis.get_xticks())
 
 
 def test_metrics_survive_a_cut_line(tmp_path):
