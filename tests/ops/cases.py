@@ -82,7 +82,7 @@ class Case:
 
         def f(*inputs):
             qkv, mask = self._split(inputs)
-            return dense(*qkv, mask, **options, dropout=z)
+            return dense(*qkv, mask, **options, dropout=None if z is None else z.to(qkv[0].dtype))
 
         return f
 

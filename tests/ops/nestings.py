@@ -298,6 +298,8 @@ def reverse_over_dual(attention, x, ts):
 # torch.func.linearize calls the function twice and replays a trace of it: where the function draws random
 # numbers, its value and its tangent map belong to different draws (PyTorch's own dropout likewise).
 NOT_RANDOM = [linearize_, linearize_grad]
+# Of thousands of lanes: minutes in an interpreter.
+LARGE = [jacrev_, jacfwd_, hessian_, jacrev_jacrev, jacfwd_jacfwd, jacrev_jacfwd]
 # torch.func.jacfwd itself raises for inputs without elements.
 NOT_EMPTY = [hessian_, jacfwd_jacfwd, jacrev_jacfwd]
 FIRST = [

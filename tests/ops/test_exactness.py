@@ -7,18 +7,17 @@ import pytest
 import torch
 
 from tests.conftest import BACKENDS, FUSED
-from tests.helpers import as_vector, assert_close
+from tests.helpers import TOLERANCE, as_vector, assert_close, error
 from tests.ops.cases import CASES
-from tests.ops.nestings import FIRST, NOT_EMPTY, NOT_RANDOM, SECOND, THIRD
+from tests.ops.nestings import FIRST, LARGE, NOT_EMPTY, NOT_RANDOM, SECOND, THIRD
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
-# Terms of products of gradients and of third derivatives cancel.
-FLOAT32_FACTOR = 10
-
 # Beyond second order every backend is blockwise, which has all cases; these show that it is so.
 THIRD_OF_FUSED = ("causal", "gqa_uneven", "bias")
+
+LARGE_OF_FUSED = ("one",)
 
 CALLS = [
     pytest.param(backend, nesting, case, id=f"{backend}-{nesting.__name__}-{name}")
@@ -28,6 +27,7 @@ CALLS = [
     if not (nesting in NOT_RANDOM and "dropout_p" in case.options)
     if not (nesting in NOT_EMPTY and name == "empty")
     if not (backend in FUSED and nesting in THIRD and name not in THIRD_OF_FUSED)
+    if not (backend in FUSED and nesting in LARGE and name not in LARGE_OF_FUSED)
 ]
 
 
@@ -42,4 +42,6 @@ def test_nesting(backend, nesting, case):
     if dtype == torch.float64:
         assert_close(got, want)
     else:
-        assert_close(as_vector(got), as_vector(want), dtype, FLOAT32_FACTOR)
+        # Where terms cancel the dense formula itself loses digits in float32; then no more than four times as many.
+        own = error(as_vector(nesting(case.oracle(), x, ts)), as_vector(want))
+        assert_close(as_vector(got), as_vector(want), dtype, max(4.0, 4.0 * own / TOLERANCE[dtype]))

@@ -98,7 +98,12 @@ def _new_rows(batch: Batch) -> Values:
 
 def _sliced(values: Values, x: Operands) -> Values:
     """Without the columns that alignment added."""
-    return Values(values.out[..., : x.value.shape[-1]], values.lse)
+    return Values(_cut(values.out, x.value.shape[-1]), values.lse)
+
+
+def _cut(t: Tensor, size: int) -> Tensor:
+    """The first columns, as a tensor of its own."""
+    return t if t.shape[-1] == size else t[..., :size].clone(memory_format=torch.contiguous_format)
 
 
 def _launch_values(
@@ -166,7 +171,7 @@ def _gradients(
         whole_rows=alone,
     )
     bias = _bias_gradient(batch, t, arguments, options) if bias_grad else None
-    query, key, value = (g[..., :n] for g, n in zip((query, key, value), sizes, strict=True))
+    query, key, value = (_cut(g, n) for g, n in zip((query, key, value), sizes, strict=True))
     return Gradients(query, key, value, bias)
 
 
