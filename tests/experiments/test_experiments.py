@@ -55,6 +55,7 @@ def test_second_order_sees_a_wrong_meta_gradient(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the error of a machine without a GPU")
 def test_second_order_errors(monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert _run(monkeypatch, second_order, "backend=triton", f"out={tmp_path}") == 2
     assert "needs a CUDA device" in capsys.readouterr().err
     assert _run(monkeypatch, second_order, "bakend=triton") == 2
