@@ -40,10 +40,11 @@ def prepare(
 ) -> Prepared:
     """Check a call and bring its tensors to the form of :class:`Operands`; for what it raises, see ``sdpa``."""
     name = current_backend() if backend is None else check_name(backend)
+    given = query
     query, key, value = _check_tensors(query=query, key=key, value=value)
     _check_lengths(query, key, value)
     if attn_mask is not None:
-        _check_mask(attn_mask, query, is_causal)
+        _check_mask(attn_mask, given, is_causal)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be at least 0 and below 1; got {dropout_p}")
     left, right = check_window(window)

@@ -145,6 +145,8 @@ def test_autocast_of_mixed_dtypes():
     q, k = r(1, 2, 5, 4), r(1, 2, 5, 4).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(metaattn.sdpa(q, k, k), metaattn.sdpa(q.bfloat16(), k, k))
+        half, mask = q.half(), r(5, 5).half()  # a mask of the query's own dtype, as without autocast
+        assert metaattn.sdpa(half, half, half, mask).dtype == torch.bfloat16
 
 
 def test_meta_tensors():
