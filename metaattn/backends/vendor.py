@@ -1,7 +1,7 @@
 """PyTorch's own fused attention for F and B, where it returns the lse; our kernels for T and S.
 
-cuDNN's up to head size 128, FlashAttention above. Both know neither forward mode nor second derivatives, and
-no cotangent of the lse: what they do not serve here goes to :mod:`metaattn.backends.triton`.
+cuDNN's. It knows neither forward mode nor second derivatives, and no cotangent of the lse: these go to
+:mod:`metaattn.backends.triton`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ._protocol import Gradients, Operands, Problem, Rows, Values
 
 name = "vendor"
 DTYPES = (torch.float16, torch.bfloat16)
-CUDNN_HEAD, FLASH_HEAD = 128, 256
+LARGEST_HEAD = 128
 aten = torch.ops.aten
 
 tangent = triton.tangent
@@ -36,8 +36,8 @@ def refuses(problem: Problem, x: Operands) -> str | None:
         return f"backend='vendor' serves no attn_mask and no dropout here{instead}"
     if problem.left is not None or problem.right not in (None, 0):
         return f"backend='vendor' serves no window{instead}"
-    if d != dv or d % 8 or d > FLASH_HEAD:
-        return f"backend='vendor' serves one head size, a multiple of 8 up to {FLASH_HEAD}; got {d} and {dv}{instead}"
+    if d != dv or d % 8 or d > LARGEST_HEAD:
+        return f"backend='vendor' serves one head size, a multiple of 8 up to {LARGEST_HEAD}; got {d} and {dv}{instead}"
     if x.query.shape[-3] != x.key.shape[-3]:
         return f"backend='vendor' serves no grouped-query attention{instead}"
     if x.query.shape[-2] != x.key.shape[-2]:
@@ -52,14 +52,9 @@ def forward(problem: Problem, x: Operands) -> Values:
     query, key, value = (_four(t) for t in x[:3])
     causal = problem.right == 0
     with torch.cuda.device(query.device):
-        if x.query.shape[-1] <= CUDNN_HEAD:
-            out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-                query, key, value, None, True, 0.0, causal, False, scale=problem.scale
-            )
-        else:
-            out, lse, *_ = aten._scaled_dot_product_flash_attention(
-                query, key, value, 0.0, causal, False, scale=problem.scale
-            )
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, 0.0, causal, False, scale=problem.scale
+        )
     return Values(out.reshape(x.query.shape), lse.reshape(x.query.shape[:-1]))
 
 
@@ -72,15 +67,10 @@ def backward(problem: Problem, x: Operands, values: Values, cotangent: Rows, *, 
     causal = problem.right == 0
     with torch.cuda.device(query.device):
         unused = torch.zeros((), dtype=torch.int64, device=query.device)
-        if x.query.shape[-1] <= CUDNN_HEAD:
-            grads = aten._scaled_dot_product_cudnn_attention_backward(
-                w, query, key, value, out, lse.unsqueeze(-1), unused, unused, None, None, None, rows, rows, 0.0, causal,
-                scale=problem.scale,
-            )  # fmt: skip
-        else:
-            grads = aten._scaled_dot_product_flash_attention_backward(
-                w, query, key, value, out, lse, None, None, rows, rows, 0.0, causal, unused, unused, scale=problem.scale
-            )
+        grads = aten._scaled_dot_product_cudnn_attention_backward(
+            w, query, key, value, out, lse.unsqueeze(-1), unused, unused, None, None, None, rows, rows, 0.0, causal,
+            scale=problem.scale,
+        )  # fmt: skip
     query_bar, key_bar, value_bar = (g.reshape(t.shape) for g, t in zip(grads, x[:3], strict=True))
     return Gradients(query_bar, key_bar, value_bar, None)
 
