@@ -2,8 +2,8 @@
 
     python scripts/tune_tiles.py [--head-sizes 64 128] [--dtypes bfloat16 float32] [--primitives second_keys]
 
-Candidates compile side by side in as many processes as there are cores; then each is timed alone, full and causal, and
-the least sum of both wins. All times go to --out as JSON; ``metaattn/backends/triton/tiles.json`` is updated in place.
+Candidates compile side by side in as many processes as there are cores; then each is timed alone, without a band and
+with one (a causal mask). All times go to --out as JSON; ``metaattn/backends/triton/tiles.json`` is updated in place.
 """
 
 from __future__ import annotations
@@ -46,33 +46,36 @@ class Trial(NamedTuple):
     primitive: str
     dtype: str
     head_size: int
+    causal: bool
     tile: Tile
 
 
-def candidates(primitive: str, dtype: str, head_size: int) -> Iterator[Trial]:
+def candidates(primitive: str, dtype: str, head_size: int, causal: bool) -> Iterator[Trial]:
     """Block sizes worth a trial: what is kept in registers is at least 64 high, for the tensor cores, and fits."""
     keeps_rows = primitive not in ("backward_keys", "second_keys")
     accumulators = 1 if keeps_rows and primitive != "forward_tangent" else 2
     scores = 1 if primitive == "forward" else 4 if "second" in primitive else 2
     others = (16, 32, 64) if dtype == "float32" or head_size > 128 else (32, 64, 128)
-    for kept, other, warps, stages in itertools.product((64, 128), others, (4, 8), (1, 2, 3)):
+    splits = (True, False) if causal else (True,)
+    for kept, other, warps, stages, split in itertools.product((64, 128), others, (4, 8), (1, 2, 3), splits):
         # 32-bit registers of a thread for the accumulators and for the tiles alive at once.
         registers = kept * (accumulators * head_size + scores * other) / (32 * warps)
         deep = stages == 3 and (dtype == "float32" or head_size > 128)
         shallow = stages == 1 and dtype != "float32" and head_size <= 128
         if 32 <= registers <= 300 and kept >= 16 * warps and not deep and not shallow:
             rows, keys = (kept, other) if keeps_rows else (other, kept)
-            yield Trial(primitive, dtype, head_size, Tile(rows, keys, warps, stages))
+            yield Trial(primitive, dtype, head_size, causal, Tile(rows, keys, warps, stages, split))
 
 
 def force(trial: Trial) -> None:
     """Put a candidate into the table in memory."""
     itemsize = DTYPES[trial.dtype].itemsize
     column = _tiles._device(0).setdefault((trial.primitive, itemsize), {})
-    column[trial.head_size] = trial.tile
+    full, banded = column.get(trial.head_size, (trial.tile, trial.tile))
+    column[trial.head_size] = (full, trial.tile) if trial.causal else (trial.tile, banded)
 
 
-def call(trial: Trial, causal: bool) -> Callable[[], Any]:
+def call(trial: Trial) -> Callable[[], Any]:
     """The primitive of a trial on random tensors."""
     dtype, heads = DTYPES[trial.dtype], max(1, 128 * 64 // trial.head_size)
     if dtype == torch.float32:
@@ -83,7 +86,7 @@ def call(trial: Trial, causal: bool) -> Callable[[], Any]:
 
     x, t, w = Operands(tensor(), tensor(), tensor()), Tangent(tensor(), tensor(), tensor()), Rows(tensor())
     rows = Values(tensor(), torch.full((1, heads, TOKENS), 8.0, device="cuda"))
-    problem = Problem(trial.head_size**-0.5, None, 0 if causal else None)
+    problem = Problem(trial.head_size**-0.5, None, 0 if trial.causal else None)
     if trial.primitive == "forward":
         return lambda: backend.forward(problem, x)
     if trial.primitive == "forward_tangent":
@@ -99,23 +102,23 @@ def compile_one(trial: Trial) -> str | None:
     """Compile a candidate, into Triton's cache on disk; why not, if it cannot be launched."""
     force(trial)
     try:
-        for causal in (False, True):
-            call(trial, causal)()
-            torch.cuda.synchronize()
+        call(trial)()
+        torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
     return None
 
 
-def milliseconds(trial: Trial) -> list[float] | None:
-    """Full and causal."""
+def milliseconds(trial: Trial) -> float | None:
+    """The time of the primitive, all its kernels together."""
     from triton.testing import do_bench
 
     force(trial)
     try:
-        return [do_bench(call(trial, causal), warmup=4, rep=16, return_mode="median") for causal in (False, True)]
+        ms: float = do_bench(call(trial), warmup=4, rep=16, return_mode="median")
     except Exception:
         return None
+    return ms
 
 
 def main() -> None:
@@ -126,7 +129,7 @@ def main() -> None:
     p.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
     p.add_argument("--out", type=Path, default=Path("docs/benchmarks/tiles.json"))
     a = p.parse_args()
-    trials = [t for c in itertools.product(a.primitives, a.dtypes, a.head_sizes) for t in candidates(*c)]
+    trials = [t for c in itertools.product(a.primitives, a.dtypes, a.head_sizes, (False, True)) for t in candidates(*c)]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
         results = list(tqdm(pool.map(compile_one, trials), total=len(trials), desc="compile", mininterval=5))
@@ -136,23 +139,22 @@ def main() -> None:
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
     content = json.loads(_tiles.PATH.read_text())
     rows: list[dict[str, Any]] = []
-    for group, members in itertools.groupby(usable, key=lambda t: t[:3]):
-        primitive, dtype, size = group
+    for group, members in itertools.groupby(usable, key=lambda t: t[:4]):
+        primitive, dtype, size, causal = group
         timed = [(ms, t) for t in members if (ms := milliseconds(t)) is not None]
-        timed.sort(key=lambda pair: sum(pair[0]))
+        timed.sort(key=lambda pair: pair[0])
         if not timed:
             continue
         for ms, t in timed:
-            rows.append({"primitive": primitive, "dtype": dtype, "head_size": size, "tile": t.tile, "ms": ms})
+            rows.append({**t._asdict(), "ms": ms})
         best = timed[0][1]
         force(best)  # what follows is timed beside the best
-        column = (
-            content.setdefault(capability, {}).setdefault(primitive, {}).setdefault(str(DTYPES[dtype].itemsize), {})
-        )
-        column[str(size)] = list(best.tile)
+        itemsize = DTYPES[dtype].itemsize
+        column = content.setdefault(capability, {}).setdefault(primitive, {}).setdefault(str(itemsize), {})
+        column[str(size)] = [list(map(int, tile)) for tile in _tiles._device(0)[primitive, itemsize][size]]
         write(content)
-        top = ", ".join(f"{tuple(t.tile)} {ms[0]:.3f}+{ms[1]:.3f}" for ms, t in timed[:4])
-        print(f"{primitive} {dtype} {size}: {top}", flush=True)
+        top = ", ".join(f"{(*map(int, t.tile),)} {ms:.3f}" for ms, t in timed[:5])
+        print(f"{primitive} {dtype} {size} {'causal' if causal else 'full'}: {top}", flush=True)
     device = torch.cuda.get_device_name()
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}))

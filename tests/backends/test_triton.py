@@ -3,6 +3,8 @@
 Without a GPU in Triton's interpreter, in float32; ``scripts/check_attention.py`` checks all dtypes on a GPU.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -101,11 +103,11 @@ def _call(
     return Problem(scale or size**-0.5, left, right, dropout), x, t, w, cotangent() if moving else Rows()
 
 
-@pytest.fixture(params=[(16, 16), (32, 16)], ids=str)
+@pytest.fixture(params=[(16, 16, True), (32, 16, False)], ids=str)
 def blocks(request, monkeypatch):
     """Blocks so small that all is cut into many."""
-    rows, keys = request.param
-    monkeypatch.setattr(_launch, "tile", lambda *_: _tiles.Tile(rows, keys, 4, 1))
+    rows, keys, split = request.param
+    monkeypatch.setattr(_launch, "tile", lambda *_, **__: _tiles.Tile(rows, keys, 4, 1, split))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -136,6 +138,25 @@ def test_primitives(name):
     )
 
 
+@pytest.mark.parametrize("band", [(3, 0), (None, 0)], ids=["window", "causal"])
+@pytest.mark.usefixtures("blocks")
+def test_rows_that_see_few_keys(band):
+    """What float16 results lose is little more than their own rounding: delta and mu come from no rounded values."""
+    problem, x, t, w, _ = _call(rows=20, keys=20, size=16, value_size=16, moving=False, left=band[0], right=band[1])
+    x, t, w = (type(a)(*(None if p is None else p.half() for p in a)) for a in (x, t, w))
+    wide = [_wide(a) for a in (x, t, w)]
+    values = triton.forward(problem, x)
+    values_t = triton.tangent(problem, x, values, t)
+    exact = reference.forward(problem, wide[0])
+    exact_t = reference.tangent(problem, wide[0], exact, wide[1])
+    none = {"cotangent_tangent": Rows(), "bias_grad": False}
+    got = (values_t.out, *triton.second(problem, x, values, values_t, w, t, **none)[:3])
+    want = (exact_t.out, *reference.second(problem, wide[0], exact, exact_t, wide[2], wide[1], **none)[:3])
+    for a, b in zip(got, want, strict=True):
+        lost, rounding = (a.double() - b).norm(), (b.half().double() - b).norm()
+        assert lost < 2 * rounding, (lost, rounding)
+
+
 def test_batches_merge_without_copies():
     q = torch.randn(2, 3, 4, 16, 16)
     shared = torch.randn(1, 3, 4, 16, 16).expand(2, -1, -1, -1, -1)
@@ -156,6 +177,7 @@ def test_batches_merge_without_copies():
         (torch.randn(2, 32, 8).mT, True),
         (torch.randn(2, 8, 33)[..., 1:], True),
         (torch.randn(2, 8, 24), True),
+        (torch.randn(2 * 8 * 32 + 1)[1:].view(2, 8, 32), True),
     ],
 )
 def test_alignment(tensor, copied):
@@ -165,6 +187,7 @@ def test_alignment(tensor, copied):
     assert torch.equal(got[..., : tensor.shape[-1]], tensor)
     assert got.stride(-1) == 1
     assert all(s % 16 == 0 for s in got.stride()[:-1])
+    assert got.data_ptr() % 16 == 0
 
 
 def test_shrinks_what_does_not_fit():
@@ -188,11 +211,34 @@ def test_shrinks_what_does_not_fit():
     assert tried == [(128, 64, 8, 2), (128, 64, 8, 1), (64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)]
 
 
+def test_whole_rows_that_do_not_fit():
+    from triton.runtime.errors import OutOfResources
+
+    x = Operands(*(torch.randn(1, 1, 64, 16, device=DEVICE),) * 3)
+    tried = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*arguments, BM, BN, num_warps, num_stages, **options):
+                tried.append((BM, BN))
+                raise OutOfResources(1, 0, "shared memory")
+
+            return launch
+
+    kernel, batch = Kernel(), _views.Batch(x)
+    for _ in range(2):
+        tile = _tiles.Tile(32, 64, 4, 1)
+        assert not _launch.run(kernel, "backward_keys", tile, batch, lambda t: 1, (), {}, whole_rows=True)
+    assert tried == [(32, 64), (16, 64)]
+    with pytest.raises(OutOfResources):
+        _launch.run(kernel, "backward_rows", tile, batch, lambda t: 1, (), {})
+
+
 def test_table_has_no_more_warps_than_rows():
     """A warp needs 16 rows of a product; see _tiles.fit."""
     for primitives in _tiles.table().values():
         for (primitive, _), column in primitives.items():
-            for tile in column.values():
+            for tile in itertools.chain(*column.values()):
                 assert _tiles.fit(primitive, tile) == tile, (primitive, tile)
 
 

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from ._gradients import products, score_gradient
+from ._gradients import probabilities, products, score_gradient
 from ._rows import load_lse, load_stat
-from ._scores import load_rows, locate, locate_key, stride_of
+from ._scores import key_head, load_key, load_query, locate
 
 
 @triton.jit
@@ -58,6 +58,7 @@ def by_bias(
         b1 = own_b1 + t_b % part.SERVES_BATCH1
         b0 = own_b0 + t_b // part.SERVES_BATCH1
         where = (b0.to(tl.int64), b1.to(tl.int64), head.to(tl.int64))
+        shared = key_head(where, problem)
         flat = ((b0 * problem.BATCH1 + b1) * problem.HEADS + head).to(tl.int64)
         bias_at = locate(problem.bias, where)
         mask_at = locate(problem.mask, where) if problem.mask.ptr is not None else None
@@ -69,66 +70,35 @@ def by_bias(
         last_key = tile_key + 1 if part.col is not None else key_blocks
         for m in range(first_row, last_row):
             i = m * BM + r
-            q = load_rows(locate(x.query, where), stride_of(x.query, problem), m * BM, r, d, NQ, False)
-            e = load_rows(locate(w.out, where), stride_of(w.out, problem), m * BM, r, dv, NQ, False)
+            q = load_query(x.query, where, problem, m * BM, r, d, False)
+            e = load_query(w.out, where, problem, m * BM, r, dv, False)
             q_t = None
             e_t = None
             if SECOND:
                 if x_t.query.ptr is not None:
-                    q_t = load_rows(locate(x_t.query, where), stride_of(x_t.query, problem), m * BM, r, d, NQ, False)
+                    q_t = load_query(x_t.query, where, problem, m * BM, r, d, False)
                 if w.out_t.ptr is not None:
-                    e_t = load_rows(locate(w.out_t, where), stride_of(w.out_t, problem), m * BM, r, dv, NQ, False)
+                    e_t = load_query(w.out_t, where, problem, m * BM, r, dv, False)
             delta = load_stat(w.delta, flat, i, NQ, 0.0)
             delta_t = load_stat(w.delta_t, flat, i, NQ, 0.0) if SECOND else delta
-            mu = load_stat(w.lse_value_t, flat, i, NQ, 0.0) if SECOND else delta
-            rows = (load_lse(w.lse_value, flat, i, NQ)[:, None], delta[:, None], mu[:, None], delta_t[:, None])
+            mu = load_stat(w.lse_value_t, flat, i, NQ, 0.0)[:, None] if SECOND else delta
+            lse = load_lse(w.lse_value, flat, i, NQ)[:, None]
             for n in range(first_key, last_key):
-                k = load_rows(
-                    locate_key(x.key, where, problem.GROUP),
-                    stride_of(x.key, problem),
-                    n * BN,
-                    c,
-                    d,
-                    NK,
-                    False,
-                )
-                v = load_rows(
-                    locate_key(x.value, where, problem.GROUP),
-                    stride_of(x.value, problem),
-                    n * BN,
-                    c,
-                    dv,
-                    NK,
-                    False,
-                )
+                k = load_key(x.key, shared, problem, n * BN, c, d, False)
+                v = load_key(x.value, shared, problem, n * BN, c, dv, False)
                 k_t = None
                 v_t = None
                 if SECOND:
                     if x_t.key.ptr is not None:
-                        k_t = load_rows(
-                            locate_key(x_t.key, where, problem.GROUP),
-                            stride_of(x_t.key, problem),
-                            n * BN,
-                            c,
-                            d,
-                            NK,
-                            False,
-                        )
+                        k_t = load_key(x_t.key, shared, problem, n * BN, c, d, False)
                     if x_t.value.ptr is not None:
-                        v_t = load_rows(
-                            locate_key(x_t.value, where, problem.GROUP),
-                            stride_of(x_t.value, problem),
-                            n * BN,
-                            c,
-                            dv,
-                            NK,
-                            False,
-                        )
+                        v_t = load_key(x_t.value, shared, problem, n * BN, c, dv, False)
                 s, s_t, dp, dp_t = products(q, q_t, e, e_t, k, k_t, v, v_t, SECOND, PRECISION)
-                _, _, _, ds_t = score_gradient(
-                    s, s_t, dp, dp_t, rows, x_t, problem, bias_at, bias_t_at, mask_at, seed,
-                    i[:, None], (n * BN + c)[None, :], SECOND, FOLD, True, False,
+                p, _, dp, p_t, _, dp_t = probabilities(
+                    s, s_t, dp, dp_t, lse, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,
+                    i[:, None], (n * BN + c)[None, :], SECOND, FOLD, True,
                 )  # fmt: skip
+                _, ds_t = score_gradient(p, dp, p_t, dp_t, delta[:, None], delta_t[:, None], SECOND, False)
                 total += ds_t
     i = tile_row * BM + r
     j = tile_key * BN + c

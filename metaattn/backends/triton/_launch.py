@@ -13,8 +13,9 @@ from .._protocol import Operands, Problem
 from ._tiles import Tile, fit, tile
 from ._views import Batch
 
-# What did not fit, by all that a kernel's size depends on: found when it first happens, not tried again.
-_smaller: dict[tuple[Any, ...], Tile] = {}
+# What did not fit, by all that a kernel's size depends on: found when it first happens, not tried again. ``None``:
+# nothing smaller is left.
+_smaller: dict[tuple[Any, ...], Tile | None] = {}
 
 
 def constants(problem: Problem, x: Operands) -> dict[str, Any]:
@@ -30,11 +31,12 @@ def constants(problem: Problem, x: Operands) -> dict[str, Any]:
     }
 
 
-def tile_for(primitive: str, batch: Batch) -> Tile:
+def tile_for(primitive: str, batch: Batch, problem: Problem) -> Tile:
     """The block sizes of a primitive for these operands."""
     x = batch.x
     head_size = max(x.query.shape[-1], x.value.shape[-1])
-    return tile(primitive, x.query, head_size, batch.rows, batch.keys)
+    banded = problem.left is not None or problem.right is not None
+    return tile(primitive, x.query, head_size, batch.rows, batch.keys, banded=banded)
 
 
 def run(
@@ -48,8 +50,10 @@ def run(
     *,
     whole_rows: bool = False,
     even: bool = True,
-) -> None:
+) -> bool:
     """Launch a kernel; if its blocks do not fit this device, with fewer stages or smaller blocks.
+
+    ``False`` if the keys of a block must stay as many, and these do not fit.
 
     Args:
         kernel: The kernel.
@@ -60,26 +64,28 @@ def run(
         arguments: The kernel's arguments.
         options: Its compile-time ones.
         whole_rows: The keys of a block must stay as many.
-        even: The kernel has compile-time arguments for whether blocks divide the lengths.
+        even: The kernel has compile-time arguments for its loop: split or not, and whether blocks divide the lengths.
     """
     x = batch.x
     extent = (t, x.query.dtype, x.query.device.index, x.mask is None, x.bias is None, x.seeds is None)
-    key = (id(kernel), *extent, *sorted(options.items()))
-    t = _smaller.get(key, t)
+    key = (id(kernel), whole_rows, *extent, *sorted(options.items()))
+    smaller = _smaller.get(key, t)
     context = torch.cuda.device(x.query.device) if x.query.is_cuda else contextlib.nullcontext()
-    while count := programs(t):
+    while smaller is not None and (count := programs(smaller)):
+        t = smaller
         sizes: dict[str, Any] = {"BM": t.rows, "BN": t.keys, "num_warps": t.warps, "num_stages": t.stages}
         if even:
-            sizes |= {"EVEN_M": batch.rows % t.rows == 0, "EVEN_N": batch.keys % t.keys == 0}
+            sizes |= {"SPLIT": t.split, "EVEN_M": batch.rows % t.rows == 0, "EVEN_N": batch.keys % t.keys == 0}
         try:
             with context:
                 kernel[(count,)](*arguments, **options, **sizes)
-            return
+            return True
         except OutOfResources:
             smaller = _shrink(t, whole_rows)
-            if smaller is None:
+            if smaller is None and not whole_rows:
                 raise
-            _smaller[key] = t = fit(primitive, smaller)
+            _smaller[key] = smaller = None if smaller is None else fit(primitive, smaller)
+    return smaller is not None
 
 
 def _shrink(t: Tile, whole_rows: bool) -> Tile | None:

@@ -13,6 +13,7 @@ from .._protocol import Gradients, Operands, Problem, Rows, Tangent, Values
 from . import _bias, _values
 from . import _gradients as gradients
 from ._launch import constants, run, tile_for
+from ._scores import MANY
 from ._tiles import Tile, fit
 from ._views import Batch, Share, align, align_rows, align_tangent
 
@@ -122,8 +123,14 @@ def _launch_values(
         **constants(problem, batch.x),
         "VALUE": primitive != "tangent",
         "TANGENT": primitive != "forward",
+        "FEW": primitive != "forward" and _sees_few(problem, batch),
     }
-    run(_values.values, primitive, tile_for(primitive, batch), batch, _row_programs(batch), arguments, options)
+    run(_values.values, primitive, tile_for(primitive, batch, problem), batch, _row_programs(batch), arguments, options)
+
+
+def _sees_few(problem: Problem, batch: Batch) -> bool:
+    """Whether some row may see so few keys that the kernels take care of what it loses to rounding."""
+    return problem.left is not None or problem.right is not None or batch.keys < MANY.value
 
 
 def _row_programs(batch: Batch) -> Callable[[Tile], int]:
@@ -151,25 +158,33 @@ def _gradients(
     arguments = (batch.inputs(x), batch.inputs(tangent), scores, batch.cotangents(rows, values_t, w, w_t))
     options = {**constants(problem, x), "SECOND": primitive == "second"}
 
-    t = tile_for(f"{primitive}_keys", batch)
-    alone = batch.keys <= t.keys and not bias_grad
-    if alone and t.warps > 4:
-        t = t._replace(rows=min(t.rows, 32))  # see fit: here rows are those of a product as well
-    if not alone:
-        row_tile = tile_for(f"{primitive}_rows", batch)
-        run(gradients.by_row, f"{primitive}_rows", row_tile, batch, _row_programs(batch), (*arguments, query), options)
-    elif not batch.keys:
-        query.zero_()
-    run(
-        gradients.by_key,
-        f"{primitive}_keys",
-        t,
-        batch,
-        lambda t: triton.cdiv(batch.keys, t.keys) * (batch.lanes // scores.GROUP),
-        (*arguments, query, key, value),
-        {**options, "ALONE": alone},
-        whole_rows=alone,
-    )
+    t = tile_for(f"{primitive}_keys", batch, problem)
+
+    def by_key(t: Tile, alone: bool) -> bool:
+        return run(
+            gradients.by_key,
+            f"{primitive}_keys",
+            t,
+            batch,
+            lambda t: triton.cdiv(batch.keys, t.keys) * (batch.lanes // scores.GROUP),
+            (*arguments, query, key, value),
+            {**options, "ALONE": alone},
+            whole_rows=alone,
+        )
+
+    alone = 0 < batch.keys <= t.keys and not bias_grad
+    # See fit: where the keys are alone the rows are those of a product as well.
+    if not (alone and by_key(t._replace(rows=min(t.rows, 32)) if t.warps > 4 else t, alone=True)):
+        run(
+            gradients.by_row,
+            f"{primitive}_rows",
+            tile_for(f"{primitive}_rows", batch, problem),
+            batch,
+            _row_programs(batch),
+            (*arguments, query),
+            {**options, "FEW": _sees_few(problem, batch)},
+        )
+        by_key(t, alone=False)
     bias = _bias_gradient(batch, t, arguments, options) if bias_grad else None
     query, key, value = (_cut(g, n) for g, n in zip((query, key, value), sizes, strict=True))
     return Gradients(query, key, value, bias)

@@ -20,23 +20,23 @@ def load_lse(at, flat, i, NQ):
 
 
 @triton.jit
-def minus_lse_bar(at, lse, flat, i, NQ):
+def minus_lse_bar(at, lse_at, flat, i, NQ):
     """What a cotangent of lse adds to the deltas. The lse of a row without keys is constant."""
-    delta = tl.zeros_like(lse)
+    delta = tl.zeros(i.shape, tl.float32)
     if at is not None:
+        lse = load_stat(lse_at, flat, i, NQ, 0.0)
         delta = tl.where(lse == float("-inf"), 0.0, -load_stat(at, flat, i, NQ, 0.0))
     return delta
 
 
 @triton.jit
-def deltas(e, e_t, o, o_t, w, flat, i, NQ, SECOND: tl.constexpr):
-    """``delta = rowsum(out_bar * out) - lse_bar`` and its tangent."""
-    lse = load_stat(w.lse_value, flat, i, NQ, 0.0)
+def deltas(e, e_t, o, o_t, SECOND: tl.constexpr):
+    """``rowsum(out_bar * out)`` and its tangent."""
     e = e.to(tl.float32)
-    delta = tl.sum(e * o.to(tl.float32), 1) + minus_lse_bar(w.lse, lse, flat, i, NQ)
+    delta = tl.sum(e * o.to(tl.float32), 1)
     delta_t = delta
     if SECOND:
-        delta_t = tl.sum(e * o_t.to(tl.float32), 1) + minus_lse_bar(w.lse_t, lse, flat, i, NQ)
+        delta_t = tl.sum(e * o_t.to(tl.float32), 1)
         if e_t is not None:
             delta_t += tl.sum(e_t.to(tl.float32) * o.to(tl.float32), 1)
     return delta, delta_t

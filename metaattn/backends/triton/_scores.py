@@ -10,6 +10,27 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+MANY = tl.constexpr(64)  # keys of a row, from which on what it loses to rounding averages out
+
+
+@triton.jit
+def nearest(x):
+    """float32 rounded to tf32, as cuBLAS does it: the tensor cores would cut the rest off, 3 times the error."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)  # in a NaN the carry would reach the sign
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """``a b + acc`` on the tensor cores, in float32; ``acc`` may be ``None``."""
+    if PRECISION == "tf32" and a.dtype == tl.float32:
+        a = nearest(a)
+        b = nearest(b)
+    if acc is None:
+        return tl.dot(a, b, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -17,13 +38,6 @@ def locate(x, where):
     """Where the matrix of batch ``(b0, b1)`` and head begins in a view."""
     b0, b1, head = where
     return x.ptr + b0 * x.batch0 + b1 * x.batch1 + head * x.head
-
-
-@triton.jit
-def locate_key(x, where, GROUP):
-    """The same for what belongs to key heads, each shared by ``GROUP`` query heads."""
-    b0, b1, head = where
-    return x.ptr + b0 * x.batch0 + b1 * x.batch1 + (head // GROUP) * x.head
 
 
 @triton.jit
@@ -42,6 +56,13 @@ def batch_of(index, BATCH1, HEADS):
     head = index % HEADS
     b = index // HEADS
     return b // BATCH1, b % BATCH1, head
+
+
+@triton.jit
+def key_head(where, problem):
+    """The key head that a query head shares, computed once: its division would stay in a loop."""
+    b0, b1, head = where
+    return b0, b1, head // problem.GROUP
 
 
 @triton.jit
@@ -64,6 +85,18 @@ def load_rows(at, stride, start, r, d, limit, EVEN: tl.constexpr):
     start = tl.cast(start, tl.int64)
     p = at + start * stride + r[:, None] * stride + d[None, :]
     return tl.load(p) if EVEN else tl.load(p, mask=(r < limit - start)[:, None], other=0.0)
+
+
+@triton.jit
+def load_query(x, where, problem, start, r, d, EVEN: tl.constexpr):
+    """Rows of what belongs to query heads: the query, a cotangent, a value."""
+    return load_rows(locate(x, where), stride_of(x, problem), start, r, d, problem.NQ, EVEN)
+
+
+@triton.jit
+def load_key(x, where, problem, start, r, d, EVEN: tl.constexpr):
+    """Rows of what belongs to key heads, each shared by a group of query heads: the key, the value."""
+    return load_rows(locate(x, where), stride_of(x, problem), start, r, d, problem.NK, EVEN)
 
 
 @triton.jit
@@ -144,6 +177,22 @@ def key_range(problem, row, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def sees_few(problem, row, BM: tl.constexpr):
+    """Whether one of the rows ``[row, row + BM)`` sees fewer than MANY keys: the first or the last one then does."""
+    first = row
+    last = tl.minimum(row + BM, problem.NQ) - 1
+    fewest_first = problem.NK
+    fewest_last = problem.NK
+    if problem.right is not None:
+        fewest_first = tl.minimum(fewest_first, first + problem.right + 1)
+        fewest_last = tl.minimum(fewest_last, last + problem.right + 1)
+    if problem.left is not None:
+        fewest_first -= tl.maximum(first - problem.left, 0)
+        fewest_last -= tl.maximum(last - problem.left, 0)
+    return tl.minimum(fewest_first, fewest_last) < MANY
+
+
+@triton.jit
 def row_range(problem, key, BM: tl.constexpr, BN: tl.constexpr):
     """Rows that see keys ``[key, key + BN)``: the same, for tiles of BM rows."""
     lo = 0
@@ -157,3 +206,17 @@ def row_range(problem, key, BM: tl.constexpr, BN: tl.constexpr):
         lo = tl.minimum(tl.maximum(key - problem.right, 0) // BM * BM, tl.cdiv(hi, BM) * BM)
         a = tl.minimum(tl.cdiv(tl.maximum(key + BN - 1 - problem.right, 0), BM) * BM, tl.cdiv(hi, BM) * BM)
     return lo, tl.maximum(a, lo), tl.maximum(b, a), hi
+
+
+@triton.jit
+def part_of(walk, segment: tl.constexpr, SPLIT: tl.constexpr):
+    """Where a segment of a walk ``lo <= a <= b <= hi`` begins and ends: before, within, or past the band's inside."""
+    lo, a, b, hi = walk
+    if not SPLIT:
+        return lo, hi
+    elif segment == 0:
+        return lo, tl.minimum(a, hi)
+    elif segment == 1:
+        return a, b
+    else:
+        return b, hi

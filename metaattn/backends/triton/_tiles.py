@@ -1,8 +1,8 @@
-"""Block sizes: rows and keys of a tile, warps, and stages of the pipeline.
+"""Block sizes: rows and keys of a tile, warps, stages of the pipeline, and whether the loop is split.
 
 ``tiles.json`` holds what ``scripts/tune_tiles.py`` found fastest, by compute capability, primitive, bytes of an
-element and head size. A device without a row of its own has that of the newest one before it; a head size
-without one has that of the next larger.
+element and head size; without a band (a causal mask, a window) and with one. A device without a row of its own
+has that of the newest one before it; a head size without one has that of the next larger.
 """
 
 from __future__ import annotations
@@ -16,22 +16,26 @@ import torch
 
 from ._views import block
 
-Column = dict[int, "Tile"]  # by head size, a power of two
+Column = dict[int, tuple["Tile", "Tile"]]  # by head size, a power of two: without a band and with one
 
 
 class Tile(NamedTuple):
-    """Rows, keys, warps, stages."""
+    """Rows, keys, warps, stages.
+
+    ``split``: tiles that the band's edge crosses have a loop of their own, so that the others need no comparisons.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    split: bool = True
 
 
 # What a device with 99 KiB of shared memory can run; where tiles.json has nothing.
 _SAFE: dict[int, Column] = {
-    2: {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
-    4: {64: Tile(32, 16, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
+    2: {64: (Tile(64, 32, 4, 2),) * 2, 128: (Tile(32, 32, 4, 1),) * 2, 256: (Tile(16, 16, 4, 1),) * 2},
+    4: {64: (Tile(32, 16, 4, 1),) * 2, 128: (Tile(16, 16, 4, 1),) * 2, 256: (Tile(16, 16, 8, 1),) * 2},
 }
 
 PATH = Path(__file__).with_name("tiles.json")
@@ -43,7 +47,9 @@ def table() -> dict[tuple[int, int], dict[tuple[str, int], Column]]:
     content = json.loads(PATH.read_text())
     return {
         (int(capability.split(".")[0]), int(capability.split(".")[1])): {
-            (primitive, int(itemsize)): {int(size): Tile(*t) for size, t in column.items()}
+            (primitive, int(itemsize)): {
+                int(size): (Tile(*full), Tile(*banded)) for size, (full, banded) in column.items()
+            }
             for primitive, by_itemsize in primitives.items()
             for itemsize, column in by_itemsize.items()
         }
@@ -59,11 +65,11 @@ def _device(index: int | None) -> dict[tuple[str, int], Column]:
     return table()[max(known)] if known else {}
 
 
-def tile(primitive: str, x: torch.Tensor, head_size: int, rows: int, keys: int) -> Tile:
+def tile(primitive: str, x: torch.Tensor, head_size: int, rows: int, keys: int, *, banded: bool) -> Tile:
     """The block sizes for a primitive on tensors like ``x``; no larger than the problem."""
     itemsize = x.element_size()
     column = _device(x.device.index).get((primitive, itemsize)) or _SAFE[itemsize]
-    best = column[min(size for size in column if size >= head_size)]
+    best = column[min(size for size in column if size >= head_size)][banded]
     return fit(primitive, best._replace(rows=min(best.rows, block(rows)), keys=min(best.keys, block(keys))))
 
 

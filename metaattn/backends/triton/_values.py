@@ -13,15 +13,52 @@ from ._scores import (
     batch_of,
     hide,
     kept,
+    key_head,
     key_range,
+    load_key,
     load_plane,
-    load_rows,
+    load_query,
     locate,
-    locate_key,
+    part_of,
+    product,
     schedule,
+    sees_few,
     store_rows,
-    stride_of,
 )
+
+
+@triton.jit
+def scores(
+    q,
+    q_t,
+    k,
+    k_t,
+    x_t,
+    problem,
+    bias_at,
+    bias_t_at,
+    mask_at,
+    i,
+    j,
+    TANGENT: tl.constexpr,
+    FOLD: tl.constexpr,
+    EDGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores of one tile, and their tangent."""
+    kt = tl.trans(k)
+    s = product(q, kt, None, PRECISION)
+    s_t = s
+    if TANGENT:
+        s_t = tl.zeros_like(s)
+        if q_t is not None:
+            s_t = product(q_t, kt, s_t, PRECISION)
+        if k_t is not None:
+            s_t = product(q, tl.trans(k_t), s_t, PRECISION)
+        s_t = s_t * problem.scale
+        if x_t.bias.ptr is not None:
+            s_t += load_plane(x_t.bias, bias_t_at, i, j, problem.NQ, problem.NK).to(tl.float32)
+    return hide(s, problem, bias_at, mask_at, i, j, FOLD, EDGE), s_t
 
 
 @triton.jit
@@ -40,17 +77,23 @@ def values(
     VALUE: tl.constexpr,
     TANGENT: tl.constexpr,
     FOLD: tl.constexpr,
+    FEW: tl.constexpr,
+    SPLIT: tl.constexpr,
     EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows ``[row, row + BM)`` of one query head."""
+    """Rows ``[row, row + BM)`` of one query head.
+
+    FEW: some rows of the problem see few keys. What rounding takes from their ``P s.`` would show beside ``P (s. -
+    mu)``, so that a first walk over the keys finds mu.
+    """
     NQ = problem.NQ
-    NK = problem.NK
     blocks = tl.cdiv(NQ, BM)
     block, flat = schedule(blocks, problem.LANES, problem.WAVE)
     row = (blocks - 1 - block) * BM  # under a causal mask the last rows have the most keys
     where = batch_of(flat, problem.BATCH1, problem.HEADS)
+    shared = key_head(where, problem)
     r = tl.arange(0, BM)
     c = tl.arange(0, BN)
     d = tl.arange(0, D)
@@ -58,17 +101,15 @@ def values(
     i = row + r
     row_ok = i < NQ
 
-    q = load_rows(locate(x.query, where), stride_of(x.query, problem), row, r, d, NQ, EVEN_M)
-    k_at = locate_key(x.key, where, problem.GROUP)
-    v_at = locate_key(x.value, where, problem.GROUP)
+    q = load_query(x.query, where, problem, row, r, d, EVEN_M)
     dtype = q.dtype
     bias_at = locate(problem.bias, where) if problem.bias.ptr is not None else None
     mask_at = locate(problem.mask, where) if problem.mask.ptr is not None else None
+    q_t = None
+    bias_t_at = None
     if TANGENT:
         if x_t.query.ptr is not None:
-            q_t = load_rows(locate(x_t.query, where), stride_of(x_t.query, problem), row, r, d, NQ, EVEN_M)
-        k_t_at = locate_key(x_t.key, where, problem.GROUP) if x_t.key.ptr is not None else None
-        v_t_at = locate_key(x_t.value, where, problem.GROUP) if x_t.value.ptr is not None else None
+            q_t = load_query(x_t.query, where, problem, row, r, d, EVEN_M)
         bias_t_at = locate(x_t.bias, where) if x_t.bias.ptr is not None else None
         acc_t = tl.zeros([BM, DV], tl.float32)
         mu = tl.zeros([BM], tl.float32)
@@ -83,29 +124,55 @@ def values(
         peak = tl.load(lse + flat * NQ + i, mask=row_ok, other=0.0) * LOG2E
         peak = tl.where(peak == float("-inf"), 0.0, peak)
 
-    lo, a, b, hi = key_range(problem, row, BM, BN)
+    walk = key_range(problem, row, BM, BN)
+    if TANGENT:
+        centre = tl.zeros([BM], tl.float32)  # what is taken from s.: mu, or nothing
+        if FEW:
+            if sees_few(problem, row, BM):
+                weight = tl.zeros([BM], tl.float32)
+                for n in tl.range(walk[0], walk[3], BN, num_stages=1):
+                    k = load_key(x.key, shared, problem, n, c, d, False)
+                    k_t = None
+                    if x_t.key.ptr is not None:
+                        k_t = load_key(x_t.key, shared, problem, n, c, d, False)
+                    s, s_t = scores(
+                        q, q_t, k, k_t, x_t, problem, bias_at, bias_t_at, mask_at,
+                        i[:, None], (n + c)[None, :], TANGENT, FOLD, True, PRECISION,
+                    )  # fmt: skip
+                    new = peak
+                    if VALUE:
+                        new = tl.maximum(peak, tl.max(s, 1) * factor)
+                    base = tl.where(new == float("-inf"), 0.0, new)
+                    p = tl.exp2(s * factor - base[:, None])
+                    if VALUE:
+                        decay = tl.exp2(peak - base)
+                        weight = weight * decay
+                        centre = centre * decay
+                        peak = new
+                    weight += tl.sum(p, 1)
+                    centre += tl.sum(p * s_t, 1)
+                centre = centre / tl.where(weight == 0.0, 1.0, weight)
+                if VALUE:
+                    peak = tl.full([BM], float("-inf"), tl.float32)
+
     for segment in tl.static_range(3):
         if (
-            segment == 1
-            or (segment == 0 and problem.left is not None)
-            or (segment == 2 and (not EVEN_N or problem.right is not None))
+            (segment == 1 and SPLIT)
+            or (segment == 0 and SPLIT and problem.left is not None)
+            or (segment == 2 and (not SPLIT or not EVEN_N or problem.right is not None))
         ):
-            first, last = (lo, tl.minimum(a, hi)) if segment == 0 else (a, b) if segment == 1 else (b, hi)
+            first, last = part_of(walk, segment, SPLIT)
             for n in range(first, last, BN):
                 j = n + c
-                k = load_rows(k_at, stride_of(x.key, problem), n, c, d, NK, EVEN_N or segment == 1)
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                k = load_key(x.key, shared, problem, n, c, d, EVEN_N or segment == 1)
+                k_t = None
                 if TANGENT:
-                    s_t = tl.zeros([BM, BN], tl.float32)
-                    if x_t.query.ptr is not None:
-                        s_t = tl.dot(q_t, tl.trans(k), s_t, input_precision=PRECISION)
                     if x_t.key.ptr is not None:
-                        k_t = load_rows(k_t_at, stride_of(x_t.key, problem), n, c, d, NK, EVEN_N or segment == 1)
-                        s_t = tl.dot(q, tl.trans(k_t), s_t, input_precision=PRECISION)
-                    s_t = s_t * problem.scale
-                    if x_t.bias.ptr is not None:
-                        s_t += load_plane(x_t.bias, bias_t_at, i[:, None], j[None, :], NQ, NK).to(tl.float32)
-                s = hide(s, problem, bias_at, mask_at, i[:, None], j[None, :], FOLD, segment != 1)
+                        k_t = load_key(x_t.key, shared, problem, n, c, d, EVEN_N or segment == 1)
+                s, s_t = scores(
+                    q, q_t, k, k_t, x_t, problem, bias_at, bias_t_at, mask_at,
+                    i[:, None], j[None, :], TANGENT, FOLD, segment != 1, PRECISION,
+                )  # fmt: skip
                 if VALUE:
                     new = tl.maximum(peak, tl.max(s, 1) * factor)
                     # A row that has seen no key yet: subtract 0, not -inf.
@@ -118,8 +185,8 @@ def values(
                 else:
                     p = tl.exp2(s * factor - peak[:, None])
                 if TANGENT:
-                    # Unnormalised and not centred: P (s. - mu) V = P s. V - mu P V, and P V is at hand at the end.
-                    p_t = p * s_t
+                    # Unnormalised: P (s. - mu) V = P (s. - c) V - (mu - c) P V for any c; P V is at hand at the end.
+                    p_t = p * (s_t - centre[:, None])
                     if VALUE:
                         mu = mu * decay
                         acc_t = acc_t * decay[:, None]
@@ -129,14 +196,14 @@ def values(
                     p = tl.where(keep, p, 0.0)
                     if TANGENT:
                         p_t = tl.where(keep, p_t, 0.0)
-                v = load_rows(v_at, stride_of(x.value, problem), n, c, dv, NK, EVEN_N or segment == 1)
+                v = load_key(x.value, shared, problem, n, c, dv, EVEN_N or segment == 1)
                 if VALUE:
-                    acc = tl.dot(p.to(dtype), v, acc, input_precision=PRECISION)
+                    acc = product(p.to(dtype), v, acc, PRECISION)
                 if TANGENT:
-                    acc_t = tl.dot(p_t.to(dtype), v, acc_t, input_precision=PRECISION)
+                    acc_t = product(p_t.to(dtype), v, acc_t, PRECISION)
                     if x_t.value.ptr is not None:
-                        v_t = load_rows(v_t_at, stride_of(x_t.value, problem), n, c, dv, NK, EVEN_N or segment == 1)
-                        acc_t = tl.dot(p.to(dtype), v_t, acc_t, input_precision=PRECISION)
+                        v_t = load_key(x_t.value, shared, problem, n, c, dv, EVEN_N or segment == 1)
+                        acc_t = product(p.to(dtype), v_t, acc_t, PRECISION)
 
     if VALUE:
         empty = total == 0.0  # a row without keys
@@ -150,8 +217,8 @@ def values(
             mu = mu * inverse
             acc_t = acc_t * (inverse * problem.boost)[:, None]
     else:
-        o = load_rows(locate(out, where), stride_of(out, problem), row, r, dv, NQ, EVEN_M).to(tl.float32)
+        o = load_query(out, where, problem, row, r, dv, EVEN_M).to(tl.float32)
         acc_t = acc_t * problem.boost
     if TANGENT:
         store_rows(out_t + flat * NQ * DV, acc_t - mu[:, None] * o, row, r, dv, NQ, DV)
-        tl.store(lse_t + flat * NQ + i, mu, mask=row_ok)
+        tl.store(lse_t + flat * NQ + i, mu + centre, mask=row_ok)

@@ -255,13 +255,9 @@ class Batch:
         return share, shape
 
     def _batch_strides(self, t: Tensor) -> tuple[int, int]:
-        strides = [0 if t.shape[g[-1]] == 1 else t.stride(g[-1]) for g in self.groups]
-        # Within a group only the last dimension larger than 1 has the stride of the whole.
-        for n, g in enumerate(self.groups):
-            for d in reversed(g):
-                if self.sizes[d] != 1:
-                    strides[n] = 0 if t.shape[d] == 1 else t.stride(d)
-                    break
+        # Within a group the last dimension larger than 1 has the stride of the whole.
+        last = [next((d for d in reversed(g) if self.sizes[d] != 1), g[-1]) for g in self.groups]
+        strides = [0 if t.shape[d] == 1 else t.stride(d) for d in last]
         first, second = [0] * (2 - len(strides)) + strides
         return first, second
 
@@ -276,7 +272,7 @@ def aligned(t: Tensor) -> Tensor:
         return F.pad(t, (0, block(size) - size))
     steps = [step for step, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1]
     dense = t.stride(-1) == 1 and all(step % 16 == 0 for step in steps) and t.data_ptr() % 16 == 0
-    return t if dense and abs(t.stride(-2)) < 2**23 else t.contiguous()
+    return t if dense and abs(t.stride(-2)) < 2**23 else t.clone(memory_format=torch.contiguous_format)
 
 
 def align(x: Operands) -> Operands:
@@ -301,10 +297,7 @@ def block(size: int) -> int:
 
 
 def _barrier(mask: Tensor) -> Tensor:
-    """0 where a boolean mask shows, -inf where it hides, broadcast as the mask is.
-
-    Not the bytes themselves: those that Triton (3.6) copies to shared memory ahead of their use come out wrong.
-    """
+    """0 where a boolean mask shows, -inf where it hides, broadcast as the mask is: a kernel adds it like a bias."""
     own = mask[tuple(slice(0, 1) if step == 0 else slice(None) for step in mask.stride())]
     zero = torch.zeros((), dtype=torch.bfloat16, device=mask.device)
     return torch.where(own, zero, zero - torch.inf).expand(mask.shape)
