@@ -1,12 +1,13 @@
 """Check the Triton kernels on this GPU against float64, beside PyTorch's math attention in the same dtype.
 
-    python scripts/check_attention.py [--cases 64] [--out docs/benchmarks/check]
+    python scripts/check_attention.py [--cases 64] [--out docs/benchmarks/check] [--sanitize 6]
 
 Random ragged shapes with all of the contract, in every dtype, for fwd, bwd, jvp, hvp and dbl: the relative error (in
 the 2-norm, over all results) may be at most 1.5 times that of PyTorch's math attention, and in one case of a thousand
 2 times.
 Then: the same with memory that is NaN before it is written; two runs bitwise equal; another stream; a CUDA graph's
-replay; more than 2^31 elements. Exits with 1 if anything fails; writes JSON.
+replay; more than 2^31 elements. With --sanitize a few of the cases also run under compute-sanitizer's memcheck and
+racecheck. Exits with 1 if anything fails; writes JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 import multiprocessing
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -162,8 +165,16 @@ def error(got: list[Tensor], want: list[Tensor]) -> float:
     return math.sqrt(top / max(1e-300, sum((b**2).sum().item() for b in want)))
 
 
-def check(c: Case) -> dict[str, Any]:
-    """Errors of ours and of math attention for every rule, and whether a second run is bitwise equal."""
+_lost: list[str] = []  # what ended this process's use of the GPU, if anything has
+
+
+def check(c: Case) -> dict[str, Any] | None:
+    """Errors of ours and of math attention for every rule, and whether a second run is bitwise equal.
+
+    ``None`` if a case before has broken the GPU's context: then another process has to do it.
+    """
+    if _lost:
+        return None
     torch.set_float32_matmul_precision(DTYPES[c.dtype][1])
     # New memory is NaN: what a kernel forgets to write shows.
     torch.use_deterministic_algorithms(True)
@@ -189,8 +200,24 @@ def check(c: Case) -> dict[str, Any]:
                 "repeats": all(torch.equal(a, b) for a, b in zip(got, again, strict=True)),
             }
     except Exception as problem:
-        row["failed"] = f"{type(problem).__name__}: {str(problem)[-300:]}"
+        row["failed"] = f"{type(problem).__name__}: {str(problem)[:300]}"
+        if isinstance(problem, torch.AcceleratorError):
+            _lost.append(row["failed"])
     return row
+
+
+def check_all(cases: list[Case]) -> list[dict[str, Any]]:
+    """All of them side by side; those that a broken context left undone in new processes."""
+    spawn = multiprocessing.get_context("spawn")
+    done: dict[Case, dict[str, Any]] = {}
+    with tqdm(total=len(cases), desc="cases", mininterval=10) as bar:
+        while left := [c for c in cases if c not in done]:
+            with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=spawn) as pool:
+                for c, row in zip(left, pool.map(check, left), strict=True):
+                    if row is not None:
+                        done[c] = row
+                        bar.update()
+    return [done[c] for c in cases]
 
 
 def other_conditions() -> dict[str, str]:
@@ -259,20 +286,57 @@ def other_conditions() -> dict[str, str]:
     return results
 
 
+def launch(cases: list[Case]) -> None:
+    """Every rule of our kernels and nothing else: what the sanitizer looks at."""
+    for c in cases:
+        torch.set_float32_matmul_precision(DTYPES[c.dtype][1])
+        x, mask, options = inputs(c)
+        t = [torch.randn_like(a) for a in x]
+        w = torch.randn(c.batch, *x[0].shape[1:-1], c.value_size, device="cuda").to(x[0].dtype)
+        for name in RULES:
+            rule(name, ours(c, "triton", mask, options), x, t, w)
+    torch.cuda.synchronize()
+
+
+def sanitize(cases: int) -> dict[str, str]:
+    """Memcheck and racecheck over the first cases of each dtype: "ok" or the report's end."""
+    results = {}
+    for tool in ("memcheck", "racecheck"):
+        program = [sys.executable, __file__, "--launch", "--cases", str(cases)]
+        kernels = [f"--kernel-name=kernel_substring={name}" for name in ("values", "by_")]
+        done = subprocess.run(
+            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *kernels, *program],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )
+        results[tool] = "ok" if done.returncode == 0 else done.stdout[-2000:] + done.stderr[-1000:]
+    return results
+
+
 def main() -> None:
     """Run all, say what failed."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--cases", type=int, default=64, help="of each dtype")
     p.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     p.add_argument("--out", type=Path, default=Path("docs/benchmarks/check"))
+    p.add_argument("--sanitize", type=int, metavar="CASES", help="of each dtype, also under compute-sanitizer")
+    p.add_argument("--launch", action="store_true", help="only launch our kernels, in this process")
     a = p.parse_args()
     cases = [draw(seed, dtype) for dtype, seed in itertools.product(a.dtypes, range(a.cases))]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=spawn) as pool:
-        rows = list(tqdm(pool.map(check, cases), total=len(cases), desc="cases", mininterval=10))
+    if a.launch:
+        launch(cases)
+        return
+    rows = check_all(cases)
     conditions = other_conditions()
+    if a.sanitize:
+        conditions |= sanitize(a.sanitize)
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    machine = {"device": torch.cuda.get_device_name(), "torch": str(torch.__version__)}
+    machine = {
+        "device": torch.cuda.get_device_name(),
+        "torch": str(torch.__version__),
+        "triton": triton.__version__,
+    }
     a.out.with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": rows, "conditions": conditions}))
     sys.exit(1 if report(rows, conditions) else 0)
 
