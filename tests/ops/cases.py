@@ -56,6 +56,8 @@ class Case:
     def _split(self, inputs):
         """query, key and value in this layout, and the mask."""
         mask = inputs[3] if len(inputs) == 4 else self.bool_mask
+        if mask is not None:
+            mask = mask.to(inputs[0].device)
         qkv = inputs[:3]
         if self.layout == "strided":  # every other row of a transposed tensor
             qkv = tuple(t[..., ::2].mT for t in qkv)
