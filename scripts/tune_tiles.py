@@ -3,7 +3,8 @@
     python scripts/tune_tiles.py [--head-sizes 64 128] [--dtypes bfloat16 float32] [--primitives second_keys]
 
 Candidates compile side by side in as many processes as there are cores; then each is timed alone, without a band and
-with one (a causal mask). All times go to --out as JSON; ``metaattn/backends/triton/tiles.json`` is updated in place.
+with one (a causal mask); with --bands full alone, what is best without one serves both. All times go to --out as JSON,
+beside those of other primitives, sizes and dtypes; ``metaattn/backends/triton/tiles.json`` is updated in place.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from tqdm import tqdm
 
@@ -127,9 +129,11 @@ def main() -> None:
     p.add_argument("--primitives", nargs="+", default=PRIMITIVES, choices=PRIMITIVES)
     p.add_argument("--head-sizes", type=int, nargs="+", default=[64, 128])
     p.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
+    p.add_argument("--bands", nargs="+", default=["full", "causal"], choices=("full", "causal"))
     p.add_argument("--out", type=Path, default=Path("docs/benchmarks/tiles.json"))
     a = p.parse_args()
-    trials = [t for c in itertools.product(a.primitives, a.dtypes, a.head_sizes, (False, True)) for t in candidates(*c)]
+    bands = [band == "causal" for band in a.bands]
+    trials = [t for c in itertools.product(a.primitives, a.dtypes, a.head_sizes, bands) for t in candidates(*c)]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
         results = list(tqdm(pool.map(compile_one, trials), total=len(trials), desc="compile", mininterval=5))
@@ -148,16 +152,20 @@ def main() -> None:
         for ms, t in timed:
             rows.append({**t._asdict(), "ms": ms})
         best = timed[0][1]
-        force(best)  # what follows is timed beside the best
+        for band in {causal, True not in bands}:
+            force(best._replace(causal=band))  # what follows is timed beside the best
         itemsize = DTYPES[dtype].itemsize
         column = content.setdefault(capability, {}).setdefault(primitive, {}).setdefault(str(itemsize), {})
         column[str(size)] = [list(map(int, tile)) for tile in _tiles._device(0)[primitive, itemsize][size]]
         write(content)
         top = ", ".join(f"{(*map(int, t.tile),)} {ms:.3f}" for ms, t in timed[:5])
         print(f"{primitive} {dtype} {size} {'causal' if causal else 'full'}: {top}", flush=True)
-    device = torch.cuda.get_device_name()
+    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    before = json.loads(a.out.read_text())["rows"] if a.out.exists() else []
+    measured = {t[:3] for t in trials}
+    others = [r for r in before if (r["primitive"], r["dtype"], r["head_size"]) not in measured]
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}))
+    a.out.write_text(json.dumps({"machine": machine, "rows": others + rows}))
 
 
 def write(content: dict[str, Any]) -> None:

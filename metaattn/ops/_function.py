@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import Function, forward_ad
 
 from ..backends._protocol import Tangent
@@ -127,6 +128,25 @@ def tangent_at_hand(t: Any) -> Tensor | None:
     """The tangent that a tensor has at the current level of forward mode."""
     tangent = forward_ad.unpack_dual(t).tangent if isinstance(t, Tensor) else None
     return None if tangent is None or tangent._is_zerotensor() else tangent
+
+
+def reverse_over_forward() -> bool:
+    """Whether the innermost level is one of reverse mode, with one of forward mode somewhere below it."""
+    if forward_ad._current_level < 0:
+        return False
+    stack = torch._C._functorch.get_interpreter_stack()
+    kinds = torch._C._functorch.TransformType
+    if not stack or stack[-1].key() != kinds.Grad:
+        return False
+    return any(level.key() == kinds.Jvp for level in stack[:-1])
+
+
+def one_level_down(call: Callable[..., Any], *tensors: Tensor) -> Any:
+    """What a call returns at the level below the innermost one, which is one of reverse mode."""
+    innermost = retrieve_current_functorch_interpreter()
+    level = innermost.level()
+    with torch.enable_grad(), innermost.lower():
+        return call(*(torch._C._functorch._unwrap_for_grad(t, level) for t in tensors))
 
 
 def in_forward_mode() -> bool:

@@ -30,6 +30,7 @@ Functions return and constants, and add with :class:`Sum`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,18 @@ from torch.autograd import forward_ad
 
 from ..backends._protocol import Operands, Rows, Tangent, Values
 from . import _leaves as leaves
-from ._function import Form, Rule, flat, in_forward_mode, replace, tangent_at_hand, total, unflatten
+from ._function import (
+    Form,
+    Rule,
+    flat,
+    in_forward_mode,
+    one_level_down,
+    replace,
+    reverse_over_forward,
+    tangent_at_hand,
+    total,
+    unflatten,
+)
 from ._leaves import Call
 
 ZERO = Rows()
@@ -125,7 +137,13 @@ class _Forward(Rule):
         :func:`torch.func.jvp` itself does it. Not so where reverse mode is at the same level (a ``dual_level``
         with leaves that require grad): its graph must be of the dual numbers. Nor under gradcheck's vmap, whose
         tensors cannot be made dual.
+
+        A level of reverse mode above one of forward mode (``jvp`` of ``grad``) would run F's rule there as well: it
+        has the values computed below, and adds its gradient.
         """
+        if reverse_over_forward():
+            values = one_level_down(functools.partial(cls.call, form), *there)
+            return _Known.apply(Form(form.static, (*form.there, True, True)), *there, *values)
         same_level = in_forward_mode() and not any(t.requires_grad for t in there)
         tangents = [tangent_at_hand(t) for t in there] if same_level else []
         known = [t for t in tangents if t is not None]
@@ -154,6 +172,29 @@ class _Forward(Rule):
         x, values = Rule.kept(ctx)
         u = Tangent(*ctx.form.fill(moved)[:4])
         return total([directional(ctx.form.static, Operands(*x), Values(*values), [u])], values)
+
+
+class _Known(Rule):
+    """out and lse that are known, as functions of x. Tensors: x (6), out, lse."""
+
+    @staticmethod
+    def forward(form: Form, *there: Any) -> Any:
+        return tuple(t.view_as(t) for t in there[-2:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        Rule.keep(ctx, inputs[0], inputs[1:-2], output)
+
+    @staticmethod
+    def backward(ctx: Any, *w: Tensor | None) -> Any:
+        saved, need = ctx.saved_tensors, Rule.needed(ctx)
+        x, values = Operands(*ctx.form.fill((*saved[:-2], None, None))[:6]), Values(*saved[-2:])
+        grads = gradient(ctx.form.static, x, values, Rows(*w), bias_grad=need[3])
+        return None, *ctx.form.pick((*grads, None, None, None, None))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *moved: Tensor | None) -> Any:
+        return tuple(None if t is None else t.view_as(t) for t in moved[-2:])
 
 
 class _ForwardTangent(Rule):

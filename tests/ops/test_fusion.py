@@ -1,0 +1,59 @@
+"""In forward mode the values and their tangents come from one call of a backend."""
+
+import pytest
+import torch
+from torch.func import grad, jvp, vjp, vmap
+
+import metaattn
+from metaattn.backends import reference
+
+X = tuple(torch.randn(1, 2, 4, 3, dtype=torch.float64) for _ in range(3))
+T = tuple(torch.randn(1, 2, 4, 3, dtype=torch.float64) for _ in range(3))
+
+
+def attention(*x):
+    return metaattn.sdpa(*x, backend="reference")
+
+
+def loss(*x):
+    return attention(*x).square().sum()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The primitives that ran, in order; not those that others use."""
+    names, running = [], []
+
+    def recorded(name, primitive):
+        def call(*args, **kwargs):
+            if not running:
+                names.append(name)
+            running.append(name)
+            result = primitive(*args, **kwargs)
+            running.pop()
+            return result
+
+        return call
+
+    for name in ("forward", "forward_tangent", "tangent", "backward", "second"):
+        monkeypatch.setattr(reference, name, recorded(name, getattr(reference, name)))
+    return names
+
+
+@pytest.mark.parametrize(
+    ("nesting", "expected"),
+    [
+        (lambda: jvp(attention, X, T), ["forward_tangent"]),
+        (lambda: jvp(grad(loss, (0, 1, 2)), X, T), ["forward_tangent", "backward", "second"]),
+        (lambda: jvp(lambda *x: vjp(attention, *x)[1](X[0]), X, T), ["forward_tangent", "backward", "second"]),
+        (
+            lambda: vmap(lambda *t: jvp(grad(loss, (0, 1, 2)), X, t))(*(t[None] for t in T)),
+            ["forward_tangent", "backward", "second"],
+        ),
+        (lambda: grad(loss)(*X), ["forward", "backward"]),
+    ],
+    ids=["jvp", "jvp_grad", "jvp_vjp", "vmap_jvp_grad", "grad"],
+)
+def test_one_call(calls, nesting, expected):
+    nesting()
+    assert calls == expected
