@@ -1,11 +1,14 @@
 """Attention and its derivatives on this GPU, ours beside the peers, in one run.
 
-    python scripts/bench_attention.py [--out docs/benchmarks/attention] [--quick] [--no-jax] [--no-flex]
+    python scripts/bench_attention.py [--out docs/benchmarks/attention] [--quick] [--parts settings]
 
 Rules: fwd; bwd (the backward alone); jvp (with the forward); hvp (jvp of vjp, everything); dbl (forward, backward,
 double backward by all inputs and the cotangent). TFLOP/s count the products that the mathematics needs, 2 B H Nq Nk D
 each, half when causal: 2, 5, 6, 20 and 21. A row whose result is not within its dtype's bound of float64 on a slice is
-reported as wrong, without a time. Writes JSON, a table (Markdown) and plots.
+reported as wrong, without a time. A call of less than 5 ms is timed as a replayed CUDA graph as well: ``ms`` is the
+GPU's time, ``eager`` what a plain call takes with the CPU's work. Writes JSON, a table (Markdown) and plots. Parts:
+settings (every shape, dtype, mask), jax, lengths (512 to 131,072) and, if asked for, auto: writes
+``metaattn/backends/auto.json``, by which backend='auto' chooses.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from tqdm import tqdm
 from triton.testing import do_bench
 
 import metaattn
+from metaattn.backends import _auto
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -45,6 +49,10 @@ from matplotlib.patches import Rectangle
 PRODUCTS = {"fwd": 2, "bwd": 5, "jvp": 6, "hvp": 20, "dbl": 21}
 SHAPES = [(32, 16, 512, 64), (8, 16, 2048, 64), (2, 16, 8192, 64), (4, 16, 2048, 128), (1, 16, 8192, 128)]
 SMALL = [(512, 4, 64, 32), (1024, 8, 64, 64), (256, 8, 197, 64)]
+FOR_AUTO = [(512, 16, 128, 32), (256, 16, 128, 64), (64, 16, 512, 32), (8, 16, 2048, 32), (128, 16, 128, 128)]
+FOR_AUTO += [(16, 16, 512, 128)]  # where auto.json needs more lengths: F and B alone
+PARTS = ("auto", "settings", "jax", "lengths")
+GRAPH_BELOW = 5.0  # ms: above, launching no longer matters
 BOUND = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-3}
 SDPA = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
@@ -185,6 +193,27 @@ def relative_error(name: str, f: Attention, s: Setting) -> float:
     return math.sqrt(top / sum((b**2).sum() for b in want))
 
 
+def times(call: Callable[[], Any], quick: bool) -> dict[str, Any]:
+    """Time on the GPU, time of an eager call, and peak memory above what there was."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    warmup, rep = (4, 16) if quick else (10, 40)
+    eager = do_bench(call, warmup=warmup, rep=rep, return_mode="median")
+    row = {"peak_mib": peak, "eager_ms": eager, "ms": eager}
+    if eager < GRAPH_BELOW:
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            call()
+        row["ms"] = do_bench(graph.replay, warmup=warmup, rep=rep, return_mode="median")
+    return row
+
+
 def measure(who: str, name: str, s: Setting, quick: bool) -> dict[str, Any]:
     """One row."""
     row: dict[str, Any] = {"who": who, "rule": name, "setting": s.label(), "shape": s.shape, "causal": s.causal}
@@ -194,15 +223,9 @@ def measure(who: str, name: str, s: Setting, quick: bool) -> dict[str, Any]:
             row["error"] = relative_error(name, f, s)
         if not row.get("error", 0.0) < BOUND[s.dtype]:
             return row | {"failed": f"wrong: relative error {row['error']:.1e}"}
-        call = rule(name, f, s.tensors())
-        call()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        warmup, rep = (5, 20) if quick else (20, 80)
-        row["ms"] = do_bench(call, warmup=warmup, rep=rep, return_mode="median")
+        # The backward runs on the stream of its forward: all of it where a graph can capture it.
+        with torch.cuda.stream(torch.cuda.Stream()):
+            row |= times(rule(name, f, s.tensors()), quick)
         row["tflops"] = PRODUCTS[name] * 2 * s.pairs() * s.shape[3] / row["ms"] / 1e9
     except Exception as error:  # a peer that cannot: the row says so
         row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
@@ -240,18 +263,19 @@ def matrix_product_tflops() -> float:
     return 2 * 8192**3 / do_bench(lambda: x @ x, return_mode="median") / 1e9
 
 
-def compile_one(s: Setting) -> None:
-    """Compile our kernels for a setting, into Triton's cache on disk."""
+def compile_one(work: tuple[Setting, list[str]]) -> None:
+    """Compile our kernels for a setting and some rules, into Triton's cache on disk."""
     torch.set_float32_matmul_precision("high")
-    for name in PRODUCTS:
+    s, names = work
+    for name in names:
         rule(name, attention("metaattn triton", s), s.tensors())()
     torch.cuda.synchronize()
 
 
-def compile_all(settings: list[Setting]) -> None:
+def compile_all(settings: list[tuple[Setting, list[str]]]) -> None:
     """The same for all of them, side by side."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=spawn) as pool:
+    with ProcessPoolExecutor(min(14, os.cpu_count() or 1), mp_context=spawn) as pool:
         list(tqdm(pool.map(compile_one, settings), total=len(settings), desc="compile", mininterval=10))
 
 
@@ -260,9 +284,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("docs/benchmarks/attention"))
     p.add_argument("--quick", action="store_true", help="shorter timings, lengths up to 32,768")
-    p.add_argument("--no-jax", action="store_true")
-    p.add_argument("--no-flex", action="store_true")
-    p.add_argument("--no-lengths", action="store_true")
+    p.add_argument("--parts", nargs="+", default=["settings", "jax", "lengths"], choices=PARTS)
     a = p.parse_args()
     a.out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -273,25 +295,40 @@ def main() -> None:
         "triton": triton.__version__,
         "matrix_product_tflops": ceiling,
     }
+    torch.set_float32_matmul_precision("high")
+    if "auto" in a.parts:
+        choose_automatically(a.quick)
+    rows: list[dict[str, Any]] = []
+    if "settings" in a.parts:
+        setting_rows(rows, a, machine)
+    if "jax" in a.parts and importlib.util.find_spec("jax"):
+        rows += jax_rows(SHAPES[:2] + SHAPES[3:4])
+    if rows:
+        save(a.out, machine, rows)
+        plot_speed(a.out.with_suffix(".png"), rows, machine)
+        print("\n".join(verdict(rows)))
+    if "lengths" in a.parts:
+        lengths = length_rows(a.quick)
+        (a.out.with_name(a.out.name + "_lengths.json")).write_text(json.dumps({"machine": machine, "rows": lengths}))
+        plot_lengths(a.out.with_name(a.out.name + "_lengths.png"), lengths, machine["device"])
+
+
+def setting_rows(rows: list[dict[str, Any]], a: argparse.Namespace, machine: dict[str, Any]) -> None:
+    """Every rule of everyone in every setting, added to the rows."""
     settings = [Setting(shape, causal) for shape in SHAPES for causal in (False, True)]
     settings += [Setting(shape, causal) for shape in SMALL for causal in (False, True)]
+    with_flex = [settings[2], settings[3]]
     settings += [
         Setting(SHAPES[1], True, kv_heads=4),
         Setting(SHAPES[1], False, mask=True),
         Setting((1, 16, 32768, 64), True, window=4096),
     ]
+    with_flex += [settings[-3], settings[-1]]
     settings += [Setting(shape, causal, torch.float32) for shape in (SHAPES[1], SHAPES[3]) for causal in (False, True)]
-    torch.set_float32_matmul_precision("high")
-    compile_all(settings)
-    if not a.no_lengths:
-        lengths = length_rows(a.quick)
-        (a.out.with_name(a.out.name + "_lengths.json")).write_text(json.dumps({"machine": machine, "rows": lengths}))
-        plot_lengths(a.out.with_name(a.out.name + "_lengths.png"), lengths, machine["device"])
-    rows: list[dict[str, Any]] = []
+    compile_all([(s, list(PRODUCTS)) for s in settings])
     for s in settings:
         peers = [*OURS, *SDPA] if s.window is None else [*OURS]
-        if not a.no_flex and not s.mask and s.dtype == torch.bfloat16 and (s in settings[2:4] or s.window):
-            peers.append("FlexAttention")
+        peers += ["FlexAttention"] * (s in with_flex)
         for who, name in itertools.product(peers, PRODUCTS):
             # The others' own say: no second derivative. Tried once, in tests/boundaries.
             if who not in (*OURS, "SDPA math") and name not in ("fwd", "bwd"):
@@ -299,11 +336,64 @@ def main() -> None:
             rows.append(measure(who, name, s, a.quick))
         save(a.out, machine, rows)
         oracle.cache_clear()
-        print("\n".join(table([r for r in rows if r["setting"] == s.label()], ceiling)[2:]), flush=True)
-    if not a.no_jax and importlib.util.find_spec("jax"):
-        rows += jax_rows(SHAPES[:2] + SHAPES[3:4])
-        save(a.out, machine, rows)
-    plot_speed(a.out.with_suffix(".png"), rows, machine)
+        here = [r for r in rows if r["setting"] == s.label()]
+        print("\n".join(table(here, machine["matrix_product_tflops"])[2:]), flush=True)
+
+
+def choose_automatically(quick: bool) -> None:
+    """Time our F and B and cuDNN's over many lengths, and write the table by which backend='auto' chooses."""
+    settings = [Setting(shape, causal) for shape in FOR_AUTO + SMALL + SHAPES for causal in (False, True)]
+    compile_all([(s, ["fwd", "bwd"]) for s in settings])
+    trials = itertools.product(settings, ("metaattn triton", "SDPA cuDNN"), ("fwd", "bwd"))
+    rows = [measure(who, name, s, quick) for s, who, name in tqdm(list(trials), desc="auto", mininterval=10)]
+    capability = "{}.{}".format(*torch.cuda.get_device_capability())
+    content = json.loads(_auto.PATH.read_text()) | {capability: thresholds(rows)}
+    text = ",\n".join(f"  {json.dumps(c)}: {json.dumps(columns)}" for c, columns in content.items())
+    _auto.PATH.write_text(f"{{\n{text}\n}}\n")
+    _auto._table.cache_clear()
+    print(text)
+
+
+def thresholds(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[int | None]]]:
+    """By primitive and head size, without a band and causal: tokens from which on cuDNN is faster than our kernels."""
+    chosen: dict[str, dict[str, list[int | None]]] = {}
+    times: dict[tuple[str, int, bool], dict[int, dict[str, float]]] = {}
+    for r in rows:
+        if "ms" in r and r["setting"].split(" ", 1)[1] == f"bfloat16, {'causal' if r['causal'] else 'full'}":
+            column = times.setdefault((r["rule"], r["shape"][3], r["causal"]), {})
+            column.setdefault(r["shape"][2], {})[r["who"]] = r["ms"]
+    for primitive, rule_name in (("forward", "fwd"), ("backward", "bwd")):
+        for size in sorted({size for name, size, _ in times if name == rule_name}):
+            pair: list[int | None] = []
+            for causal in (False, True):
+                start = None
+                for tokens, by in sorted(times.get((rule_name, size, causal), {}).items(), reverse=True):
+                    if by.get("SDPA cuDNN", math.inf) >= by["metaattn triton"]:
+                        break
+                    start = tokens
+                pair.append(start)
+            chosen.setdefault(primitive, {})[str(size)] = pair
+    return chosen
+
+
+def verdict(rows: list[dict[str, Any]]) -> list[str]:
+    """Our TFLOP/s by setting; and our time over that of the fastest and the FlashAttention-2 of PyTorch's own."""
+    lines = [
+        "setting | auto: fwd bwd jvp hvp dbl | triton: the same | auto / best peer: fwd bwd | triton / FA2: fwd bwd"
+    ]
+    for label in dict.fromkeys(r["setting"] for r in rows if r["who"] in OURS):
+        by = {(r["who"], r["rule"]): r for r in rows if r["setting"] == label and "ms" in r}
+        if ("metaattn auto", "fwd") not in by:
+            continue
+        parts = [" ".join(f"{by[who, n]['tflops']:.0f}" if (who, n) in by else "-" for n in PRODUCTS) for who in OURS]
+        for who, peers in (("metaattn auto", list(SDPA)), ("metaattn triton", ["SDPA flash"])):
+            ratios = []
+            for name in ("fwd", "bwd"):
+                best = min((by[peer, name]["ms"] for peer in peers if (peer, name) in by), default=math.nan)
+                ratios.append(f"{by[who, name]['ms'] / best:.2f}" if (who, name) in by else "-")
+            parts.append(" ".join(ratios))
+        lines.append(" | ".join([label, *parts]))
+    return lines
 
 
 def save(out: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -316,18 +406,19 @@ def save(out: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None
 def table(rows: list[dict[str, Any]], ceiling: float) -> list[str]:
     """Markdown lines."""
     lines = [
-        "| setting | rule | who | ms | TFLOP/s | of the ceiling | peak MiB | error |",
-        "|---|---|---|---|---|---|---|---|",
+        "| setting | rule | who | ms | TFLOP/s | of the ceiling | eager ms | peak MiB | error |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         head = f"| {r['setting']} | {r['rule']} | {r['who']} |"
         if "failed" in r:
-            lines.append(f"{head} {r['failed']} | | | | |")
+            lines.append(f"{head} {r['failed']} | | | | | |")
             continue
         error = f"{r['error']:.1e}" if "error" in r else ""
         share = f"{100 * r['tflops'] / ceiling:.0f}%"
         memory = f"{r['peak_mib']:.0f}" if "peak_mib" in r else ""
-        lines.append(f"{head} {r['ms']:.3f} | {r['tflops']:.0f} | {share} | {memory} | {error} |")
+        eager = f"{r['eager_ms']:.3f}" if "eager_ms" in r else ""
+        lines.append(f"{head} {r['ms']:.3f} | {r['tflops']:.0f} | {share} | {eager} | {memory} | {error} |")
     return lines
 
 
