@@ -1,14 +1,16 @@
 """Attention and its derivatives on this GPU, ours beside the peers, in one run.
 
-    python scripts/bench_attention.py [--out docs/benchmarks/attention] [--quick] [--parts settings]
+    python scripts/bench_attention.py [--out docs/benchmarks/attention] [--quick] [--parts large]
 
 Rules: fwd; bwd (the backward alone); jvp (with the forward); hvp (jvp of vjp, everything); dbl (forward, backward,
 double backward by all inputs and the cotangent). TFLOP/s count the products that the mathematics needs, 2 B H Nq Nk D
 each, half when causal: 2, 5, 6, 20 and 21. A row whose result is not within its dtype's bound of float64 on a slice is
-reported as wrong, without a time. A call of less than 5 ms is timed as a replayed CUDA graph as well: ``ms`` is the
-GPU's time, ``eager`` what a plain call takes with the CPU's work. Writes JSON, a table (Markdown) and plots. Parts:
-settings (every shape, dtype, mask), jax, lengths (512 to 131,072) and, if asked for, auto: writes
-``metaattn/backends/auto.json``, by which backend='auto' chooses.
+reported as wrong, without a time. A call is timed as a replayed CUDA graph as well: ``ms`` is the GPU's time, ``eager``
+what a plain call takes with the CPU's work. Writes JSON, a table (Markdown) and plots. Parts:
+large, small and other settings (grouped queries, mask, window, float32), jax, lengths (512 to 131,072) and, if asked
+for, auto: writes ``metaattn/backends/auto.json``, by which backend='auto' chooses. What an earlier run on the same
+device and versions has in --out stays, but for the rules and settings that are measured again: those of everyone, so
+that what is compared is of one run.
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ SHAPES = [(32, 16, 512, 64), (8, 16, 2048, 64), (2, 16, 8192, 64), (4, 16, 2048,
 SMALL = [(512, 4, 64, 32), (1024, 8, 64, 64), (256, 8, 197, 64)]
 FOR_AUTO = [(512, 16, 128, 32), (256, 16, 128, 64), (64, 16, 512, 32), (8, 16, 2048, 32), (128, 16, 128, 128)]
 FOR_AUTO += [(16, 16, 512, 128)]  # where auto.json needs more lengths: F and B alone
-PARTS = ("auto", "settings", "jax", "lengths")
-GRAPH_BELOW = 5.0  # ms: above, launching no longer matters
+PARTS = ("auto", "large", "small", "other", "jax", "lengths")
+GRAPH_BELOW = 2**14  # MiB: a call with more memory takes longer than its launches, and a graph keeps the memory
 BOUND = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-3}
 SDPA = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
@@ -205,7 +207,7 @@ def times(call: Callable[[], Any], quick: bool) -> dict[str, Any]:
     warmup, rep = (4, 16) if quick else (10, 40)
     eager = do_bench(call, warmup=warmup, rep=rep, return_mode="median")
     row = {"peak_mib": peak, "eager_ms": eager, "ms": eager}
-    if eager < GRAPH_BELOW:
+    if peak < GRAPH_BELOW:
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -284,7 +286,8 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("docs/benchmarks/attention"))
     p.add_argument("--quick", action="store_true", help="shorter timings, lengths up to 32,768")
-    p.add_argument("--parts", nargs="+", default=["settings", "jax", "lengths"], choices=PARTS)
+    p.add_argument("--parts", nargs="+", default=PARTS[1:], choices=PARTS)
+    p.add_argument("--rules", nargs="+", default=list(PRODUCTS), choices=PRODUCTS)
     a = p.parse_args()
     a.out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -299,45 +302,45 @@ def main() -> None:
     if "auto" in a.parts:
         choose_automatically(a.quick)
     rows: list[dict[str, Any]] = []
-    if "settings" in a.parts:
-        setting_rows(rows, a, machine)
+    save = functools.partial(write, a.out, machine, read(a.out, machine))
+    if {"large", "small", "other"} & set(a.parts):
+        setting_rows(rows, a, save)
     if "jax" in a.parts and importlib.util.find_spec("jax"):
         rows += jax_rows(SHAPES[:2] + SHAPES[3:4])
     if rows:
-        save(a.out, machine, rows)
-        plot_speed(a.out.with_suffix(".png"), rows, machine)
-        print("\n".join(verdict(rows)))
+        every = save(rows)
+        plot_speed(a.out.with_suffix(".png"), every, machine)
+        print("\n".join(verdict(every)))
     if "lengths" in a.parts:
         lengths = length_rows(a.quick)
         (a.out.with_name(a.out.name + "_lengths.json")).write_text(json.dumps({"machine": machine, "rows": lengths}))
         plot_lengths(a.out.with_name(a.out.name + "_lengths.png"), lengths, machine["device"])
 
 
-def setting_rows(rows: list[dict[str, Any]], a: argparse.Namespace, machine: dict[str, Any]) -> None:
+def setting_rows(rows: list[dict[str, Any]], a: argparse.Namespace, save: Callable[..., Any]) -> None:
     """Every rule of everyone in every setting, added to the rows."""
-    settings = [Setting(shape, causal) for shape in SHAPES for causal in (False, True)]
-    settings += [Setting(shape, causal) for shape in SMALL for causal in (False, True)]
-    with_flex = [settings[2], settings[3]]
-    settings += [
+    large = [Setting(shape, causal) for shape in SHAPES for causal in (False, True)]
+    small = [Setting(shape, causal) for shape in SMALL for causal in (False, True)]
+    other = [
         Setting(SHAPES[1], True, kv_heads=4),
         Setting(SHAPES[1], False, mask=True),
         Setting((1, 16, 32768, 64), True, window=4096),
     ]
-    with_flex += [settings[-3], settings[-1]]
-    settings += [Setting(shape, causal, torch.float32) for shape in (SHAPES[1], SHAPES[3]) for causal in (False, True)]
-    compile_all([(s, list(PRODUCTS)) for s in settings])
+    with_flex = [*large[2:4], other[0], other[2]]
+    other += [Setting(shape, causal, torch.float32) for shape in (SHAPES[1], SHAPES[3]) for causal in (False, True)]
+    settings = large * ("large" in a.parts) + small * ("small" in a.parts) + other * ("other" in a.parts)
+    compile_all([(s, a.rules) for s in settings])
     for s in settings:
         peers = [*OURS, *SDPA] if s.window is None else [*OURS]
         peers += ["FlexAttention"] * (s in with_flex)
-        for who, name in itertools.product(peers, PRODUCTS):
+        for who, name in itertools.product(peers, a.rules):
             # The others' own say: no second derivative. Tried once, in tests/boundaries.
             if who not in (*OURS, "SDPA math") and name not in ("fwd", "bwd"):
                 continue
             rows.append(measure(who, name, s, a.quick))
-        save(a.out, machine, rows)
+        save(rows)
         oracle.cache_clear()
-        here = [r for r in rows if r["setting"] == s.label()]
-        print("\n".join(table(here, machine["matrix_product_tflops"])[2:]), flush=True)
+        print("\n".join(table([r for r in rows if r["setting"] == s.label()], math.nan)[2:]), flush=True)
 
 
 def choose_automatically(quick: bool) -> None:
@@ -396,11 +399,24 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def save(out: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """JSON and table, after every setting: nothing measured is lost."""
-    out.with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=0))
-    text = "\n".join(table(rows, machine["matrix_product_tflops"]))
+def read(out: Path, machine: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier run on the same device and versions."""
+    path = out.with_suffix(".json")
+    content = json.loads(path.read_text()) if path.exists() else {"machine": {}, "rows": []}
+    same = all(content["machine"].get(k) == machine[k] for k in ("device", "torch", "triton"))
+    return [r | {"shape": tuple(r["shape"])} for r in content["rows"]] if same else []
+
+
+def write(
+    out: Path, machine: dict[str, Any], before: list[dict[str, Any]], rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """JSON and table, after every setting: nothing measured is lost. Returns all the rows."""
+    measured = {(r["setting"], r["rule"]) for r in rows}
+    every = [r for r in before if (r["setting"], r["rule"]) not in measured] + rows
+    out.with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": every}, indent=0))
+    text = "\n".join(table(every, machine["matrix_product_tflops"]))
     out.with_suffix(".md").write_text(f"# Attention on a GPU\n\n{json.dumps(machine)}\n\n{text}\n")
+    return every
 
 
 def table(rows: list[dict[str, Any]], ceiling: float) -> list[str]:
