@@ -59,14 +59,18 @@ def candidates(primitive: str, dtype: str, head_size: int, causal: bool) -> Iter
     scores = 1 if primitive == "forward" else 4 if "second" in primitive else 2
     others = (16, 32, 64) if dtype == "float32" or head_size > 128 else (32, 64, 128)
     splits = (True, False) if causal else (True,)
-    for kept, other, warps, stages, split in itertools.product((64, 128), others, (4, 8), (1, 2, 3), splits):
+    holds = (False, True) if dtype != "float32" and head_size <= 128 else (False,)
+    for kept, other, warps, stages, split, hold in itertools.product(
+        (64, 128), others, (4, 8), (1, 2, 3, 4), splits, holds
+    ):
         # 32-bit registers of a thread for the accumulators and for the tiles alive at once.
         registers = kept * (accumulators * head_size + scores * other) / (32 * warps)
         deep = stages == 3 and (dtype == "float32" or head_size > 128)
+        deep |= stages == 4 and not hold
         shallow = stages == 1 and dtype != "float32" and head_size <= 128
         if 32 <= registers <= 300 and kept >= 16 * warps and not deep and not shallow:
             rows, keys = (kept, other) if keeps_rows else (other, kept)
-            yield Trial(primitive, dtype, head_size, causal, Tile(rows, keys, warps, stages, split))
+            yield Trial(primitive, dtype, head_size, causal, Tile(rows, keys, warps, stages, split, hold))
 
 
 def force(trial: Trial) -> None:

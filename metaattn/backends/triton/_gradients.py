@@ -13,6 +13,7 @@ from ._rows import deltas, load_lse, load_stat, minus_lse_bar
 from ._scores import (
     LOG2E,
     batch_of,
+    held,
     hide,
     kept,
     key_head,
@@ -127,6 +128,7 @@ def by_row(
     FOLD: tl.constexpr,
     FEW: tl.constexpr,
     SPLIT: tl.constexpr,
+    HOLD: tl.constexpr,
     EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -161,6 +163,13 @@ def by_row(
             e_t = load_query(w.out_t, where, problem, row, r, dv, EVEN_M)
         o_t = load_query(w.out_value_t, where, problem, row, r, dv, EVEN_M)
     dtype = q.dtype
+    q = held(q, HOLD)
+    e = held(e, HOLD)
+    if SECOND:
+        if q_t is not None:
+            q_t = held(q_t, HOLD)
+        if e_t is not None:
+            e_t = held(e_t, HOLD)
     lse = load_lse(w.lse_value, flat, i, NQ)[:, None]
     mu = load_stat(w.lse_value_t, flat, i, NQ, 0.0)[:, None] if SECOND else lse
     bias_at = locate(problem.bias, where) if problem.bias.ptr is not None else None
@@ -248,6 +257,7 @@ def by_key(
     ALONE: tl.constexpr,
     FOLD: tl.constexpr,
     SPLIT: tl.constexpr,
+    HOLD: tl.constexpr,
     EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -279,6 +289,13 @@ def by_key(
         if x_t.value.ptr is not None:
             v_t = load_key(x_t.value, shared, problem, key, c, dv, EVEN_N)
     dtype = k.dtype
+    k = held(k, HOLD)
+    v = held(v, HOLD)
+    if SECOND:
+        if k_t is not None:
+            k_t = held(k_t, HOLD)
+        if v_t is not None:
+            v_t = held(v_t, HOLD)
 
     grad_k = tl.zeros([BN, D], tl.float32)
     grad_v = tl.zeros([BN, DV], tl.float32)

@@ -75,7 +75,12 @@ def run(
         t = smaller
         sizes: dict[str, Any] = {"BM": t.rows, "BN": t.keys, "num_warps": t.warps, "num_stages": t.stages}
         if even:
-            sizes |= {"SPLIT": t.split, "EVEN_M": batch.rows % t.rows == 0, "EVEN_N": batch.keys % t.keys == 0}
+            sizes |= {
+                "SPLIT": t.split,
+                "HOLD": t.hold,
+                "EVEN_M": batch.rows % t.rows == 0,
+                "EVEN_N": batch.keys % t.keys == 0,
+            }
         try:
             with context:
                 kernel[(count,)](*arguments, **options, **sizes)

@@ -34,6 +34,19 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def held(x, HOLD: tl.constexpr):
+    """With HOLD ``x`` times the identity, exact in 16 bits: what a product gave, the next can read from registers.
+
+    Reading it from shared memory for each product keeps that 70% busy on an H100, and the tensor cores at 43 to 52%.
+    """
+    if HOLD:
+        c = tl.arange(0, x.shape[1])
+        return tl.dot(x, (c[:, None] == c[None, :]).to(x.dtype)).to(x.dtype)
+    else:
+        return x
+
+
+@triton.jit
 def locate(x, where):
     """Where the matrix of batch ``(b0, b1)`` and head begins in a view."""
     b0, b1, head = where

@@ -1,4 +1,4 @@
-"""Block sizes: rows and keys of a tile, warps, stages of the pipeline, and whether the loop is split.
+"""Block sizes: rows and keys of a tile, warps, stages of the pipeline, and two choices of how the loop is made.
 
 ``tiles.json`` holds what ``scripts/tune_tiles.py`` found fastest, by compute capability, primitive, bytes of an
 element and head size; without a band (a causal mask, a window) and with one. A device without a row of its own
@@ -23,6 +23,7 @@ class Tile(NamedTuple):
     """Rows, keys, warps, stages.
 
     ``split``: tiles that the band's edge crosses have a loop of their own, so that the others need no comparisons.
+    ``hold``: what a program keeps stays in registers, and is not read from shared memory for each product; in 16 bits.
     """
 
     rows: int
@@ -30,6 +31,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     split: bool = True
+    hold: bool = False
 
 
 # What a device with 99 KiB of shared memory can run; where tiles.json has nothing.

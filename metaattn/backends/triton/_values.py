@@ -11,6 +11,7 @@ from ._scores import (
     LN2,
     LOG2E,
     batch_of,
+    held,
     hide,
     kept,
     key_head,
@@ -79,6 +80,7 @@ def values(
     FOLD: tl.constexpr,
     FEW: tl.constexpr,
     SPLIT: tl.constexpr,
+    HOLD: tl.constexpr,
     EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -103,13 +105,14 @@ def values(
 
     q = load_query(x.query, where, problem, row, r, d, EVEN_M)
     dtype = q.dtype
+    q = held(q, HOLD)
     bias_at = locate(problem.bias, where) if problem.bias.ptr is not None else None
     mask_at = locate(problem.mask, where) if problem.mask.ptr is not None else None
     q_t = None
     bias_t_at = None
     if TANGENT:
         if x_t.query.ptr is not None:
-            q_t = load_query(x_t.query, where, problem, row, r, d, EVEN_M)
+            q_t = held(load_query(x_t.query, where, problem, row, r, d, EVEN_M), HOLD)
         bias_t_at = locate(x_t.bias, where) if x_t.bias.ptr is not None else None
         acc_t = tl.zeros([BM, DV], tl.float32)
         mu = tl.zeros([BM], tl.float32)
