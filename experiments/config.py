@@ -260,20 +260,21 @@ def checked(raw: DictConfig) -> Config:
     return config
 
 
-def run_dir(resume: str | None, checkpoint: str | None, task: TaskName) -> str:
+def run_dir(resume: str | None, checkpoint: str | None, task: TaskName, started: str) -> str:
     """Where a run writes: the directory of the run that it resumes, else a new one by date and time."""
     if resume:
         path = Path(resume)
         return str(path if path.is_dir() else path.parent)
     # The task of a checkpoint is not known before it is read.
-    return f"outputs/{'evaluate' if checkpoint else task.value}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    return f"outputs/{'evaluate' if checkpoint else task.value}/{started}"
 
 
-def register() -> None:
-    """Make the schema known to Hydra."""
+def register(started: datetime) -> None:
+    """Make the schema known to Hydra, and the time at which the command started, by which directories are named."""
     store: Any = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(group="task", name="schema", node=TaskConfig)
     store.store(group="model", name="schema", node=ModelConfig)
     store.store(group="algorithm", name="schema", node=AlgorithmConfig)
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+    OmegaConf.register_new_resolver("started", lambda: f"{started:%Y-%m-%d_%H-%M-%S}", replace=True)

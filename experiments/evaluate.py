@@ -14,7 +14,7 @@ from tqdm import tqdm
 from metaattn.meta.algorithms import MetaParams
 from metaattn.tasks import Batch, Episode
 
-from . import checkpoint, report
+from . import checkpoint, distributed, report
 from .setup import Setup
 
 Curves = dict[str, Tensor]  # of each metric, [tasks, inner steps + 1]
@@ -40,12 +40,14 @@ def held_out(
     run: Setup, meta: MetaParams, split: str, tasks: int, chunk_size: int, steps: int, *, progress: bool = False
 ) -> tuple[Curves, Tensor]:
     """:func:`adaptation` on the first ``tasks`` tasks of a split, and the nearest-neighbour baseline on the same."""
-    curves, baseline = [], []
-    for start in tqdm(range(0, tasks, chunk_size), desc=f"{split} tasks", disable=not progress, leave=False):
+    mine = range(0, tasks, chunk_size)[distributed.rank() :: distributed.size()]
+    parts = []
+    for start in tqdm(mine, desc=f"{split} tasks", disable=not (progress and distributed.is_first()), leave=False):
         episodes = run.tasks(split, start, min(chunk_size, tasks - start))
-        curves.append(adaptation(run, meta, episodes, steps))
-        baseline.append(nearest_neighbour(episodes, run.chance is not None))
-    return {k: torch.cat([c[k] for c in curves]).double().cpu() for k in curves[0]}, torch.cat(baseline).double().cpu()
+        curves = {k: v.double().cpu() for k, v in adaptation(run, meta, episodes, steps).items()}
+        parts.append((start, curves, nearest_neighbour(episodes, run.chance is not None).double().cpu()))
+    _, all_curves, baseline = zip(*sorted(distributed.gather(parts), key=lambda part: part[0]), strict=True)
+    return {k: torch.cat([c[k] for c in all_curves]) for k in all_curves[0]}, torch.cat(baseline)
 
 
 def nearest_neighbour(episodes: Episode, classify: bool) -> Tensor:
@@ -65,7 +67,7 @@ def interval(values: Tensor) -> tuple[float, float]:
 
 
 def test(run: Setup, meta: MetaParams, out: Path, step: int) -> dict[str, Any]:
-    """Evaluate on held-out test tasks; write the plots and ``summary.json``; return the summary."""
+    """Evaluate on held-out test tasks; the first rank writes the plots and ``summary.json``; the summary."""
     c = run.config
     steps = max(c.algorithm.steps, 10) if c.test.steps is None else c.test.steps
     curves, baseline = held_out(run, meta, "test", c.test.tasks, c.test.chunk_size, steps, progress=True)
@@ -83,6 +85,8 @@ def test(run: Setup, meta: MetaParams, out: Path, step: int) -> dict[str, Any]:
         "chance": run.chance,
         "at_each_step": [interval(curves[run.metric][:, s])[0] for s in range(steps + 1)],
     }
+    if not distributed.is_first():
+        return summary
     report.adaptation(out / "adaptation.png", curves[run.metric], run.metric, trained, neighbour[0], run.chance)
     one = run.tasks("test", 0, 1)
     report.episode(out / "episode.png", run, meta, one)

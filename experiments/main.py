@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from datetime import datetime
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,9 +17,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from . import checkpoint, config, evaluate, train
+from . import checkpoint, config, distributed, evaluate, train
 from .config import Config, Mode, checked
-from .errors import UserError
+from .errors import RunStoppedError, UserError
 from .setup import setup
 
 CONF = str(Path(__file__).parent.parent / "conf")
@@ -82,6 +83,12 @@ def job(raw: DictConfig) -> None:
         _exit(stop.code, f"stopped after a whole step, which is saved; go on with resume={out}")
     except KeyboardInterrupt:
         _exit(130, "stopped at once")
+    except Exception as error:
+        if distributed.size() == 1 or _wants_traceback():
+            raise
+        # One line of the first process to fail, not a traceback of each.
+        what = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+        _exit(1, f"error: rank {distributed.rank()}: {what} (METAATTN_TRACEBACK=1 shows where)")
 
 
 def run(raw: DictConfig) -> None:
@@ -100,10 +107,15 @@ def run(raw: DictConfig) -> None:
             )
         resume = checkpoint.find(raw.resume) if raw.resume else None
         c = checked(_of_checkpoint(resume, raw, "resumed", RESUMED) if resume else raw)
-        if resume is None:
+        if resume is None and distributed.is_first():
             (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(c), resolve=True))
-        summary = train.train(setup(c), out, resume)
-    print(evaluate.table(summary, out))
+        ready = setup(c)
+        try:
+            summary = train.train(ready, out, resume)
+        except distributed.LostProcessError as lost:
+            raise RunStoppedError(f"{lost}; go on from the last checkpoint with resume={out}") from lost
+    if distributed.is_first():
+        print(evaluate.table(summary, out))
 
 
 def _one_line(error: Exception) -> str:
@@ -139,7 +151,9 @@ def _names() -> list[str]:
 
 
 def _exit(code: int, message: str) -> NoReturn:
-    print(message, file=sys.stderr)
+    if distributed.speaks():
+        below_bar = "" if distributed.is_first() else "\n"  # the first rank's, which it has not closed
+        print(f"{below_bar}{message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -150,10 +164,11 @@ def _wants_traceback() -> bool:
 def main() -> None:
     """Run the command line; exits 0, 1 (the run cannot go on), 2 (a mistake of the user's), 130 (Ctrl-C)."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and not to Hydra's own printing
-    config.register()
-    try:
-        hydra.main(version_base="1.3", config_path=CONF, config_name="config")(job)()
-    except (HydraException, OmegaConfBaseException) as error:
-        if _wants_traceback():
-            raise
-        _exit(2, f"error: {_one_line(error)}")
+    with distributed.processes():
+        config.register(distributed.of_first(datetime.now()))
+        try:
+            hydra.main(version_base="1.3", config_path=CONF, config_name="config")(job)()
+        except (HydraException, OmegaConfBaseException) as error:
+            if _wants_traceback():
+                raise
+            _exit(2, f"error: {_one_line(error)}")

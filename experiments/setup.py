@@ -15,6 +15,7 @@ import metaattn
 from metaattn.meta import GradientBased, InnerOptimizer, adam, momentum, sgd
 from metaattn.tasks import Batch, Episode, Sinusoids, glyphs, omniglot, stack
 
+from . import distributed
 from .checkpoint import seed_everything
 from .config import Backend, Config, InnerName, TaskConfig, TaskName
 from .errors import UserError
@@ -67,7 +68,7 @@ def setup(config: Config) -> Setup:
         raise UserError(
             "backend=triton needs a CUDA GPU and there is none here; use backend=auto, or run on a machine with a GPU"
         )
-    device = find_device(config.device)
+    device = find_device(distributed.device(config.device))
     dtype: torch.dtype = getattr(torch, config.precision.value)
     seed_everything(config.seed)
     try:
@@ -80,8 +81,9 @@ def setup(config: Config) -> Setup:
     chance = None if config.task.name is TaskName.sinusoid else 1 / config.task.way
     run = Setup(config, device, dtype, model, learner, chance)
     try:
-        for split in SPLITS:
-            run.tasks(split, 0, 1)
+        with distributed.first_then_rest():
+            for split in SPLITS:
+                run.tasks(split, 0, 1)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
     return run

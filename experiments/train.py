@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 from tqdm import tqdm
 
 from metaattn.meta.algorithms import MetaParams
 
-from . import checkpoint, evaluate, report
+from . import checkpoint, distributed, evaluate, report
 from .config import Config, Schedule
 from .errors import RunStoppedError
 from .setup import Setup
@@ -42,10 +43,14 @@ def _signals() -> Iterator[list[int]]:
 
     old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield seen
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
+        try:
+            yield seen
+        finally:
+            for s, handler in old.items():
+                signal.signal(s, handler)
+    except BaseException:
+        distributed.outlive_torchrun()
+        raise
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -70,6 +75,7 @@ class Trainer:
 
     def __init__(self, run: Setup, out: Path, resume: Path | None) -> None:
         self.run, self.out, self.config = run, out, run.config
+        self.first_task, self.tasks = distributed.share(self.config.train.tasks)
         self.step, self.best = 0, -math.inf
         content = checkpoint.load(resume) if resume else None
         if content is None:
@@ -82,10 +88,12 @@ class Trainer:
         if content is not None:
             self.optimizer.load_state_dict(content["optimizer"])
             checkpoint.set_rng_state(content["rng"])
-        self.metrics = report.Metrics(out, self.step)
+        self.metrics = report.Metrics(out, self.step) if distributed.is_first() else None
 
     def save(self, name: str) -> None:
-        """Write a checkpoint of now."""
+        """Write a checkpoint of now: the first rank does."""
+        if not distributed.is_first():
+            return
         content = {
             "meta": {g: {k: t.detach() for k, t in group.items()} for g, group in self.meta.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -103,47 +111,66 @@ class Trainer:
         Raises:
             RunStoppedError: The loss or its gradient is no longer finite.
             StoppedBySignal: Ctrl-C or SIGTERM; ``latest.pt`` holds the last whole step.
+            LostProcessError: Another process is gone.
         """
         c = self.config.train
         if self.step == 0:
             self.save("latest.pt")
         bar = tqdm(
-            total=c.steps, initial=self.step, desc=f"{self.config.algorithm.name} on {self.config.task.name.value}"
+            total=c.steps,
+            initial=self.step,
+            desc=f"{self.config.algorithm.name} on {self.config.task.name.value}",
+            disable=not distributed.is_first(),
         )
         with bar, _signals() as signals:
             start, first = time.perf_counter(), self.step
             while self.step < c.steps:
-                before = self._before() if self._due(c.log_every) else None
-                loss, metrics, rate = self._take_step()
+                try:
+                    before = self._before() if self._due(c.log_every) else None
+                    metrics, rate = self._take_step()
+                except distributed.LostProcessError:
+                    self.save("latest.pt")  # nothing of the step is done
+                    raise
                 self.step += 1
                 if before is not None:
                     speed = (self.step - first) / (time.perf_counter() - start)
-                    row = {**before, "loss_after": loss, **metrics, "learning_rate": rate, "steps_per_second": speed}
-                    self.metrics.add({"step": self.step, "split": "train", **row})
+                    row = {**before, **metrics, "learning_rate": rate, "steps_per_second": speed}
+                    self._log("train", row)
                     bar.set_postfix_str(_postfix(row))
                 bar.update()
                 if self.step % c.validate_every == 0 or self.step == c.steps:
                     self._validate()
                 if self.step % c.checkpoint_every == 0 or self.step == c.steps:
                     self.save("latest.pt")
-                if signals:
+                if number := distributed.largest(signals[0] if signals else 0):
                     self.save("latest.pt")
-                    raise StoppedBySignal(signals[0])
+                    distributed.largest(0)  # no process ends before it is saved
+                    raise StoppedBySignal(number)
 
     def _due(self, every: int) -> bool:
         return (self.step + 1) % every == 0 or self.step == 0
 
     def _batch(self) -> Any:
-        return self.run.tasks("train", self.step * self.config.train.tasks, self.config.train.tasks)
+        """The tasks of the step that are this rank's."""
+        return self.run.tasks("train", self.step * self.config.train.tasks + self.first_task, self.tasks)
+
+    def _log(self, split: str, row: dict[str, float]) -> None:
+        if self.metrics is not None:
+            self.metrics.add({"step": self.step, "split": split, **row})
+
+    def _mean(self, when: str, values: dict[str, Tensor]) -> dict[str, float]:
+        """The means over all tasks of the step of what the tasks of this rank have."""
+        means = {f"{k}_{when}": v.mean().item() for k, v in values.items()}
+        return distributed.mean(means, self.tasks / self.config.train.tasks)
 
     def _before(self) -> dict[str, float]:
         """The metrics of the step's tasks without adaptation."""
-        curves = evaluate.adaptation(self.run, self.meta, self._batch(), 0)
-        return {f"{k}_before": v.mean().item() for k, v in curves.items()}
+        return self._mean("before", evaluate.adaptation(self.run, self.meta, self._batch(), 0))
 
-    def _take_step(self) -> tuple[float, dict[str, float], float]:
-        """One update; the loss, the metrics and the learning rate."""
+    def _take_step(self) -> tuple[dict[str, float], float]:
+        """One update; the metrics and the learning rate."""
         c = self.config.train
+        distributed.seed(self.config.seed, self.step)
         rate = learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -151,11 +178,13 @@ class Trainer:
         (losses, metrics), gradient = self.run.learner.value_and_grad(
             self.meta, batch.support, batch.query, chunk_size=c.chunk_size
         )
+        means = self._mean("after", {"loss": losses, **metrics})
+        gradient = distributed.mean_gradient(gradient, self.tasks / c.tasks)
         for group_name, group in self.meta.items():
             for k, t in group.items():
                 t.grad = gradient[group_name][k]
         norm = torch.nn.utils.clip_grad_norm_(self.leaves, math.inf if c.clip is None else c.clip)
-        loss = losses.mean().item()
+        loss = means["loss_after"]
         if not (math.isfinite(loss) and math.isfinite(norm.item())):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm.item()}"
             last = self.out / "latest.pt"
@@ -164,7 +193,7 @@ class Trainer:
                 f"{checkpoint.load(last)['step']}. Try a lower train.learning_rate or algorithm.learning_rate"
             )
         self.optimizer.step()
-        return loss, {f"{k}_after": v.mean().item() for k, v in metrics.items()}, rate
+        return means, rate
 
     def _validate(self) -> None:
         """Metrics on validation tasks; a new best is saved."""
@@ -174,8 +203,9 @@ class Trainer:
         )
         row = {f"{k}_before": v[:, 0].mean().item() for k, v in curves.items()}
         row |= {f"{k}_after": v[:, -1].mean().item() for k, v in curves.items()}
-        self.metrics.add({"step": self.step, "split": "validation", **row})
-        tqdm.write(f"step {self.step:>6}  validation  {_postfix(row)}")
+        self._log("validation", row)
+        if distributed.is_first():
+            tqdm.write(f"step {self.step:>6}  validation  {_postfix(row)}")
         score = row[f"{self.run.metric}_after"] * (-1 if self.run.metric == "loss" else 1)
         if score > self.best:
             self.best = score
@@ -196,12 +226,14 @@ def train(run: Setup, out: Path, resume: Path | None) -> dict[str, Any]:
     try:
         trainer.train()
     finally:
-        trainer.metrics.close()
-        if trainer.metrics.rows:
-            report.learning(out / "learning.png", trainer.metrics.rows, run.metric, run.chance)
+        if trainer.metrics is not None:
+            trainer.metrics.close()
+            if trainer.metrics.rows:
+                report.learning(out / "learning.png", trainer.metrics.rows, run.metric, run.chance)
     seconds = time.perf_counter() - began
     best: MetaParams = evaluate.restore_meta(run, checkpoint.load(out / "best.pt")["meta"])
     summary = evaluate.test(run, best, out, checkpoint.load(out / "best.pt")["step"])
     summary |= {"seconds": seconds, "parameters": sum(p.numel() for p in run.model.parameters())}
-    report.write_json(out / "summary.json", summary)
+    if distributed.is_first():
+        report.write_json(out / "summary.json", summary)
     return summary

@@ -94,7 +94,7 @@ def test_boundary_tells_wrong_from_right():
 
 
 def test_modules_run_as_commands(tmp_path):
-    for module in ("experiments.second_order", "experiments.boundary"):
+    for module in ("experiments.second_order", "experiments.boundary", "experiments.data_weights"):
         done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0
         assert "Usage: python -m " + module in done.stdout
