@@ -12,12 +12,12 @@ from torch import Tensor
 from .optim import InnerOptimizer
 
 
-def check_steps(steps: Any, least: int) -> None:
-    """Inner steps are an integer of at least ``least``."""
-    if not isinstance(steps, Integral):
-        raise TypeError(f"steps must be an integer; got {steps!r}")
-    if steps < least:
-        raise ValueError(f"steps must be at least {least}; got {steps}")
+def check_count(name: str, value: Any, least: int) -> None:
+    """A count is an integer of at least ``least``."""
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer; got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
 def check_learning_rate(value: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from ._checks import check_learning_rate, check_meta, check_optimizer, check_params, check_steps, check_tasks
+from ._checks import check_count, check_learning_rate, check_meta, check_optimizer, check_params, check_tasks
 from .gradients import Gradient, check_gradient, trajectory
 from .optim import InnerOptimizer, Params, Rates, sgd
 
@@ -47,14 +47,14 @@ class GradientBased:
     steps: int = 1
     learning_rate: float = 0.1
     optimizer: InnerOptimizer = field(default_factory=sgd)
-    gradient: Gradient = "reverse"
+    gradient: str | Gradient = "reverse"
     adapts: Sequence[str] = ("*",)
     learns: Literal["nothing", "scalar", "tensor", "element"] = "nothing"
     per_step: bool = False
     has_aux: bool = False
 
     def __post_init__(self) -> None:
-        check_steps(self.steps, 1)
+        check_count("steps", self.steps, 1)
         check_learning_rate(self.learning_rate)
         check_optimizer(self.optimizer)
         check_gradient(self.gradient)
