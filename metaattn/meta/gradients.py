@@ -44,7 +44,7 @@ class FirstOrder(Gradient):
 
     Source:
         Finn, Abbeel and Levine 2017 (arXiv 1703.03400), section 5.2; Nichol, Achiam and Schulman 2018 (arXiv
-        1803.02999), section 4.
+        1803.02999), section 2.
     """
 
     def unroll(self, loop: Loop, adapted: Params, state: State, steps: int, every: bool) -> list[Params]:
@@ -73,7 +73,7 @@ class Mixed(Gradient):
         ValueError: Segments below 1.
 
     Source:
-        Kemaev et al. 2025, MixFlow-MG (arXiv 2505.00793), section 3; segments: Griewank 1992, section 3.
+        Kemaev et al. 2025, MixFlow-MG (arXiv 2505.00793); segments: Chen et al. 2016 (arXiv 1604.06174).
     """
 
     segments: int | None = None
@@ -113,7 +113,7 @@ class Truncated(Gradient):
         ValueError: Steps below 1.
 
     Source:
-        Shaban et al. 2019 (arXiv 1810.10667), section 3.
+        Shaban et al. 2019 (arXiv 1810.10667), truncated back-propagation.
     """
 
     steps: int = 1
@@ -142,7 +142,8 @@ class Implicit(Gradient):
     the Hessian of the loss at their end, taken for the minimum, the derivative of the initial parameters
     from a cotangent ``w`` is ``proximal * (H + proximal)^-1 w``; that of anything else ``x`` in the loss is
     ``-d^2 loss/dx d params (H + proximal)^-1 w``. Learning rates have none. It is as exact as the end is close to the
-    minimum. One derivative in reverse mode; all others raise.
+    minimum. One derivative in reverse mode; all others raise. NaN where ``H + proximal + damping`` is found not to be
+    positive definite: raise ``proximal``.
 
     Args:
         proximal: The strength of the pull to the initial parameters, positive.
@@ -155,8 +156,7 @@ class Implicit(Gradient):
         ValueError: A setting outside its range.
 
     Source:
-        Rajeswaran et al. 2019, iMAML (arXiv 1909.04630), equations 3 and 6 and algorithm 2. NaN where ``H + proximal
-        + damping`` is not positive definite: raise ``proximal``.
+        Rajeswaran et al. 2019, iMAML (arXiv 1909.04630), lemma 1 and algorithm 2.
     """
 
     proximal: float = 1.0

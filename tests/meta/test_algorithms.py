@@ -122,7 +122,7 @@ def test_first_order_is_the_detached_formula(name, params, tasks):
         for step in range(learner.steps):
             g = grad(_loss)({k: p.detach() for k, p in w.items()}, *support)
             new, state = learner.optimizer.update(
-                {k: g[k] for k in names}, state, {k: w[k] for k in names}, learner._rates(meta), step
+                {k: g[k] for k in names}, state, {k: w[k] for k in names}, learner.rates(meta), step
             )
             w = {**w, **new}
         g = torch.autograd.grad(_loss(w, *query), leaves, materialize_grads=True)
