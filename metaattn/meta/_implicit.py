@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import grad
 
-from ._recompute import Mask, Tensors, merge, recompute, tensors_of
+from ._recompute import Mask, Tensors, along, merge, recompute, tensors_of
 from .optim import Params
 
 Vector = tuple[Tensor, ...]
@@ -22,7 +22,7 @@ def minimum(objective: Callable[..., Tensor], found: Params, *args: Any, shift: 
     Args:
         objective: A scalar with its minimum there.
         found: The minimum, constants.
-        *args: Trees; what the objective depends on.
+        *args: Trees; what the objective depends on, the data last.
         shift: Added to the diagonal of the Hessian.
         **solver: Of :func:`conjugate_gradients`.
 
@@ -30,15 +30,13 @@ def minimum(objective: Callable[..., Tensor], found: Params, *args: Any, shift: 
         The implicit function theorem: ``d found / d x = -H^-1 d^2 objective / (d found d x)``.
     """
     _, restore = tensors_of((found, *args))
-    count = len(found)
+    count, still = len(found), len(tensors_of((found, *args[:-1]))[0])
 
     def pullback(tensors: Tensors, cotangents: Sequence[Tensor | None], need: Mask) -> Vector:
-        at = tuple(tensors[:count])
-        w = tuple(torch.zeros_like(p) if c is None else c for p, c in zip(at, cotangents, strict=True))
+        w = tuple(torch.zeros_like(p) if c is None else c for p, c in zip(tensors, cotangents, strict=False))
 
         def gradients(wanted: Mask) -> Callable[..., Vector]:
-            def function(*moved: Tensor) -> Vector:
-                here = [*moved, *tensors[count:]]
+            def function(*here: Tensor) -> Vector:
                 return grad(lambda x: objective(*restore(merge(here, wanted, x))))(tuple(compress(here, wanted)))
 
             return function
@@ -46,10 +44,10 @@ def minimum(objective: Callable[..., Tensor], found: Params, *args: Any, shift: 
         own = [i < count for i in range(len(tensors))]
 
         def product(v: Vector) -> Vector:
-            return tuple(h + shift * t for h, t in zip(jvp(gradients(own), at, v)[1], v, strict=True))
+            return tuple(h + shift * t for h, t in zip(along(gradients(own), tensors, v, still=still), v, strict=True))
 
         v = conjugate_gradients(product, w, **solver)
-        return tuple(-m for m in jvp(gradients(need), at, v)[1])
+        return tuple(-m for m in along(gradients(need), tensors, v, still=still))
 
     def identity(found: Params, *args: Any) -> Params:
         return {k: p.view_as(p) for k, p in found.items()}
@@ -57,31 +55,36 @@ def minimum(objective: Callable[..., Tensor], found: Params, *args: Any, shift: 
     return recompute(identity, found, *args, pullback=pullback, once=True)
 
 
-def conjugate_gradients(product: Callable[[Vector], Vector], b: Vector, *, iterations: int, tolerance: float) -> Vector:
+def conjugate_gradients(
+    product: Callable[[Vector], Vector], b: Vector, *, guess: float, iterations: int, tolerance: float
+) -> Vector:
     """Solve ``A x = b`` for a positive definite ``A``.
 
-    Nothing depends on the data, so that it runs under vmap: a system that is solved stands still. NaN where
-    ``A`` turns out not to be positive definite.
+    Nothing depends on the data, so that it runs under vmap: a system that is solved stands still; so does one that
+    meets a direction in which ``A`` is not positive, at what was found before it.
 
     Args:
         product: ``v`` to ``A v``.
         b: The right-hand side, in parts.
+        guess: Start at so many times ``b``.
         iterations: At most so many.
         tolerance: Stop at a residual of this size, relative to ``b``.
 
     Source:
-        Hestenes and Stiefel 1952, section 3.
+        Hestenes and Stiefel 1952, section 3; the stop at negative curvature: Steihaug 1983.
     """
     size = _dot(b, b).sqrt()
     unit = torch.where(size > 0, size, 1)  # squares of tiny numbers would vanish
-    r: Vector = tuple(t / unit for t in b)
-    x: Vector = tuple(torch.zeros_like(t) for t in b)
+    b = tuple(t / unit for t in b)
+    x: Vector = tuple(guess * t for t in b)
+    r: Vector = tuple(t - a for t, a in zip(b, product(x), strict=True))
     p, rr = r, _dot(r, r)
+    going = rr > tolerance**2
     for _ in range(iterations):
         q = product(p)
         curvature = _dot(p, q)
-        going = rr > tolerance**2
-        step = torch.where(going, torch.where(curvature > 0, rr / curvature, torch.nan), 0)
+        going = going & (rr > tolerance**2) & (curvature > 0)
+        step = torch.where(going, rr / torch.where(going, curvature, 1), 0)
         x = tuple(a + step * d for a, d in zip(x, p, strict=True))
         r = tuple(a - step * d for a, d in zip(r, q, strict=True))
         new = _dot(r, r)

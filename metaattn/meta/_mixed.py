@@ -7,13 +7,12 @@ from dataclasses import replace
 from itertools import compress
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import grad
 
 from ._closed import check_closed
 from ._loop import GradientOf, Loop
-from ._recompute import Mask, Replay, Tensors, merge, recompute, tensors_of
+from ._recompute import Mask, Replay, Tensors, along, merge, recompute, tensors_of
 from .optim import Params, Rates, State
 
 
@@ -30,17 +29,13 @@ def mixed_gradient(objective: Callable[..., Tensor], random: bool) -> GradientOf
 
     def gradient(adapted: Params, fixed: Params, data: tuple[Any, ...]) -> Params:
         tensors, restore = tensors_of((adapted, fixed, data))
-        count = len(adapted)  # the first of the tensors
+        count = len(adapted) + len(fixed)  # of the tensors, before those of the data
 
         def pullback(tensors: Tensors, cotangents: Sequence[Tensor | None], need: Mask) -> tuple[Tensor, ...]:
-            start = tuple(tensors[:count])
-            along = tuple(torch.zeros_like(p) if c is None else c for p, c in zip(start, cotangents, strict=True))
-
-            def gradients(*moved: Tensor) -> tuple[Tensor, ...]:
-                here = [*moved, *tensors[count:]]
+            def gradients(*here: Tensor) -> tuple[Tensor, ...]:
                 return grad(lambda x: objective(*restore(merge(here, need, x))))(tuple(compress(here, need)))
 
-            return jvp(gradients, start, along)[1]
+            return along(gradients, tensors, cotangents, still=count)
 
         if not random:
             return recompute(grad(objective), adapted, fixed, data, pullback=pullback)

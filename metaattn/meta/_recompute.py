@@ -151,6 +151,21 @@ def tensors_of(tree: Any) -> tuple[list[Tensor], Callable[[Tensors], Any]]:
     return list(compress(leaves, there)), lambda tensors: tree_unflatten(merge(rest, there, tensors), spec)
 
 
+def along(
+    function: Function, tensors: Tensors, directions: Sequence[Tensor | None], *, still: int
+) -> tuple[Tensor, ...]:
+    """The derivative of ``function(*tensors)`` along the directions of the first of its tensors.
+
+    From the place ``still`` on, floating-point tensors get a tangent of zeros. Without one PyTorch (2.13; held by
+    ``tests/boundaries``) refuses the gradient of :func:`torch.nn.functional.mse_loss`, whose target has none.
+    """
+    there = [i < len(directions) or (i >= still and t.is_floating_point()) for i, t in enumerate(tensors)]
+    start = tuple(compress(tensors, there))
+    known = [*directions, *[None] * (len(start) - len(directions))]
+    tangents = tuple(torch.zeros_like(t) if d is None else d for t, d in zip(start, known, strict=True))
+    return jvp(lambda *moved: function(*merge(tensors, there, moved)), start, tangents)[1]
+
+
 def merge(entries: Sequence[Any], there: Mask, others: Sequence[Any]) -> list[Any]:
     """The entries, with the others in the places that ``there`` marks."""
     rest = iter(others)

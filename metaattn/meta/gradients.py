@@ -62,7 +62,8 @@ class Mixed(Gradient):
     are drawn again as they were.
 
     The loss must take all that a derivative may be wanted of as ``params`` or ``data``. One that closes over
-    such a tensor raises: that is found by one more call of the loss on constants before the first step.
+    such a tensor raises: that is found by one more call of the loss on constants before the first step. What PyTorch
+    cannot differentiate forward over reverse raises too (2.13: ``huber_loss``).
 
     Args:
         segments: Cut the steps into so many stretches; each is run again when it is differentiated, which takes
@@ -142,8 +143,9 @@ class Implicit(Gradient):
     the Hessian of the loss at their end, taken for the minimum, the derivative of the initial parameters
     from a cotangent ``w`` is ``proximal * (H + proximal)^-1 w``; that of anything else ``x`` in the loss is
     ``-d^2 loss/dx d params (H + proximal)^-1 w``. Learning rates have none. It is as exact as the end is close to the
-    minimum. One derivative in reverse mode; all others raise. NaN where ``H + proximal + damping`` is found not to be
-    positive definite: raise ``proximal``.
+    minimum. Conjugate gradients start at ``w / (proximal + damping)``, the first-order gradient, and stop where
+    ``H + proximal + damping`` is found not to be positive definite: there it is no minimum, and ``proximal`` too small.
+    One derivative in reverse mode; all others raise.
 
     Args:
         proximal: The strength of the pull to the initial parameters, positive.
@@ -195,6 +197,7 @@ class Implicit(Gradient):
             loop.fixed,
             loop.data,
             shift=self.damping,
+            guess=1 / (self.proximal + self.damping),
             iterations=self.iterations,
             tolerance=self.tolerance,
         )

@@ -176,6 +176,31 @@ def test_mixed_draws_the_same_dropout_again(how):
     assert error(first, second) > 0.01
 
 
+@pytest.mark.parametrize("name", ["mse_loss", "l1_loss", "smooth_l1_loss", "cross_entropy"])
+@pytest.mark.parametrize("how", ["mixed", Implicit(proximal=20.0, iterations=20, tolerance=0.0)])
+def test_pytorch_losses(how, name):
+    """Those of torch.nn.functional, whose second derivatives are formulas of PyTorch's own."""
+    params, (x, y) = _start(), _batch()
+    target = torch.cat([y, -y], 1).softmax(1)
+
+    def loss(p, x, y):
+        out = _net(p, x)
+        return getattr(torch.nn.functional, name)(torch.cat([out, -out], 1), y)
+
+    def outer(way):
+        def function(params, target):
+            end = adapt(loss, params, (x, target), optimizer=sgd(), rates=0.02, steps=3, gradient=way)
+            return (_net(end, x) - y).square().mean()
+
+        return function
+
+    got = _gradient(outer(how), params, target)
+    if how == "mixed":
+        assert_close(got, _gradient(outer("reverse"), params, target))
+    else:
+        assert all(g.isfinite().all() for g in got)
+
+
 def test_frozen_parameters_and_trajectories():
     """With ``adapts``, the others have their gradients too; every step's parameters are differentiable."""
     params, learned, (x, y) = _start(), _learned(), _batch()
@@ -282,15 +307,17 @@ def test_implicit_has_one_derivative_and_says_so():
         first.sum().backward()
 
 
-def test_implicit_is_nan_where_there_is_no_minimum():
-    """Negative curvature beyond the proximal term: not a wrong number."""
+def test_implicit_is_first_order_where_there_is_no_minimum():
+    """Negative curvature beyond the proximal term stops the solution at once; a stronger pull makes a minimum."""
     a, b, w = -3 * torch.eye(4, **F64), torch.randn(4, **F64), torch.randn(4, **F64)
-    end = lambda w: adapt(_quadratic, {"w": w}, (a, b), optimizer=sgd(), rates=0.1, steps=1, gradient="implicit")["w"]
-    assert grad(lambda w: end(w).sum())(w).isnan().all()
-    enough = lambda w: adapt(
-        _quadratic, {"w": w}, (a, b), optimizer=sgd(), rates=0.1, steps=1, gradient=Implicit(proximal=4.0)
-    )["w"]
-    assert_close(grad(lambda w: enough(w).sum())(w), torch.full((4,), 4.0, **F64))
+
+    def gradient(proximal):
+        how = Implicit(proximal=proximal)
+        end = lambda w: adapt(_quadratic, {"w": w}, (a, b), optimizer=sgd(), rates=0.1, steps=1, gradient=how)
+        return grad(lambda w: end(w)["w"].sum())(w)
+
+    assert_close(gradient(1.0), torch.ones(4, **F64))
+    assert_close(gradient(4.0), torch.full((4,), 4.0, **F64))
 
 
 def _saved(outer):
