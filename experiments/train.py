@@ -148,7 +148,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = self._batch()
-        (losses, metrics), gradient = self.run.learner.value_and_grad(
+        (losses, metrics), gradient = self.run.learner.at(self.step / c.steps).value_and_grad(
             self.meta, batch.support, batch.query, chunk_size=c.chunk_size
         )
         for group_name, group in self.meta.items():
