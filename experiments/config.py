@@ -78,11 +78,24 @@ class Learns(Enum):
     element = "element"
 
 
+class Kind(Enum):
+    """The classes of :mod:`metaattn.meta` that the algorithms are settings of."""
+
+    gradient_based = "gradient_based"
+    maml_plus_plus = "maml_plus_plus"
+    reptile = "reptile"
+    prototypical = "prototypical"
+    cavia = "cavia"
+
+
 class GradientName(Enum):
     """How the inner loop is differentiated."""
 
     reverse = "reverse"
+    mixed = "mixed"
     first_order = "first_order"
+    truncated = "truncated"
+    implicit = "implicit"
 
 
 class Activation(Enum):
@@ -139,16 +152,31 @@ class ModelConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """A :class:`metaattn.meta.GradientBased`."""
+    """A :class:`metaattn.meta.GradientBased`, of a kind.
+
+    Of the gradients ``segments`` is for mixed, ``last_steps`` for truncated, ``proximal`` to ``tolerance`` for
+    implicit; ``multi_step_until`` and ``first_order_until`` are MAML++'s, ``context`` and ``context_into`` CAVIA's.
+    """
 
     name: str = MISSING
+    kind: Kind = Kind.gradient_based
     steps: int = 3
     learning_rate: float = 0.2
     optimizer: InnerName = InnerName.sgd
     gradient: GradientName = GradientName.reverse
+    segments: int | None = None
+    last_steps: int = 1
+    proximal: float = 1.0
+    damping: float = 0.0
+    iterations: int = 10
+    tolerance: float = 1e-6
     adapts: list[str] = field(default_factory=lambda: ["*"])
     learns: Learns = Learns.nothing
     per_step: bool = False
+    multi_step_until: float = 0.1
+    first_order_until: float = 0.3
+    context: int = 4
+    context_into: str = "embed.bias"
 
 
 @dataclass
@@ -202,6 +230,8 @@ TWO: Limit = (lambda x: x >= 2, "at least 2")
 ZERO: Limit = (lambda x: x >= 0, "at least 0")
 SEED: Limit = (lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
 POSITIVE: Limit = (lambda x: 0 < x < math.inf, "positive and finite")
+FINITE: Limit = (lambda x: 0 <= x < math.inf, "at least 0 and finite")
+SHARE: Limit = (lambda x: 0 <= x <= 1, "from 0 to 1")
 PROBABILITY: Limit = (lambda x: 0 <= x < 1, "at least 0 and below 1")
 
 
@@ -224,8 +254,17 @@ LIMITS: dict[str, Limit] = {
     "model.attention_dropout": PROBABILITY,
     "model.patch_size": ONE,
     "model.feature_tokens": ONE,
-    "algorithm.steps": ONE,
+    "algorithm.steps": ZERO,  # of prototypical networks; the others say so
     "algorithm.learning_rate": POSITIVE,
+    "algorithm.segments": _or_null(ONE),
+    "algorithm.last_steps": ONE,
+    "algorithm.proximal": POSITIVE,
+    "algorithm.damping": FINITE,
+    "algorithm.iterations": ONE,
+    "algorithm.tolerance": FINITE,
+    "algorithm.multi_step_until": SHARE,
+    "algorithm.first_order_until": SHARE,
+    "algorithm.context": ONE,
     "train.steps": ONE,
     "train.tasks": ONE,
     "train.chunk_size": _or_null(ONE),

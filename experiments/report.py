@@ -154,8 +154,8 @@ def episode(path: Path, run: Setup, meta: MetaParams, one: Episode) -> None:
     """One held-out task: what it was learned from, and what was predicted before and after adaptation."""
     support, query = ([t[0] for t in part] for part in one)
     run.model.eval()
-    adapted = run.learner.adapt(meta, support)
-    params = [{k: p.detach() for k, p in w.items()} for w in (meta["params"], adapted)]
+    before, *_, after = [*run.learner.trajectory(meta, support, 0), *run.learner.trajectory(meta, support)]
+    params = [{k: p.detach() for k, p in w.items()} for w in (before, after)]
     if run.chance is None:
         grid = torch.linspace(-5, 5, 200, device=run.device, dtype=run.dtype)[:, None]
         curves = [functional_call(run.model, p, (grid,)) for p in params]

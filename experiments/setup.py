@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
-from torch.nn import functional as F
 
 import metaattn
-from metaattn.meta import GradientBased, InnerOptimizer, adam, momentum, sgd
+from metaattn.meta import GradientBased
 from metaattn.tasks import Batch, Episode, Sinusoids, glyphs, omniglot, stack
 
 from . import distributed
 from .checkpoint import seed_everything
-from .config import Backend, Config, InnerName, TaskConfig, TaskName
+from .config import Backend, Config, TaskConfig, TaskName
 from .errors import UserError
+from .learner import build_learner
 
 SPLITS = ("train", "validation", "test")
-OPTIMIZERS: dict[InnerName, Callable[[], InnerOptimizer]] = {
-    InnerName.sgd: sgd,
-    InnerName.momentum: momentum,
-    InnerName.adam: adam,
-}
 
 
 @dataclass
@@ -73,8 +66,8 @@ def setup(config: Config) -> Setup:
     seed_everything(config.seed)
     try:
         model = _model(config).to(device, dtype)
-        learner = _learner(config, model)
-        learner.adapted(dict(model.named_parameters()))
+        learner = build_learner(config, model)
+        learner.init(dict(model.named_parameters()))
         _probe(model)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(str(error)) from error
@@ -147,26 +140,3 @@ def _probe(model: metaattn.Transformer) -> None:
     c = model.config
     x = torch.empty(0, c.heads, 1, c.dim // c.heads, device=p.device, dtype=p.dtype)
     metaattn.sdpa(x, x, x, backend=c.backend)
-
-
-def _learner(config: Config, model: metaattn.Transformer) -> GradientBased:
-    a = config.algorithm
-    regression = config.task.name is TaskName.sinusoid
-
-    def loss(params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        out = functional_call(model, params, (inputs,))
-        if regression:
-            return F.mse_loss(out, targets), {}
-        return F.cross_entropy(out, targets), {"accuracy": (out.argmax(-1) == targets).to(out.dtype).mean()}
-
-    return GradientBased(
-        loss,
-        steps=a.steps,
-        learning_rate=a.learning_rate,
-        optimizer=OPTIMIZERS[a.optimizer](),
-        gradient=a.gradient.value,
-        adapts=tuple(a.adapts),
-        learns=a.learns.value,
-        per_step=a.per_step,
-        has_aux=True,
-    )

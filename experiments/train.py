@@ -175,7 +175,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = self._batch()
-        (losses, metrics), gradient = self.run.learner.value_and_grad(
+        (losses, metrics), gradient = self.run.learner.at(self.step / c.steps).value_and_grad(
             self.meta, batch.support, batch.query, chunk_size=c.chunk_size
         )
         means = self._mean("after", {"loss": losses, **metrics})

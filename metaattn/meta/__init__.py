@@ -1,20 +1,56 @@
 """Meta-learning by gradients: pure functions over dicts of parameters."""
 
-from .algorithms import GradientBased, anil, first_order_maml, maml, meta_sgd
-from .gradients import adapt, trajectory
+from .algorithms import (
+    Cavia,
+    GradientBased,
+    Learner,
+    MAMLPlusPlus,
+    Prototypical,
+    Reptile,
+    anil,
+    boil,
+    cavia,
+    first_order_maml,
+    imaml,
+    maml,
+    maml_plus_plus,
+    meta_sgd,
+    proto_maml,
+    prototypical,
+    reptile,
+)
+from .gradients import FirstOrder, Gradient, Implicit, Mixed, Reverse, Truncated, adapt, trajectory
 from .optim import InnerOptimizer, adam, momentum, rate, sgd
 
 __all__ = [
+    "Cavia",
+    "FirstOrder",
+    "Gradient",
     "GradientBased",
+    "Implicit",
     "InnerOptimizer",
+    "Learner",
+    "MAMLPlusPlus",
+    "Mixed",
+    "Prototypical",
+    "Reptile",
+    "Reverse",
+    "Truncated",
     "adam",
     "adapt",
     "anil",
+    "boil",
+    "cavia",
     "first_order_maml",
+    "imaml",
     "maml",
+    "maml_plus_plus",
     "meta_sgd",
     "momentum",
+    "proto_maml",
+    "prototypical",
     "rate",
+    "reptile",
     "sgd",
     "trajectory",
 ]

@@ -12,12 +12,12 @@ from torch import Tensor
 from .optim import InnerOptimizer
 
 
-def check_steps(steps: Any, least: int) -> None:
-    """Inner steps are an integer of at least ``least``."""
-    if not isinstance(steps, Integral):
-        raise TypeError(f"steps must be an integer; got {steps!r}")
-    if steps < least:
-        raise ValueError(f"steps must be at least {least}; got {steps}")
+def check_count(name: str, value: Any, least: int) -> None:
+    """A count is an integer of at least ``least``."""
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer; got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
 def check_learning_rate(value: Any) -> None:
@@ -45,9 +45,22 @@ def check_params(params: Any) -> None:
         raise ValueError("params must hold at least one tensor; got none")
 
 
-def check_meta(meta: Any, rates: bool) -> None:
-    """Meta-parameters are those that ``init`` gives, with learning rates if they are learned."""
-    groups = ("params", "rates") if rates else ("params",)
+def check_share(name: str, value: Any) -> None:
+    """A share is a number from 0 to 1."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not 0 <= float(value) <= 1:
+        raise ValueError(f"{name} must be from 0 to 1; got {value}")
+
+
+def check_embed(embed: Any) -> None:
+    """What gives features is a function."""
+    if not callable(embed):
+        raise TypeError(f"embed must be a function of params and inputs to features [N, F]; got {embed!r}")
+
+
+def check_meta(meta: Any, groups: Sequence[str]) -> None:
+    """Meta-parameters are those that ``init`` gives, with what this learner learns."""
     if not isinstance(meta, Mapping) or not all(isinstance(meta.get(g), Mapping) and meta[g] for g in groups):
         got = f"a dict of {list(meta)[:3]}" if isinstance(meta, Mapping) else f"a {type(meta).__name__}"
         raise TypeError(

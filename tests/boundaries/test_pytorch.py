@@ -119,6 +119,15 @@ def test_linearize_draws_random_numbers_twice():
     assert not torch.equal(out, tangent_map(x))  # a linear function is its own tangent map
 
 
+def test_mse_loss_refuses_forward_over_reverse_without_a_tangent_of_its_target():
+    """Why mixed mode gives the data a tangent of zeros (``metaattn/meta/_recompute.py``)."""
+    x, y, t = (torch.randn(3) for _ in range(3))
+    product = lambda x, y: grad(lambda x: F.mse_loss(x, y))(x)
+    with pytest.raises(RuntimeError, match="ZeroTensors are immutable"):
+        jvp(lambda x: product(x, y), (x,), (t,))
+    assert torch.allclose(jvp(product, (x, y), (t, torch.zeros(3)))[1], 2 * t / 3)
+
+
 def test_layer_norm_has_wrong_meta_gradients_under_vmap():
     """Silently. Why the Transformer has norms of its own (``metaattn/nn/norm.py``)."""
     x, w = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)

@@ -257,7 +257,10 @@ def test_sweep(command, tmp_path):
     assert all((r / "summary.json").exists() for r in runs)
 
 
-@pytest.mark.parametrize("algorithm", ["maml", "first_order_maml", "anil", "meta_sgd"])
+REGRESSION = ["maml", "first_order_maml", "anil", "boil", "meta_sgd", "maml_plus_plus", "reptile", "imaml", "cavia"]
+
+
+@pytest.mark.parametrize("algorithm", REGRESSION)
 def test_algorithms_and_sinusoids(command, algorithm, tmp_path):
     code, out, _ = command(
         *SMOKE, "task=sinusoid", f"algorithm={algorithm}", "train.steps=3", "train.validate_every=3", "test.tasks=4"
@@ -265,6 +268,24 @@ def test_algorithms_and_sinusoids(command, algorithm, tmp_path):
     assert code == 0
     assert "loss on 4 held-out test tasks" in out
     assert (_only(tmp_path / "outputs" / "sinusoid") / "episode.png").exists()
+
+
+@pytest.mark.parametrize("algorithm", ["prototypical", "proto_maml"])
+def test_algorithms_of_classification(command, algorithm):
+    code, out, _ = command(*SMOKE, f"algorithm={algorithm}", "train.steps=3", "train.validate_every=3", "test.tasks=4")
+    assert code == 0
+    assert f"after {0 if algorithm == 'prototypical' else 3} inner steps" in out
+
+
+@pytest.mark.parametrize("gradient", ["mixed", "truncated", "implicit"])
+def test_gradients(command, gradient):
+    options = [f"algorithm.gradient={gradient}", "algorithm.segments=2", "algorithm.proximal=10"]
+    options += ["algorithm.learning_rate=0.05", "train.steps=2", "test.tasks=2"]
+    assert command(*SMOKE, "task=sinusoid", *options)[0] == 0
+
+
+def test_every_algorithm_is_tried():
+    assert {*REGRESSION, "prototypical", "proto_maml"} == {p.stem for p in (ROOT / "conf" / "algorithm").iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -295,6 +316,12 @@ MISTAKES = {
     "way": (["task.way=3000"], "3000-way episodes need at least 3000 classes"),
     "shots": (["task.shot=10"], "need 15 samples of each class; class"),
     "patterns": (["algorithm.adapts=[tail.*]"], "no parameter matches ['tail.*']"),
+    "no_steps": (["algorithm.steps=0"], "steps must be at least 1; got 0"),
+    "no_classes": (
+        ["task=sinusoid", "algorithm=prototypical"],
+        "algorithm=prototypical is for classification; use task=glyphs or task=omniglot",
+    ),
+    "reptile": (["algorithm=reptile", "algorithm.learns=scalar"], "learns must be 'nothing'; got 'scalar'"),
     "omniglot": (["task=omniglot"], "task=omniglot needs task.root=PATH"),
     "omniglot_root": (["task=omniglot", "task.root=/nowhere"], "no Omniglot in /nowhere"),
     "clip": (["train.clip=-1"], "train.clip must be positive and finite, or null; got -1.0"),

@@ -122,7 +122,7 @@ def test_first_order_is_the_detached_formula(name, params, tasks):
         for step in range(learner.steps):
             g = grad(_loss)({k: p.detach() for k, p in w.items()}, *support)
             new, state = learner.optimizer.update(
-                {k: g[k] for k in names}, state, {k: w[k] for k in names}, learner._rates(meta), step
+                {k: g[k] for k in names}, state, {k: w[k] for k in names}, learner.rates(meta), step
             )
             w = {**w, **new}
         g = torch.autograd.grad(_loss(w, *query), leaves, materialize_grads=True)
@@ -223,14 +223,17 @@ def test_learning_reduces_the_loss(params, tasks):
     [
         (lambda: maml(_loss, steps=0), "steps must be at least 1; got 0"),
         (lambda: maml(_loss, learns="all"), "learns must be .*; got 'all'"),
-        (lambda: maml(_loss, gradient="forward"), "gradient must be one of 'reverse', 'first_order'; got 'forward'"),
+        (
+            lambda: maml(_loss, gradient="forward"),
+            r"gradient must be one of 'reverse', .*'implicit', or an object .*; got 'forward'",
+        ),
         (lambda: maml(_loss, learning_rate=math.nan), "learning_rate must be at least 0 and finite; got nan"),
         (lambda: maml(_loss, learning_rate=-0.1), "learning_rate must be at least 0 and finite; got -0.1"),
         (lambda: maml(_loss).init({}), "params must hold at least one tensor"),
         (lambda: maml(_loss, adapts=("tail.*",)).adapted({"head.weight": 0}), r"no parameter matches \['tail.\*'\]"),
         (
             lambda: adapt(_loss, {"a": ONE}, (), optimizer=sgd(), rates=0.1, steps=1, gradient="forward"),
-            "gradient must be one of 'reverse', 'first_order'; got 'forward'",
+            r"gradient must be one of 'reverse', .*'implicit', or an object .*; got 'forward'",
         ),
         (
             lambda: adapt(_loss, {"a": ONE}, (), optimizer=sgd(), rates=0.1, steps=1, adapts=["b"]),

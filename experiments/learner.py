@@ -1,0 +1,98 @@
+"""From a config to its algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import metaattn
+from metaattn.meta import (
+    Cavia,
+    Gradient,
+    GradientBased,
+    Implicit,
+    InnerOptimizer,
+    MAMLPlusPlus,
+    Mixed,
+    Prototypical,
+    Reptile,
+    Truncated,
+    adam,
+    momentum,
+    sgd,
+)
+
+from .config import AlgorithmConfig, Config, GradientName, InnerName, Kind, TaskName
+
+OPTIMIZERS: dict[InnerName, Callable[[], InnerOptimizer]] = {
+    InnerName.sgd: sgd,
+    InnerName.momentum: momentum,
+    InnerName.adam: adam,
+}
+
+
+def build_learner(config: Config, model: metaattn.Transformer) -> GradientBased:
+    """The algorithm that a config says, for its task and model.
+
+    Raises:
+        ValueError: A setting that the algorithm or the task does not allow.
+    """
+    a = config.algorithm
+    regression = config.task.name is TaskName.sinusoid
+
+    def loss(params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        out = functional_call(model, params, (inputs,))
+        if regression:
+            return F.mse_loss(out, targets), {}
+        return F.cross_entropy(out, targets), {"accuracy": (out.argmax(-1) == targets).to(out.dtype).mean()}
+
+    settings: dict[str, Any] = {
+        "steps": a.steps,
+        "learning_rate": a.learning_rate,
+        "optimizer": OPTIMIZERS[a.optimizer](),
+        "gradient": _gradient(a),
+        "adapts": tuple(a.adapts),
+        "learns": a.learns.value,
+        "per_step": a.per_step,
+        "has_aux": True,
+    }
+    if a.kind is Kind.maml_plus_plus:
+        return MAMLPlusPlus(
+            loss, multi_step_until=a.multi_step_until, first_order_until=a.first_order_until, **settings
+        )
+    if a.kind is Kind.reptile:
+        return Reptile(loss, **settings)
+    if a.kind is Kind.cavia:
+        return Cavia(loss, size=a.context, into=a.context_into, **settings)
+    if a.kind is Kind.prototypical:
+        if regression:
+            raise ValueError(f"algorithm={a.name} is for classification; use task=glyphs or task=omniglot")
+        return Prototypical(loss, embed=_features(model), way=config.task.way, **settings)
+    return GradientBased(loss, **settings)
+
+
+def _gradient(a: AlgorithmConfig) -> str | Gradient:
+    if a.gradient is GradientName.mixed:
+        return Mixed(a.segments)
+    if a.gradient is GradientName.truncated:
+        return Truncated(a.last_steps)
+    if a.gradient is GradientName.implicit:
+        return Implicit(a.proximal, a.damping, a.iterations, a.tolerance)
+    return a.gradient.value
+
+
+def _features(model: metaattn.Transformer) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    """What the model's head takes: the model with the identity for a head."""
+
+    def embed(params: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        like, dim = next(iter(params.values())), model.config.dim
+        eye = torch.eye(dim, dtype=like.dtype, device=like.device)
+        head = {"head.weight": eye, "head.bias": eye.new_zeros(dim)}
+        return functional_call(model, {**params, **head}, (inputs,))
+
+    return embed
