@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 import sys
-import sysconfig
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -44,8 +43,8 @@ from ._settings import fail, parse
 from .config import Backend, GradientName
 from .errors import UserError
 from .setup import find_device
+from .text import corpus, windows
 
-SPLITS = ("train", "validation", "test")
 MIXTURE = "mixture"  # the name of the weights (before the softmax) among the parameters
 
 
@@ -86,38 +85,16 @@ def check(s: Settings) -> None:
             raise UserError(f"{name} must be positive and finite; got {getattr(s, name)}")
     if len(names(s)) < 2 or not all(0 < rate <= 1 for rate in s.noise):
         raise UserError(f"noise must be rates above 0 and at most 1, beside the clean source; got {s.noise}")
-    if s.gradient is GradientName.first_order:
+    if s.gradient not in (GradientName.reverse, GradientName.mixed):
         raise UserError(
-            "gradient=first_order takes inner gradients for constants, and the weights are nowhere else; "
-            "give gradient=reverse"
+            f"gradient={s.gradient.value} takes inner gradients for constants or for those of a minimum, and the "
+            "weights are nowhere else; give gradient=reverse or gradient=mixed"
         )
 
 
 def names(s: Settings) -> list[str]:
     """The sources, the clean one first."""
     return ["clean", *(f"{rate:.0%} noise" for rate in s.noise), *(["shuffled"] if s.shuffled else [])]
-
-
-def corpus() -> dict[str, Tensor]:
-    """The standard library's modules as bytes; of ten files in the order of names, one each to validate and to test.
-
-    Raises:
-        UserError: A Python that does not have its library as files.
-    """
-    where = Path(sysconfig.get_path("stdlib"))
-    files = sorted(where.glob("*.py"))
-    if len(files) < 100:
-        raise UserError(f"{where} has {len(files)} modules of Python's standard library; use a Python that has it all")
-    parts: dict[str, list[bytes]] = {split: [] for split in SPLITS}
-    for i, file in enumerate(files):
-        parts[{0: "validation", 1: "test"}.get(i % 10, "train")].append(file.read_bytes())
-    return {split: torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8) for split, part in parts.items()}
-
-
-def windows(text: Tensor, count: int, length: int, g: torch.Generator) -> Tensor:
-    """Pieces of the text and the byte behind each, ``[count, length + 1]``."""
-    start = torch.randint(len(text) - length, (count, 1), generator=g)
-    return text[start + torch.arange(length + 1)].long()
 
 
 def mixed_batch(s: Settings, text: Tensor, step: int) -> Tensor:

@@ -19,10 +19,12 @@ from .algorithms import (
     prototypical,
     reptile,
 )
+from .capture import Captured, capture
 from .gradients import FirstOrder, Gradient, Implicit, Mixed, Reverse, Truncated, adapt, trajectory
 from .optim import InnerOptimizer, adam, momentum, rate, sgd
 
 __all__ = [
+    "Captured",
     "Cavia",
     "FirstOrder",
     "Gradient",
@@ -40,6 +42,7 @@ __all__ = [
     "adapt",
     "anil",
     "boil",
+    "capture",
     "cavia",
     "first_order_maml",
     "imaml",
