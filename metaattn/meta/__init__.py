@@ -1,5 +1,6 @@
 """Meta-learning by gradients: pure functions over dicts of parameters."""
 
+from ..ops import checkpoint
 from .algorithms import GradientBased, anil, first_order_maml, maml, meta_sgd
 from .gradients import adapt, trajectory
 from .optim import InnerOptimizer, adam, momentum, rate, sgd
@@ -10,6 +11,7 @@ __all__ = [
     "adam",
     "adapt",
     "anil",
+    "checkpoint",
     "first_order_maml",
     "maml",
     "meta_sgd",
