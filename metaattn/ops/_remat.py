@@ -66,10 +66,30 @@ def _pullback(f: Flat, count: int, wrt: Sequence[int], of: Sequence[int]) -> Fla
             out = f(*_put(x, wrt, moved))
             return tuple(out[i] for i in of)
 
-        pull = torch.func.vjp(moving, *(x[i] for i in wrt))[1]
-        return pull(args[count:])
+        return _vjp(moving, [x[i] for i in wrt], args[count:], args)
 
     return pullback
+
+
+def _vjp(f: Flat, x: Sequence[Tensor], w: Sequence[Tensor], given: Sequence[Tensor]) -> Tensors:
+    """:func:`torch.func.vjp` and its result at ``w``; by plain autograd where no transform is at work.
+
+    That builds a graph of the gradient only if one is needed, for one of the tensors ``given`` to ``f``: at the end of
+    a backward pass none is, and there :func:`torch.func.vjp`, which always builds it, took twice the memory. Nor does
+    :func:`torch.func.vjp` run within hooks on saved tensors.
+    """
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    if transformed or any(map(torch._C._functorch.is_legacy_batchedtensor, given)):
+        pull: Callable[..., Tensors] = torch.func.vjp(f, *x)[1]
+        return pull(tuple(w))
+    with torch.enable_grad():
+        moved = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in x]
+        pairs = [(o, c) for o, c in zip(f(*moved), w, strict=True) if o.requires_grad]
+        if not pairs:
+            return tuple(map(torch.zeros_like, x))
+        out, cotangents = zip(*pairs, strict=True)
+        create_graph = any(t.requires_grad for t in given)
+        return torch.autograd.grad(out, moved, cotangents, create_graph=create_graph, materialize_grads=True)
 
 
 def _pushforward(f: Flat, count: int, wrt: Sequence[int], *, values: bool) -> Flat:
