@@ -279,7 +279,7 @@ class _Mlp(nn.Module):
         x = self.up(x)
         if self.gated:
             gate, x = x.chunk(2, -1)
-            x = F.silu(gate) * x
+            x = gate * torch.sigmoid(gate) * x  # F.silu has no forward mode over plain reverse mode
         else:
             x = F.gelu(x)
         return self.down(x)
