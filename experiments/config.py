@@ -148,6 +148,7 @@ class ModelConfig:
     attention_dropout: float = 0.0
     patch_size: int = 7
     feature_tokens: int = 4
+    remat: bool = False
 
 
 @dataclass

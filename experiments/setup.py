@@ -131,6 +131,7 @@ def _model(config: Config) -> metaattn.Transformer:
         dropout=m.dropout,
         attention_dropout=m.attention_dropout,
         backend=config.backend.value,
+        remat=m.remat,
     )
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import matplotlib as mpl
 import torch
 import torch.nn.functional as F
+from _memory import peak_bytes
 from torch import Tensor
 from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
@@ -79,18 +79,6 @@ def seconds(call: Callable[[], Any], repeats: int) -> float:
         call()
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most bytes alive at once during a call, beyond those before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
-        call()
-    live = peak = 0
-    for event in sorted(p.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
 
 
 def relative_error(got: Any, want: Any) -> float:

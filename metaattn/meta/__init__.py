@@ -1,5 +1,6 @@
 """Meta-learning by gradients: pure functions over dicts of parameters."""
 
+from ..ops import checkpoint
 from .algorithms import (
     Cavia,
     GradientBased,
@@ -44,6 +45,7 @@ __all__ = [
     "boil",
     "capture",
     "cavia",
+    "checkpoint",
     "first_order_maml",
     "imaml",
     "maml",

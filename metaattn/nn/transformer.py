@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import check_backend, check_window, sdpa
+from ..ops import check_backend, check_window, checkpoint, sdpa
 from .attention import Rotation, SelfAttention, rotation
 from .norm import LayerNorm, RMSNorm
 
@@ -49,6 +49,8 @@ class TransformerConfig:
         in_features: Size of an input, for ``"continuous"`` and ``"features"``.
         feature_tokens: Tokens for each number, for ``input="features"``.
         backend: As in :func:`metaattn.sdpa`.
+        remat: Whether derivatives keep the inputs of each block alone, see :func:`metaattn.meta.checkpoint`: less
+            memory, one more pass.
 
     Raises:
         ValueError: A value that is none of those allowed, or that does not go with another.
@@ -79,6 +81,7 @@ class TransformerConfig:
     in_features: int | None = None
     feature_tokens: int = 1
     backend: str | None = None
+    remat: bool = False
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -201,8 +204,9 @@ class Transformer(nn.Module):
                 raise ValueError(f"at most max_length={self.positions.shape[0]} tokens; got {length}")
             h = h + self.positions[:length]
         by = rotation(length, c.dim // c.heads, c.rope_base, h) if c.position == "rope" else None
+        draws = self.training and (c.dropout > 0 or c.attention_dropout > 0)
         for block in self.blocks:
-            h = block(h, by)
+            h = (checkpoint(block, preserve_rng_state=draws) if c.remat else block)(h, by)
         h = self.norm(h)
         if c.output == "pooled":
             h = h[..., -1, :] if c.causal else h.mean(-2)
@@ -275,7 +279,7 @@ class _Mlp(nn.Module):
         x = self.up(x)
         if self.gated:
             gate, x = x.chunk(2, -1)
-            x = F.silu(gate) * x
+            x = gate * torch.sigmoid(gate) * x  # F.silu has no forward mode over plain reverse mode
         else:
             x = F.gelu(x)
         return self.down(x)

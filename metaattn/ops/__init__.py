@@ -3,6 +3,7 @@
 from ..backends import check_name as check_backend
 from ._checks import check_window
 from .explain import Explanation, explain
+from .remat import checkpoint
 from .sdpa import Gradients, Hvp, Jvp, Vjp, sdpa, sdpa_hvp, sdpa_jvp, sdpa_vjp
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Vjp",
     "check_backend",
     "check_window",
+    "checkpoint",
     "explain",
     "sdpa",
     "sdpa_hvp",

@@ -76,6 +76,10 @@ def _grad_grad(f, p, t):
     return grad(along)(p)
 
 
+def _two(p, t):
+    return {k: torch.stack([a, a + t[k]]) for k, a in p.items()}
+
+
 TRANSFORMS = {
     "value": lambda f, p, t: f(p),
     "grad": lambda f, p, t: grad(f)(p),
@@ -83,10 +87,8 @@ TRANSFORMS = {
     "jvp_grad": lambda f, p, t: jvp(grad(f), (p,), (t,))[1],
     "grad_grad": _grad_grad,
     "jvp_jvp": lambda f, p, t: jvp(lambda p: jvp(f, (p,), (t,))[1], (p,), (t,))[1],
-    "vmap_grad": lambda f, p, t: vmap(grad(f))({k: torch.stack([a, a + t[k]]) for k, a in p.items()}),
-    "vmap_hvp": lambda f, p, t: vmap(lambda p: jvp(grad(f), (p,), (t,))[1])(
-        {k: torch.stack([a, a + t[k]]) for k, a in p.items()}
-    ),
+    "vmap_grad": lambda f, p, t: vmap(grad(f), randomness="different")(_two(p, t)),
+    "vmap_hvp": lambda f, p, t: vmap(lambda p: jvp(grad(f), (p,), (t,))[1], randomness="different")(_two(p, t)),
 }
 
 
@@ -99,6 +101,44 @@ def test_transforms_over_the_model(name, transform, backend):
     written_out, _ = _model(name, attention=_dense_sdpa)
     want = TRANSFORMS[transform](_loss(written_out, x), params, t)
     assert_close(TRANSFORMS[transform](_loss(model, x), params, t), want, factor=10)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_rematerialised_equals_plain(name, transform):
+    """With dropout: the numbers drawn again are those of the value."""
+    drops = {"dropout": 0.3, "attention_dropout": 0.3}
+    (plain, x), (ours, _) = _model(name, **drops), _model(name, remat=True, **drops)
+    params = {k: p.detach() for k, p in plain.named_parameters()}
+    t = {k: 0.5 * torch.randn_like(p) for k, p in params.items()}
+
+    def loss(model):
+        def seeded(params):
+            torch.manual_seed(0)
+            return _loss(model, x)(params)
+
+        return seeded
+
+    run = TRANSFORMS[transform]
+    assert_close(run(loss(ours), params, t), run(loss(plain), params, t), factor=10)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rematerialised_meta_gradients_by_autograd(name):
+    """The outermost derivative taken by autograd, of an inner one by torch.func under vmap."""
+    (plain, x), (ours, _) = _model(name), _model(name, remat=True)
+    xs = torch.stack([x, x.flip(1)])
+
+    def meta_gradient(model):
+        params = dict(model.named_parameters())
+
+        def task(x):
+            g = grad(_loss(model, x))(params)
+            return _loss(model, x)({k: p - 0.1 * g[k] for k, p in params.items()})
+
+        return torch.autograd.grad(vmap(task)(xs).sum(), list(params.values()))
+
+    assert_close(meta_gradient(ours), meta_gradient(plain), factor=10)
 
 
 @pytest.mark.parametrize("name", MODELS)

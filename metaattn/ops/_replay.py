@@ -1,0 +1,99 @@
+"""Running a function again as it ran at first: its random numbers, its autocast, its backend."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..backends import current_backend, use_backend
+
+_Precision = dict[str, tuple[bool, torch.dtype]]
+
+
+class Replay:
+    """What surrounds a call, taken down when made.
+
+    Args:
+        tensors: What the call is on: their devices count, and the CPU.
+        random: Whether to take down the state of the generators too.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], random: bool) -> None:
+        self._backend = current_backend()
+        self._cuda = sorted({t.get_device() for t in tensors if t.is_cuda})
+        self._precision = _precision({"cpu", *(t.device.type for t in tensors)})
+        self._generators = _generators(self._cuda) if random else None
+
+    def settle(self) -> bool:
+        """After the first run: whether it drew random numbers. If not, their state is forgotten."""
+        if self._generators is None:
+            return False
+        now = _generators(self._cuda)
+        with _outside():
+            drew = not all(map(torch.equal, self._generators, now))
+        if not drew:
+            self._generators = None
+        return drew
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a function in these surroundings, and leave the present ones as they were."""
+        with self._drawing_again(), _autocast(self._precision), use_backend(self._backend):
+            return function(*args)
+
+    @contextlib.contextmanager
+    def _drawing_again(self) -> Iterator[None]:
+        if self._generators is None:
+            yield
+            return
+        now = _generators(self._cuda)
+        _set_generators(self._cuda, self._generators)
+        try:
+            yield
+        finally:
+            _set_generators(self._cuda, now)
+
+
+def tracing() -> bool:
+    """Whether ``make_fx`` is at work, in whose graph a generator cannot be set back."""
+    return get_proxy_mode() is not None
+
+
+@contextlib.contextmanager
+def _outside() -> Iterator[None]:
+    """Where a state is a plain tensor: a transform would wrap it, and a tracer take it for part of the function."""
+    with temporarily_clear_interpreter_stack(), _disable_current_modes():
+        yield
+
+
+def _generators(cuda: Sequence[int]) -> list[Tensor]:
+    with _outside():
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in cuda)]
+
+
+def _set_generators(cuda: Sequence[int], states: Sequence[Tensor]) -> None:
+    with _outside():
+        torch.set_rng_state(states[0])
+        for i, state in zip(cuda, states[1:], strict=True):
+            torch.cuda.set_rng_state(state, i)
+
+
+def _precision(devices: set[str]) -> _Precision:
+    """For each type of device that has autocast, whether it is on and to which dtype."""
+    there = (d for d in devices if torch.amp.is_autocast_available(d))
+    return {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in there}
+
+
+@contextlib.contextmanager
+def _autocast(precision: _Precision) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for device, state in precision.items():
+            if state != _precision({device})[device]:
+                stack.enter_context(torch.autocast(device, dtype=state[1], enabled=state[0]))
+        yield

@@ -1,0 +1,118 @@
+"""Tensors that a function uses and is not given, through which a derivative would be lost in silence.
+
+A function that is run below the transforms at work sees of a tensor that it closes over only what is left
+there: PyTorch takes the wrapper of a transform off, and with it the derivative. So they are looked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+_REMEDY = "pass it as an argument (of a module: the module itself, or its parameters to functional_call)"
+
+
+def levels(t: Tensor) -> Iterator[tuple[int, bool]]:
+    """The levels of the transforms that have wrapped a tensor, and whether each is a vmap."""
+    while _functorch.is_functorch_wrapped_tensor(t):
+        yield _functorch.maybe_get_level(t), _functorch.is_batchedtensor(t)
+        t = _functorch.get_unwrapped(t)
+
+
+def check_closure(function: Any, constants: Any) -> None:
+    """Neither what a function closes over nor the constants among its arguments hold a tensor under a transform.
+
+    Raises:
+        ValueError: One does; the message has its name.
+    """
+    for name, t in (*_held(function, set()), *_held(constants, set(), "constant arguments")):
+        if any(level > 0 for level, _ in levels(t)):
+            raise ValueError(
+                f"the function uses a tensor that it is not given ({name}, {list(t.shape)}) and that a torch.func "
+                f"transform differentiates or maps: its derivative would be lost; {_REMEDY}"
+            )
+
+
+def _held(thing: Any, seen: set[int], name: str = "the function", objects: int = 1) -> Iterator[tuple[str, Tensor]]:
+    """Tensors within reach of a function, by the names it has for them; of an object, its attributes alone."""
+    if id(thing) in seen or isinstance(thing, (type, types.ModuleType)):
+        return
+    seen.add(id(thing))
+    parts: dict[Any, Any] = {}
+    if isinstance(thing, Tensor):
+        yield name, thing
+    elif isinstance(thing, nn.Module):
+        parts = {**dict(thing.named_parameters()), **dict(thing.named_buffers())}
+    elif isinstance(thing, types.FunctionType):
+        parts = _closure(thing)
+    elif isinstance(thing, types.MethodType):
+        parts = {"code": thing.__func__, "self": thing.__self__}
+    elif isinstance(thing, functools.partial):
+        parts = {"code": thing.func, **dict(enumerate(thing.args)), **thing.keywords}
+    elif isinstance(thing, (list, tuple, dict)):
+        parts = dict(enumerate(tree_leaves(thing)))
+    elif objects and hasattr(thing, "__dict__"):
+        parts, objects = vars(thing), objects - 1
+    for key, part in parts.items():
+        yield from _held(part, seen, f"{name}.{key}", objects)
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    """Cells and defaults of a Python function."""
+    held = {}
+    for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            held[key] = cell.cell_contents
+        except ValueError:  # not yet filled
+            continue
+    defaults = {f"default {i}": d for i, d in enumerate(function.__defaults__ or ())}
+    return {**held, **defaults, **(function.__kwdefaults__ or {})}
+
+
+class Watch(TorchFunctionMode):
+    """Refuses tensors of transforms that are not at work: what :func:`check_closure` cannot see, as globals."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for a in args:
+            if isinstance(a, Tensor) and _stranger(a):
+                raise ValueError(
+                    f"the function uses a tensor that it is not given, {list(a.shape)}, and that a torch.func "
+                    f"transform differentiates or maps: its derivative would be lost; {_REMEDY}"
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def _stranger(t: Tensor) -> bool:
+    stack = _functorch.get_interpreter_stack() or []
+    vmap = _functorch.TransformType.Vmap
+    return any(
+        level > len(stack) or (level > 0 and (stack[level - 1].key() == vmap) != mapped) for level, mapped in levels(t)
+    )
+
+
+def check_outputs(outputs: tuple[Tensor, ...]) -> None:
+    """Of a function run on tensors that require no gradient, no output requires one.
+
+    Raises:
+        ValueError: One does: the function uses another tensor that does.
+    """
+    if any(o.requires_grad for o in outputs):
+        raise ValueError(
+            "the function uses a tensor that it is not given and that requires a gradient, which would be lost; "
+            + _REMEDY
+        )
+
+
+def unmapped(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether there is a vmap at work that has none of the tensors mapped and draws not one number for all."""
+    mapped = {level for t in tensors for level, batched in levels(t) if batched}
+    vmaps = [i for i in torch._functorch.pyfunctorch.retrieve_all_functorch_interpreters() if hasattr(i, "randomness")]
+    return any(i.randomness() != "same" and i.level() not in mapped for i in vmaps)
