@@ -98,6 +98,13 @@ class GradientName(Enum):
     implicit = "implicit"
 
 
+class Compile(Enum):
+    """How a meta-step's gradient runs."""
+
+    none = "none"
+    graph = "graph"
+
+
 class Activation(Enum):
     """Of the Transformer's perceptrons."""
 
@@ -216,6 +223,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     test: TestConfig = field(default_factory=TestConfig)
     backend: Backend = Backend.auto
+    compile: Compile = Compile.none
     mode: Mode = Mode.train
     device: str = "auto"
     precision: Precision = Precision.float32

@@ -29,6 +29,7 @@ RESUMED = (
     "device",
     "threads",
     "backend",
+    "compile",
     "train.steps",
     "train.log_every",
     "train.checkpoint_every",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +17,11 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
+from metaattn.meta import capture
 from metaattn.meta.algorithms import MetaParams
 
 from . import checkpoint, distributed, evaluate, report
-from .config import Config, Schedule
+from .config import Compile, Config, Schedule
 from .errors import RunStoppedError
 from .setup import Setup
 
@@ -88,6 +91,16 @@ class Trainer:
         if content is not None:
             self.optimizer.load_state_dict(content["optimizer"])
             checkpoint.set_rng_state(content["rng"])
+        self.captured = capture(
+            functools.partial(run.learner.value_and_grad, chunk_size=self.config.train.chunk_size),
+            mode=self.config.compile.value,
+        )
+        if self.config.compile is Compile.graph and run.learner.at(0.0) is not run.learner:
+            warnings.warn(
+                f"the steps run eagerly: algorithm={self.config.algorithm.name} changes from step to step, and a graph "
+                "is of fixed settings; leave out compile=graph",
+                stacklevel=2,
+            )
         self.metrics = report.Metrics(out, self.step) if distributed.is_first() else None
 
     def save(self, name: str) -> None:
@@ -175,9 +188,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = self._batch()
-        (losses, metrics), gradient = self.run.learner.at(self.step / c.steps).value_and_grad(
-            self.meta, batch.support, batch.query, chunk_size=c.chunk_size
-        )
+        (losses, metrics), gradient = self._value_and_grad(batch)
         means = self._mean("after", {"loss": losses, **metrics})
         gradient = distributed.mean_gradient(gradient, self.tasks / c.tasks)
         for group_name, group in self.meta.items():
@@ -194,6 +205,15 @@ class Trainer:
             )
         self.optimizer.step()
         return means, rate
+
+    def _value_and_grad(self, batch: Any) -> Any:
+        """Losses, metrics and the meta-gradient of this rank's tasks; as a replayed graph if so asked."""
+        meta = {name: {k: t.detach() for k, t in group.items()} for name, group in self.meta.items()}
+        learner = self.run.learner.at(self.step / self.config.train.steps)
+        if learner is self.run.learner:
+            return self.captured(meta, tuple(batch.support), tuple(batch.query))
+        # Annealed settings are constants of a graph: it would be another one at each step.
+        return learner.value_and_grad(meta, *batch, chunk_size=self.config.train.chunk_size)
 
     def _validate(self) -> None:
         """Metrics on validation tasks; a new best is saved."""

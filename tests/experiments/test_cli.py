@@ -284,6 +284,19 @@ def test_gradients(command, gradient):
     assert command(*SMOKE, "task=sinusoid", *options)[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ([], "a CUDA graph needs tensors on a GPU"),
+        (["algorithm=maml_plus_plus"], "algorithm=maml_plus_plus changes from step to step"),
+    ],
+)
+def test_a_step_that_no_graph_can_hold_runs_eagerly(command, options, reason):
+    with pytest.warns(UserWarning, match=f"run.? eagerly: {reason}") as said:
+        assert command(*SMOKE, "train.steps=2", "device=cpu", "compile=graph", *options)[0] == 0
+    assert len([w for w in said if "eagerly" in str(w.message)]) == 1
+
+
 def test_every_algorithm_is_tried():
     assert {*REGRESSION, "prototypical", "proto_maml"} == {p.stem for p in (ROOT / "conf" / "algorithm").iterdir()}
 
