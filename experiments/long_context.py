@@ -63,7 +63,7 @@ class Settings:
     meta_steps: int = 150
     meta_learning_rate: float = 0.003
     test_texts: int = 64
-    gradient: GradientName = GradientName.mixed
+    gradient: GradientName = GradientName.reverse
     backend: Backend = Backend.auto
     device: str = "auto"
     seed: int = 0
