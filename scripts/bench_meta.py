@@ -1,0 +1,327 @@
+"""One second-order MAML step on this GPU, ours beside the peers, in one run.
+
+    python scripts/bench_meta.py [--out docs/benchmarks/meta] [--quick] [--parts steps] [--device cpu --tiny]
+
+A causal Transformer on random sequences; ``tasks, sequences, tokens, layers, width, heads, inner steps``. Ours by
+reverse and mixed mode, eager and as a replayed CUDA graph; torch.func with PyTorch's math attention in the same model,
+eager and as a graph; a loop over tasks with the same; JAX jit by a second process. Time, peak memory above what there
+was, and the seconds until the first step is done. Who is not within the dtype's bound of float64 on a small problem is
+reported as wrong, without a time. Parts: table, jax, and the plots of time and memory against inner steps (1 to 64) and
+tokens (64 to 16,384). Writes JSON, a table (Markdown) and plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import importlib.util
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+import metaattn
+from metaattn.meta import GradientBased, capture, maml
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+LEARNING_RATE = 0.01
+BOUND = {torch.bfloat16: 5e-2, torch.float32: 5e-3, torch.float64: 1e-9}  # float32 with tf32 products
+PARTS = ("table", "jax", "steps", "tokens")
+Gradient = dict[str, Tensor]
+Step = Callable[[], Gradient]
+
+
+class Problem(NamedTuple):
+    """The sizes of a meta-step."""
+
+    tasks: int
+    sequences: int
+    tokens: int
+    layers: int
+    width: int
+    heads: int
+    steps: int
+    dtype: torch.dtype
+
+    def label(self) -> str:
+        """In words."""
+        return f"{','.join(map(str, self[:7]))} {str(self.dtype)[6:]}"
+
+
+SIZES = [
+    (16, 5, 64, 4, 128, 2, 5),
+    (8, 5, 512, 4, 256, 4, 1),
+    (8, 5, 512, 4, 256, 4, 5),
+    (4, 2, 2048, 4, 256, 4, 1),
+    (2, 1, 8192, 4, 256, 4, 1),
+]
+TINY = [(2, 2, 16, 2, 16, 2, 2)]
+WHO = [
+    "metaattn reverse",
+    "metaattn mixed",
+    "metaattn reverse, graph",
+    "metaattn mixed, graph",
+    "torch.func, math",
+    "torch.func, math, graph",
+    "loop over tasks, math",
+]
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """PyTorch's math attention, called as :func:`metaattn.sdpa`."""
+    kwargs.pop("window", None)
+    kwargs.pop("backend", None)
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, *args, **kwargs)
+
+
+def build(p: Problem, who: str, device: torch.device) -> Step:
+    """The meta-gradient of the initial parameters, as a call to time."""
+    torch.manual_seed(0)
+    attention = math_attention if "math" in who else metaattn.sdpa
+    model = metaattn.Transformer(
+        input="continuous",
+        in_features=1,
+        output="per_token",
+        out_features=1,
+        dim=p.width,
+        depth=p.layers,
+        heads=p.heads,
+        mlp_ratio=4.0,
+        causal=True,
+        position="learned",
+        max_length=p.tokens,
+        backend="reference" if who == "oracle" else None,
+        attention=attention,
+    )
+    head = model.get_parameter("head.weight")
+    torch.nn.init.normal_(head, std=p.width**-0.5)  # at zero no gradient would reach the rest
+    params = {k: t.detach().to(device, p.dtype) for k, t in model.named_parameters()}
+    model.to(device, p.dtype)
+    g = torch.Generator().manual_seed(1)
+    support, query = (
+        (torch.randn(p.tasks, p.sequences, p.tokens, 1, generator=g, dtype=torch.float64).to(device, p.dtype),)
+        for _ in range(2)
+    )
+
+    def loss(params: Gradient, x: Tensor) -> Tensor:
+        y = functional_call(model, params, (x,))
+        return (y[..., :-1, :].float() - x[..., 1:, :].float()).square().mean()
+
+    if who == "oracle":
+
+        def exact_loss(params: Gradient, x: Tensor) -> Tensor:
+            return (functional_call(model, params, (x,))[..., :-1, :] - x[..., 1:, :]).square().mean()
+
+        return functional_step(maml(exact_loss, steps=p.steps, learning_rate=LEARNING_RATE), params, support, query)
+    if who.startswith("loop"):
+        return loop(p, loss, params, support[0], query[0])
+    learner = maml(loss, steps=p.steps, learning_rate=LEARNING_RATE, gradient="mixed" if "mixed" in who else "reverse")
+    return functional_step(learner, params, support, query, graph="graph" in who)
+
+
+def functional_step(learner: GradientBased, params: Gradient, support: Any, query: Any, *, graph: bool = False) -> Step:
+    """All tasks at once, by vmap; as a graph if so asked."""
+    step = capture(learner.value_and_grad, mode="graph") if graph else learner.value_and_grad
+    meta = {"params": params, "rates": {}}
+
+    def call() -> Gradient:
+        gradient: Gradient = step(meta, support, query)[1]["params"]
+        if graph and step.reason is not None:  # type: ignore[union-attr]
+            raise RuntimeError(f"no graph: {step.reason}")  # type: ignore[union-attr]
+        return gradient
+
+    return call
+
+
+def loop(p: Problem, loss: Callable[..., Tensor], params: Gradient, support: Tensor, query: Tensor) -> Step:
+    """One task after the other by plain autograd, as the older libraries do it."""
+
+    def call() -> Gradient:
+        leaves = {k: t.detach().requires_grad_() for k, t in params.items()}
+        total = {k: torch.zeros_like(t) for k, t in params.items()}
+        for s, q in zip(support, query, strict=True):
+            adapted = leaves
+            for _ in range(p.steps):
+                gradient = torch.autograd.grad(loss(adapted, s), list(adapted.values()), create_graph=True)
+                adapted = {k: t - LEARNING_RATE * d for (k, t), d in zip(adapted.items(), gradient, strict=True)}
+            last = torch.autograd.grad(loss(adapted, q), list(leaves.values()))
+            total = {k: t + d / p.tasks for (k, t), d in zip(total.items(), last, strict=True)}
+        return total
+
+    return call
+
+
+@functools.cache
+def oracle(p: Problem) -> Gradient:
+    """The exact meta-gradient of a small problem: dense attention, reverse mode, float64, on the CPU."""
+    return build(p._replace(dtype=torch.float64), "oracle", torch.device("cpu"))()
+
+
+def relative_error(p: Problem, who: str, device: torch.device) -> float:
+    """Of the meta-gradient of the same model on a small problem."""
+    small = p._replace(tasks=2, sequences=2, tokens=min(p.tokens, 48), steps=min(p.steps, 2))
+    want, got = oracle(small._replace(dtype=torch.float64)), build(small, who, device)()
+    top = sum(((got[k].double().cpu() - w) ** 2).sum() for k, w in want.items())
+    return math.sqrt(float(top) / float(sum((w**2).sum() for w in want.values())))
+
+
+def wait(device: torch.device) -> None:
+    """Until the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(p: Problem, who: str, device: torch.device, seconds: float) -> dict[str, Any]:
+    """One row."""
+    row: dict[str, Any] = {"who": who, "setting": p.label(), "sizes": p[:7]}
+    try:
+        row["error"] = relative_error(p, who, device)
+        if not row["error"] < BOUND[p.dtype]:
+            return row | {"failed": f"wrong: relative error {row['error']:.1e}"}
+        step = build(p, who, device)
+        wait(device)
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        step()
+        wait(device)
+        row["first_s"] = time.perf_counter() - start
+        if device.type == "cuda":
+            row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        times: list[float] = []
+        while sum(times) < seconds or len(times) < 3:
+            start = time.perf_counter()
+            step()
+            wait(device)
+            times.append(time.perf_counter() - start)
+        row["ms"] = 1e3 * statistics.median(times)
+    except Exception as error:  # a peer that cannot: the row says so
+        row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return row
+
+
+def jax_rows(sizes: list[tuple[int, ...]]) -> list[dict[str, Any]]:
+    """JAX jit, by a second process."""
+    program = Path(__file__).with_name("_bench_meta_jax.py")
+    done = subprocess.run([sys.executable, str(program), json.dumps(sizes)], capture_output=True, text=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if not rows:
+        print("JAX did not run:", done.stderr[-300:])
+    return rows
+
+
+def sweep(name: str, values: list[int], start: Problem, device: torch.device, seconds: float) -> list[dict[str, Any]]:
+    """Ours and torch.func over a range of one size."""
+    rows = []
+    failed: set[str] = set()
+    for value in tqdm(values, desc=name, mininterval=5):
+        p = start._replace(steps=value) if name == "steps" else start._replace(tokens=value)
+        for who in ("metaattn reverse", "metaattn mixed", "torch.func, math"):
+            if who not in failed:  # what ran out of memory will do so at the next size as well
+                rows.append({name: value, **measure(p, who, device, seconds)})
+                failed |= {who} if "failed" in rows[-1] else set()
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown lines."""
+    lines = ["| setting | who | ms | peak MiB | first step, s | error |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        if "failed" in r:
+            lines.append(f"| {r['setting']} | {r['who']} | {r['failed']} | | | |")
+            continue
+        memory = f"{r['peak_mib']:.0f}" if "peak_mib" in r else ""
+        first = f"{r['first_s']:.1f}" if "first_s" in r else ""
+        error = f"{r['error']:.1e}" if "error" in r else ""
+        lines.append(f"| {r['setting']} | {r['who']} | {r['ms']:.2f} | {memory} | {first} | {error} |")
+    return lines
+
+
+def plot(path: Path, name: str, rows: list[dict[str, Any]], title: str) -> None:
+    """Time and memory against one size."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
+    for who in dict.fromkeys(r["who"] for r in rows):
+        part = [r for r in rows if r["who"] == who and "ms" in r]
+        for axis, key in zip(axes, ("ms", "peak_mib"), strict=True):
+            known = [r for r in part if key in r]
+            axis.loglog([r[name] for r in known], [r[key] for r in known], "-o", ms=4, label=who, base=2)
+    for axis, label in zip(axes, ("ms", "peak MiB"), strict=True):
+        axis.set(xlabel="inner steps" if name == "steps" else "tokens", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measure, write, show."""
+    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a.add_argument("--out", type=Path, default=Path("docs/benchmarks/meta"))
+    a.add_argument("--quick", action="store_true", help="fewer repetitions")
+    a.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    a.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a.add_argument("--tiny", action="store_true", help="one small problem, to see that it runs")
+    options = a.parse_args()
+    device, seconds = torch.device(options.device), 0.3 if options.quick else 1.5
+    torch.set_float32_matmul_precision("high")
+    machine = {"device": str(device), "torch": str(torch.__version__)}
+    if device.type == "cuda":
+        machine["device"] = torch.cuda.get_device_name()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {"machine": machine, "rows": [], "steps": [], "tokens": []}
+
+    def save() -> None:
+        options.out.with_suffix(".json").write_text(json.dumps(content, indent=0))
+        text = "\n".join(table(content["rows"]))
+        options.out.with_suffix(".md").write_text(f"# One meta-step\n\n{json.dumps(machine)}\n\n{text}\n")
+
+    sizes = TINY if options.tiny else SIZES
+    dtypes = (torch.float32,) if options.tiny else (torch.bfloat16, torch.float32)
+    if "table" in options.parts:
+        for p in [Problem(*size, dtype) for size in sizes for dtype in dtypes]:
+            for who in WHO:
+                content["rows"].append(measure(p, who, device, seconds))
+                print(table(content["rows"][-1:])[-1], flush=True)
+                save()
+    if "jax" in options.parts and importlib.util.find_spec("jax"):
+        content["rows"] += jax_rows([list(size) for size in sizes])  # type: ignore[misc]
+        save()
+    start = Problem(*TINY[0], torch.float32) if options.tiny else Problem(4, 2, 256, 4, 256, 4, 1, torch.bfloat16)
+    top = 2 if options.tiny else 64
+    if "steps" in options.parts:
+        counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= top]
+        content["steps"] = sweep("steps", counts, start, device, seconds)
+        save()
+        plot(options.out.with_name(options.out.name + "_steps.png"), "steps", content["steps"], machine["device"])
+    if "tokens" in options.parts:
+        lengths = [16, 32] if options.tiny else [2**n for n in range(6, 15)]
+        content["tokens"] = sweep("tokens", lengths, start._replace(tasks=2, sequences=1), device, seconds)
+        save()
+        plot(options.out.with_name(options.out.name + "_tokens.png"), "tokens", content["tokens"], machine["device"])
+
+
+if __name__ == "__main__":
+    main()
