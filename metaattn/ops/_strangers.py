@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._C import _functorch
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -95,16 +97,39 @@ def _closure(function: Any) -> dict[str, Any]:
 
 
 class Watch(TorchFunctionMode):
-    """Refuses tensors of transforms that are not at work: what :func:`check_closure` cannot see, as globals."""
+    """Refuses tensors of transforms that are not at work: what :func:`check_closure` cannot see, as globals.
+
+    Likewise those with a tangent of a ``dual_level``, where none would be propagated.
+    """
+
+    def __enter__(self) -> Watch:
+        self.forward_mode = torch._C._is_fwd_grad_enabled()
+        super().__enter__()
+        return self
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for a in args:
-            if isinstance(a, Tensor) and _stranger(a):
+        for t in _tensors_among((*args, *(kwargs or {}).values())):
+            if _stranger(t) or self._lost_tangent(t):
                 raise ValueError(
-                    f"the function uses a tensor that it is not given, {list(a.shape)}, and that a torch.func "
+                    f"the function uses a tensor that it is not given, {list(t.shape)}, and that a torch.func "
                     f"transform differentiates or maps: its derivative would be lost; {_REMEDY}"
                 )
         return func(*args, **(kwargs or {}))
+
+    def _lost_tangent(self, t: Tensor) -> bool:
+        if self.forward_mode or torch._C._is_fwd_grad_enabled() or not in_forward_mode():
+            return False
+        with forward_ad._set_fwd_grad_enabled(True):  # else it does not show
+            return tangent_at_hand(t) is not None
+
+
+def _tensors_among(arguments: Sequence[Any]) -> Iterator[Tensor]:
+    """Of an operation, which takes them one by one or in sequences."""
+    for a in arguments:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, (list, tuple)):
+            yield from _tensors_among(a)
 
 
 def _stranger(t: Tensor) -> bool:
@@ -131,14 +156,17 @@ def check_outputs(outputs: tuple[Tensor, ...]) -> None:
 
 
 def followed(t: Tensor) -> bool:
-    """Whether any level of reverse mode, or the innermost one of forward mode, follows a tensor."""
-    if in_forward_mode() and tangent_at_hand(t) is not None:
+    """Whether any level, of reverse or of forward mode, differentiates a tensor."""
+    t = _functorch.unwrap_if_dead(t)
+    if t.requires_grad or (in_forward_mode() and tangent_at_hand(t) is not None):
         return True
-    while _functorch.is_functorch_wrapped_tensor(t):
-        if t.requires_grad:
-            return True
+    if _functorch.peek_interpreter_stack() is None:
+        return False
+    innermost = retrieve_current_functorch_interpreter()
+    while _functorch.maybe_get_level(t) >= innermost.level():
         t = _functorch.get_unwrapped(t)
-    return t.requires_grad
+    with innermost.lower():
+        return followed(t)
 
 
 def unmapped(tensors: tuple[Tensor, ...]) -> bool:

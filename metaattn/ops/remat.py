@@ -131,7 +131,7 @@ def recompute(
             return flat(*tensors)
 
     kinds, replay = _kinds(), Replay(tensors, preserve_rng_state)
-    first = watched if kinds else flat
+    first = watched if kinds or forward_ad._current_level >= 0 else flat
     rule = None if pullback is None else functools.partial(replay, pullback)
     outputs = Remat.of(Program(first, functools.partial(replay, flat), kinds, rule, refusal), *tensors)
     if replay.settle():

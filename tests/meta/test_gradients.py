@@ -394,7 +394,7 @@ HIDDEN = {}  # from sight: no closure shows it
 
 @pytest.mark.parametrize(
     ("how", "name"),
-    [(how, name) for how in ("mixed", Mixed(segments=2), "implicit") for name in ("grad", "jvp")]
+    [(how, name) for how in ("mixed", Mixed(segments=2), "implicit") for name in ("grad", "jvp", "jvp_of_grad")]
     # What is computed again is watched; of implicit that is nothing but its derivative, where PyTorch raises.
     + [(how, name) for how in ("mixed", Mixed(segments=2)) for name in ("vmap", "jvp_of_vmap")],
 )
