@@ -176,6 +176,16 @@ def test_mixed_draws_the_same_dropout_again(how):
     assert error(first, second) > 0.01
 
 
+def test_mixed_under_a_vmap_that_would_draw_for_each_task_and_maps_nothing():
+    loss, params = _transformer(dropout=0.3)
+    batch = torch.randn(4, 3, 2, **F64), torch.randn(4, 1, **F64)
+    run = lambda s: s * adapt(loss, params, batch, optimizer=sgd(), rates=0.1, steps=1, gradient="mixed")["head.bias"]
+    with pytest.raises(NotImplementedError, match=r"a vmap that maps none of its arguments; pass one that is mapped"):
+        vmap(run, randomness="different")(torch.ones(2, **F64))
+    same = vmap(run, randomness="same")(torch.ones(2, **F64))
+    assert torch.equal(same[0], same[1])
+
+
 @pytest.mark.parametrize("name", ["mse_loss", "l1_loss", "smooth_l1_loss", "cross_entropy"])
 @pytest.mark.parametrize("how", ["mixed", Implicit(proximal=20.0, iterations=20, tolerance=0.0)])
 def test_pytorch_losses(how, name):
