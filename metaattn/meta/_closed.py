@@ -1,48 +1,45 @@
-"""Tensors that a function closes over: where it is computed again later, their derivatives would be lost."""
+"""What a loss and an optimizer close over: where they are computed again later, its derivatives would be lost."""
 
 from __future__ import annotations
 
-import functools
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from ..ops._function import in_forward_mode, tangent_at_hand
-from ._recompute import Replay, tensors_of
+from ..ops._replay import Replay
+from ..ops._strangers import followed, transformed
+from ..ops._trees import tensors_of
+from ._loop import Loop, detach
+from .optim import Params, State
 
-_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
+def check_loop(loop: Loop, adapted: Params, state: State) -> None:
+    """Refuse a loss or an optimizer that depends, differentiably, on more than its arguments.
 
-def check_closed(name: str, function: Callable[..., Any], of: Callable[..., Any], *args: Any) -> bool:
-    """Refuse a function that depends, differentiably, on more than its arguments.
-
-    It is called once on constants: if its result can be differentiated nevertheless, then by a tensor that it
-    closes over.
-
-    Args:
-        name: What the user calls the function.
-        function: What is called.
-        of: What the user gave.
-        *args: What it is called on: trees.
-
-    Returns:
-        Whether the function draws random numbers.
+    Each is called once on constants: if its result can be differentiated nevertheless, then by a tensor that it closes
+    over. Random numbers are left as they were.
 
     Raises:
-        ValueError: If it does depend on such a tensor.
+        ValueError: One does depend on such a tensor.
     """
-    if any(_wrapped(t) for t in _tensors_in(of)):
-        raise ValueError(_message(name, "a tensor that a torch.func transform (vmap, grad, jvp, …) is following"))
-    replay = Replay(tensors_of(args)[0])
-    with replay():
-        out = function(*tree_map_only(Tensor, torch.Tensor.detach, args))
-    if any(_differentiable(t) for t in tree_leaves(out) if isinstance(t, Tensor)):
+
+    def update(adapted: Params, state: State) -> Any:
+        return loop.optimizer.update(adapted, state, adapted, detach(loop.rates), 0)  # any gradient would do
+
+    _check("the optimizer", update, loop.optimizer.update, adapted, state)
+    _check("the loss", loop.objective, loop.loss, adapted, loop.fixed, loop.data)
+
+
+def _check(name: str, function: Callable[..., Any], of: Callable[..., Any], *args: Any) -> None:
+    # The tensors of modules are left to the call: functional_call replaces them.
+    for where, t in transformed(of, name, modules=False):
+        held = f"a tensor ({where}, {list(t.shape)})"
+        raise ValueError(_message(name, f"{held} that a torch.func transform (vmap, grad, jvp, …) is following"))
+    out = Replay(tensors_of(args)[0], random=True)(function, *detach(args))
+    if any(followed(t) for t in tree_leaves(out) if isinstance(t, Tensor)):
         raise ValueError(_message(name, "a tensor that requires grad"))
-    return replay.drew()
 
 
 def _message(name: str, what: str) -> str:
@@ -50,47 +47,3 @@ def _message(name: str, what: str) -> str:
         f"with this gradient, {name} must take all that a derivative may be wanted of as arguments; got one that "
         f"closes over {what}. Pass it in data, or detach it where it is a constant; or use gradient='reverse'"
     )
-
-
-def _differentiable(t: Tensor) -> bool:
-    """Whether any level of reverse mode, or the innermost one of forward mode, follows a tensor."""
-    if in_forward_mode() and tangent_at_hand(t) is not None:
-        return True
-    while _wrapped(t):
-        if t.requires_grad:
-            return True
-        t = torch._C._functorch.get_unwrapped(t)
-    return t.requires_grad
-
-
-def _tensors_in(thing: Any) -> Iterator[Tensor]:
-    """Tensors in the closures of functions, as far as they are seen from outside.
-
-    Those of modules are left out: :func:`torch.func.functional_call` replaces them.
-    """
-    seen: set[int] = set()
-    todo = [thing]
-    while todo:
-        x = todo.pop()
-        if id(x) in seen:
-            continue
-        seen.add(id(x))
-        if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, types.FunctionType):
-            todo += [c.cell_contents for c in x.__closure__ or () if _filled(c)]
-            todo += [*(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()]
-        elif isinstance(x, types.MethodType):
-            todo += [x.__func__, x.__self__]
-        elif isinstance(x, functools.partial):
-            todo += [x.func, *x.args, *x.keywords.values()]
-        elif isinstance(x, dict | list | tuple):
-            todo += tree_leaves(x) if tree_leaves(x) != [x] else []
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 - an empty cell raises
-    except ValueError:
-        return False
-    return True

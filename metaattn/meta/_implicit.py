@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad
 
-from ._recompute import Mask, Tensors, along, merge, recompute, tensors_of
+from ..ops._trees import put, tensors_of
+from ..ops.remat import recompute
+from ._hessian import Vector, gradient_along
 from .optim import Params
-
-Vector = tuple[Tensor, ...]
 
 
 def minimum(objective: Callable[..., Tensor], found: Params, *args: Any, shift: float, **solver: Any) -> Params:
@@ -30,29 +28,26 @@ def minimum(objective: Callable[..., Tensor], found: Params, *args: Any, shift: 
         The implicit function theorem: ``d found / d x = -H^-1 d^2 objective / (d found d x)``.
     """
     _, restore = tensors_of((found, *args))
-    count, still = len(found), len(tensors_of((found, *args[:-1]))[0])
+    own, still = range(len(found)), len(tensors_of((found, *args[:-1]))[0])
 
-    def pullback(tensors: Tensors, cotangents: Sequence[Tensor | None], need: Mask) -> Vector:
-        w = tuple(torch.zeros_like(p) if c is None else c for p, c in zip(tensors, cotangents, strict=False))
-
-        def gradients(wanted: Mask) -> Callable[..., Vector]:
-            def function(*here: Tensor) -> Vector:
-                return grad(lambda x: objective(*restore(merge(here, wanted, x))))(tuple(compress(here, wanted)))
-
-            return function
-
-        own = [i < count for i in range(len(tensors))]
+    def pullback(x: Vector, w: Vector, wrt: Sequence[int], of: Sequence[int]) -> Vector:
+        def along(v: Vector, wrt: Sequence[int]) -> Vector:
+            return gradient_along(lambda *here: objective(*restore(here)), x, own, v, wrt, still=still)
 
         def product(v: Vector) -> Vector:
-            return tuple(h + shift * t for h, t in zip(along(gradients(own), tensors, v, still=still), v, strict=True))
+            return tuple(h + shift * t for h, t in zip(along(v, own), v, strict=True))
 
-        v = conjugate_gradients(product, w, **solver)
-        return tuple(-m for m in along(gradients(need), tensors, v, still=still))
+        b = tuple(put([torch.zeros_like(x[i]) for i in own], of, w))
+        return tuple(-m for m in along(conjugate_gradients(product, b, **solver), wrt))
 
     def identity(found: Params, *args: Any) -> Params:
         return {k: p.view_as(p) for k, p in found.items()}
 
-    return recompute(identity, found, *args, pullback=pullback, once=True)
+    refusal = (
+        "an implicit gradient has one derivative, in reverse mode; for higher orders and for forward mode use "
+        "gradient='mixed' or 'reverse'"
+    )
+    return recompute(identity, found, *args, pullback=pullback, refusal=refusal, preserve_rng_state=False)
 
 
 def conjugate_gradients(

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.func import grad
 
 from ._checks import check_count, check_optimizer, check_params
+from ._closed import check_loop
 from ._implicit import minimum
 from ._loop import Loop, Loss, detach
-from ._mixed import check_loop, mixed_gradient, segment
+from ._mixed import mixed_gradient, segment
 from .optim import InnerOptimizer, Params, Rates, State
 
 
@@ -85,15 +86,15 @@ class Mixed(Gradient):
 
     def unroll(self, loop: Loop, adapted: Params, state: State, steps: int, every: bool) -> list[Params]:
         """See :class:`Gradient`."""
-        random = check_loop(loop, adapted, state)
-        gradient = mixed_gradient(loop.objective, random)
+        check_loop(loop, adapted, state)
+        gradient = mixed_gradient(loop.objective)
         if self.segments is None:
             return loop.run(gradient, adapted, state, 0, steps)[0]
         count = min(self.segments, steps)
         bounds = [steps * i // count for i in range(count + 1)]
         passed: list[Params] = []
         for first, last in pairwise(bounds):
-            stretch, state = segment(loop, gradient, random, adapted, state, first, last, every)
+            stretch, state = segment(loop, gradient, adapted, state, first, last, every)
             adapted = stretch[-1]
             passed += stretch
         return passed
@@ -261,6 +262,9 @@ def trajectory(
         ValueError: A negative number of steps, an unknown way of differentiating, an unknown parameter; a loss
             that closes over a tensor whose derivative would be lost.
         TypeError: Parameters that are no dict of tensors, an optimizer that is none, steps that are no integer.
+        NotImplementedError: With ``"mixed"``, a loss that draws random numbers under ``make_fx``, or under a
+            :func:`torch.func.vmap` with other numbers for each entry that maps neither parameters nor data; a second
+            derivative, or forward mode, of ``"implicit"``.
     """
     return _unroll(loss, params, data, optimizer, rates, steps, adapts, gradient, every=True)
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+from ._function import in_forward_mode, tangent_at_hand
 
 _REMEDY = "pass it as an argument (of a module: the module itself, or its parameters to functional_call)"
 
@@ -33,17 +37,32 @@ def check_closure(function: Any, constants: Any) -> None:
     Raises:
         ValueError: One does; the message has its name.
     """
-    for name, t in (*_held(function, set()), *_held(constants, set(), "constant arguments")):
+    for name, t in (*transformed(function, "the function"), *transformed(constants, "constant arguments")):
+        raise ValueError(
+            f"the function uses a tensor that it is not given ({name}, {list(t.shape)}) and that a torch.func "
+            f"transform differentiates or maps: its derivative would be lost; {_REMEDY}"
+        )
+
+
+def transformed(thing: Any, name: str, *, modules: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """The tensors under a transform within reach of a function, by the names it has for them.
+
+    Args:
+        thing: The function, or what holds tensors.
+        name: What it is called.
+        modules: Whether the parameters and buffers of modules count.
+    """
+    skipped = (type, types.ModuleType) if modules else (type, types.ModuleType, nn.Module)
+    for path, t in _held(thing, set(), name, 1, skipped):
         if any(level > 0 for level, _ in levels(t)):
-            raise ValueError(
-                f"the function uses a tensor that it is not given ({name}, {list(t.shape)}) and that a torch.func "
-                f"transform differentiates or maps: its derivative would be lost; {_REMEDY}"
-            )
+            yield path, t
 
 
-def _held(thing: Any, seen: set[int], name: str = "the function", objects: int = 1) -> Iterator[tuple[str, Tensor]]:
-    """Tensors within reach of a function, by the names it has for them; of an object, its attributes alone."""
-    if id(thing) in seen or isinstance(thing, (type, types.ModuleType)):
+def _held(
+    thing: Any, seen: set[int], name: str, objects: int, skipped: tuple[type, ...]
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors within reach; of an object, its attributes alone."""
+    if id(thing) in seen or isinstance(thing, skipped):
         return
     seen.add(id(thing))
     parts: dict[Any, Any] = {}
@@ -62,7 +81,7 @@ def _held(thing: Any, seen: set[int], name: str = "the function", objects: int =
     elif objects and hasattr(thing, "__dict__"):
         parts, objects = vars(thing), objects - 1
     for key, part in parts.items():
-        yield from _held(part, seen, f"{name}.{key}", objects)
+        yield from _held(part, seen, f"{name}.{key}", objects, skipped)
 
 
 def _closure(function: Any) -> dict[str, Any]:
@@ -78,19 +97,44 @@ def _closure(function: Any) -> dict[str, Any]:
 
 
 class Watch(TorchFunctionMode):
-    """Refuses tensors of transforms that are not at work: what :func:`check_closure` cannot see, as globals."""
+    """Refuses tensors of transforms that are not at work: what :func:`check_closure` cannot see, as globals.
+
+    Likewise those with a tangent of a ``dual_level``, where none would be propagated.
+    """
+
+    def __enter__(self) -> Watch:
+        self.forward_mode = torch._C._is_fwd_grad_enabled()
+        super().__enter__()
+        return self
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for a in args:
-            if isinstance(a, Tensor) and _stranger(a):
+        for t in _tensors_among((*args, *(kwargs or {}).values())):
+            if _stranger(t) or self._lost_tangent(t):
                 raise ValueError(
-                    f"the function uses a tensor that it is not given, {list(a.shape)}, and that a torch.func "
+                    f"the function uses a tensor that it is not given, {list(t.shape)}, and that a torch.func "
                     f"transform differentiates or maps: its derivative would be lost; {_REMEDY}"
                 )
         return func(*args, **(kwargs or {}))
 
+    def _lost_tangent(self, t: Tensor) -> bool:
+        if self.forward_mode or torch._C._is_fwd_grad_enabled() or not in_forward_mode():
+            return False
+        with forward_ad._set_fwd_grad_enabled(True):  # else it does not show
+            return tangent_at_hand(t) is not None
+
+
+def _tensors_among(arguments: Sequence[Any]) -> Iterator[Tensor]:
+    """Of an operation, which takes them one by one or in sequences."""
+    for a in arguments:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, (list, tuple)):
+            yield from _tensors_among(a)
+
 
 def _stranger(t: Tensor) -> bool:
+    if not _functorch.is_functorch_wrapped_tensor(t):
+        return False
     stack = _functorch.get_interpreter_stack() or []
     vmap = _functorch.TransformType.Vmap
     return any(
@@ -111,8 +155,22 @@ def check_outputs(outputs: tuple[Tensor, ...]) -> None:
         )
 
 
+def followed(t: Tensor) -> bool:
+    """Whether any level, of reverse or of forward mode, differentiates a tensor."""
+    t = _functorch.unwrap_if_dead(t)
+    if t.requires_grad or (in_forward_mode() and tangent_at_hand(t) is not None):
+        return True
+    if _functorch.peek_interpreter_stack() is None:
+        return False
+    innermost = retrieve_current_functorch_interpreter()
+    while _functorch.maybe_get_level(t) >= innermost.level():
+        t = _functorch.get_unwrapped(t)
+    with innermost.lower():
+        return followed(t)
+
+
 def unmapped(tensors: tuple[Tensor, ...]) -> bool:
     """Whether there is a vmap at work that has none of the tensors mapped and draws not one number for all."""
     mapped = {level for t in tensors for level, batched in levels(t) if batched}
-    vmaps = [i for i in torch._functorch.pyfunctorch.retrieve_all_functorch_interpreters() if hasattr(i, "randomness")]
+    vmaps = [i for i in retrieve_all_functorch_interpreters() if hasattr(i, "randomness")]
     return any(i.randomness() != "same" and i.level() not in mapped for i in vmaps)

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
-from ._remat import Program, Remat, Tensors
+from ._program import Program, Pullback
+from ._remat import Remat
 from ._replay import Replay, tracing
 from ._strangers import Watch, check_closure, unmapped
+from ._trees import Tensors, tensors_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_TENSOR = object()  # in the place of a tensor
 
 
 def checkpoint(function: Callable[P, R], *, preserve_rng_state: bool = True) -> Callable[P, R]:
@@ -73,72 +74,66 @@ def checkpoint(function: Callable[P, R], *, preserve_rng_state: bool = True) -> 
 def _differentiating() -> bool:
     """Whether a derivative of what runs now can be asked for."""
     kinds = torch._C._functorch.TransformType
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    modes = any(level.key() in (kinds.Grad, kinds.Jvp) for level in stack)
+    modes = any(kind in (kinds.Grad, kinds.Jvp) for kind in _kinds())
     return modes or torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
-class _Flat:
-    """A function of arguments as one of the tensors among them, to a tuple of the tensors that it returns.
-
-    ``tensors`` are at hand for the first call alone: what is kept for derivatives must not hold them.
-    """
-
-    def __init__(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        self.function = function
-        lifted = {}
-        if isinstance(function, nn.Module):
-            lifted = {**dict(function.named_parameters()), **dict(function.named_buffers())}
-        self.leaves, self.tree = tree_flatten((lifted, args, kwargs))
-        self.result: tuple[list[Any], Any] | None = None
-
-    def take_tensors(self) -> Tensors:
-        """The tensors, of which from then on only the places are held."""
-        tensors = tuple(leaf for leaf in self.leaves if isinstance(leaf, Tensor))
-        self.leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        return tensors
-
-    def __call__(self, *tensors: Tensor) -> Tensors:
-        """Run the function."""
-        lifted, args, kwargs = tree_unflatten(_fill(self.leaves, tensors), self.tree)
-        module = self.function if isinstance(self.function, nn.Module) else None
-        out = self.function(*args, **kwargs) if module is None else functional_call(module, lifted, args, kwargs)
-        leaves, tree = tree_flatten(out)
-        if self.result is None:
-            self.result = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree
-        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-
-    def restore(self, outputs: Tensors) -> Any:
-        """What the function returned, with these tensors in it."""
-        assert self.result is not None
-        leaves, tree = self.result
-        return tree_unflatten(_fill(leaves, outputs), tree)
-
-
-def _fill(leaves: list[Any], tensors: Tensors) -> list[Any]:
-    rest = iter(tensors)
-    return [next(rest) if leaf is _TENSOR else leaf for leaf in leaves]
-
-
-def _watched(function: Callable[..., Tensors], *tensors: Tensor) -> Tensors:
-    with Watch():
-        return function(*tensors)
-
-
 def _call(function: Callable[..., Any], args: Any, kwargs: Any, preserve_rng_state: bool) -> Any:
-    flat = _Flat(function, args, kwargs)
-    tensors = flat.take_tensors()
-    if not tensors:
+    module = function if isinstance(function, nn.Module) else None
+    state = {} if module is None else {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    leaves = tree_leaves((state, args, kwargs))
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
         return function(*args, **kwargs)
-    kinds = tuple(level.key() for level in torch._C._functorch.get_interpreter_stack() or ())
-    first: Callable[..., Tensors] = flat
-    if kinds:
-        check_closure(
-            None if isinstance(function, nn.Module) else function, [leaf for leaf in flat.leaves if leaf is not _TENSOR]
-        )
-        first = functools.partial(_watched, flat)
-    replay = Replay(tensors, preserve_rng_state)
-    outputs = Remat.of(Program(first, functools.partial(replay, flat), kinds), *tensors)
+    if _kinds():
+        check_closure(function if module is None else None, [leaf for leaf in leaves if not isinstance(leaf, Tensor)])
+
+    def run(state: Any, args: Any, kwargs: Any) -> Any:
+        return function(*args, **kwargs) if module is None else functional_call(module, state, args, kwargs)
+
+    return recompute(run, state, args, kwargs, preserve_rng_state=preserve_rng_state)
+
+
+def _kinds() -> tuple[Any, ...]:
+    """The transforms at work, outermost first."""
+    return tuple(level.key() for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def recompute(
+    function: Callable[..., Any],
+    *args: Any,
+    pullback: Pullback | None = None,
+    refusal: str = "",
+    preserve_rng_state: bool = True,
+) -> Any:
+    """``function(*args)``, of which derivatives keep the arguments' tensors alone.
+
+    Args:
+        function: Of trees of tensors and constants, to such a tree, as in :func:`checkpoint`.
+        *args: The trees.
+        pullback: Its rule in reverse mode, on the tensors in the order of the trees' leaves; else of the function.
+        refusal: If that rule is the only derivative: what all others raise.
+        preserve_rng_state: As for :func:`checkpoint`; for the pullback too.
+
+    Raises:
+        ValueError: As :func:`checkpoint`, of which what a function closes over is not looked through here.
+        NotImplementedError: As :func:`checkpoint`.
+    """
+    tensors, restore = tensors_of(args)
+    returned: list[Callable[[Tensors], Any]] = []
+
+    def flat(*tensors: Tensor) -> Tensors:
+        outputs, restore_outputs = tensors_of(function(*restore(tensors)))
+        returned[:] = [restore_outputs]
+        return outputs
+
+    def watched(*tensors: Tensor) -> Tensors:
+        with Watch():
+            return flat(*tensors)
+
+    kinds, replay = _kinds(), Replay(tensors, preserve_rng_state)
+    first = watched if kinds or forward_ad._current_level >= 0 else flat
+    rule = None if pullback is None else functools.partial(replay, pullback)
+    outputs = Remat.of(Program(first, functools.partial(replay, flat), kinds, rule, refusal), *tensors)
     if replay.settle():
         if tracing():
             raise NotImplementedError(
@@ -150,4 +145,4 @@ def _call(function: Callable[..., Any], args: Any, kwargs: Any, preserve_rng_sta
                 "the function draws random numbers under a vmap that maps none of its arguments; pass one that is "
                 "mapped, or draw one number for all with vmap's randomness='same'"
             )
-    return flat.restore(outputs)
+    return returned[0](outputs)

@@ -176,6 +176,16 @@ def test_mixed_draws_the_same_dropout_again(how):
     assert error(first, second) > 0.01
 
 
+def test_mixed_under_a_vmap_that_would_draw_for_each_task_and_maps_nothing():
+    loss, params = _transformer(dropout=0.3)
+    batch = torch.randn(4, 3, 2, **F64), torch.randn(4, 1, **F64)
+    run = lambda s: s * adapt(loss, params, batch, optimizer=sgd(), rates=0.1, steps=1, gradient="mixed")["head.bias"]
+    with pytest.raises(NotImplementedError, match=r"a vmap that maps none of its arguments; pass one that is mapped"):
+        vmap(run, randomness="different")(torch.ones(2, **F64))
+    same = vmap(run, randomness="same")(torch.ones(2, **F64))
+    assert torch.equal(same[0], same[1])
+
+
 @pytest.mark.parametrize("name", ["mse_loss", "l1_loss", "smooth_l1_loss", "cross_entropy"])
 @pytest.mark.parametrize("how", ["mixed", Implicit(proximal=20.0, iterations=20, tolerance=0.0)])
 def test_pytorch_losses(how, name):
@@ -387,6 +397,54 @@ def test_a_loss_that_closes_over_what_is_differentiated_raises(how):
     with pytest.raises(ValueError, match=r"the optimizer must take all .* a tensor that requires grad"):
         adapt(_learned_loss, params, (x, y, learned), optimizer=_closing(rate), rates=0.1, steps=1, gradient=how)
     assert run(params, learned).keys() == params.keys()  # constants may be closed over
+
+
+HIDDEN = {}  # from sight: no closure shows it
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [(how, name) for how in ("mixed", Mixed(segments=2), "implicit") for name in ("grad", "jvp", "jvp_of_grad")]
+    # What is computed again is watched; of implicit that is nothing but its derivative, where PyTorch raises.
+    + [(how, name) for how in ("mixed", Mixed(segments=2)) for name in ("vmap", "jvp_of_vmap")],
+)
+def test_a_loss_that_uses_a_global_raises(how, name):
+    def loss(p, x):
+        return (p["w"] * x - HIDDEN["c"]).square().sum()
+
+    def run(c):
+        HIDDEN["c"] = c
+        start = {"w": torch.ones(3, **F64)}
+        return adapt(loss, start, (start["w"],), optimizer=sgd(), rates=0.1, steps=2, gradient=how)["w"].sum()
+
+    c = torch.randn(3, **F64)
+    transform = {
+        "grad": lambda: grad(run)(c),
+        "jvp": lambda: jvp(run, (c,), (c,)),
+        "jvp_of_grad": lambda: jvp(lambda c: grad(lambda s: run(c) * s.sum())(c.cos()), (c,), (c,)),
+        "vmap": lambda: vmap(run)(torch.stack([c, -c])),
+        "jvp_of_vmap": lambda: jvp(lambda c: vmap(lambda s: run(s * c))(c[:2]), (c,), (c,)),
+    }[name]
+    with pytest.raises(ValueError, match=r"not given.*pass it as an argument|must take all .*Pass it in data"):
+        transform()
+
+
+def test_mixed_computes_again_by_the_backend_and_in_the_precision_of_the_first_run():
+    """Which is left when the meta-gradient is taken."""
+    seen = []
+
+    def loss(p, x):
+        q = (x @ p["w"])[None, None]
+        seen.append((metaattn.explain(q, q, q).forward[0], q.dtype))
+        return metaattn.sdpa(q, q, q).float().square().mean()
+
+    w = torch.randn(4, 4, requires_grad=True)
+    with metaattn.use_backend("reference"), torch.autocast("cpu", torch.bfloat16):
+        end = adapt(loss, {"w": w}, (torch.randn(3, 4),), optimizer=sgd(), rates=0.1, steps=1, gradient="mixed")
+    before = len(seen)
+    end["w"].sum().backward()
+    assert len(seen) > before
+    assert set(seen) == {("reference", torch.bfloat16)}
 
 
 def _closing(beta):

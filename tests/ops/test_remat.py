@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -236,6 +236,25 @@ class TestStrangers:
 
         with pytest.raises(ValueError, match="uses a tensor that it is not given"):
             grad(loss)(self.c)
+
+    def test_a_global_in_a_list(self):
+        def loss(c):
+            OUTSIDE["c"] = c
+            return checkpoint(lambda x: torch.stack([x, OUTSIDE["c"]]))(self.x).sum()
+
+        with pytest.raises(ValueError, match="uses a tensor that it is not given"):
+            grad(loss)(self.c)
+
+    def test_a_dual_number(self):
+        f = checkpoint(lambda x, y: (x * y) @ c)
+        with forward_ad.dual_level():
+            c = forward_ad.make_dual(self.c, self.x)
+            with pytest.raises(ValueError, match="uses a tensor that it is not given"):
+                f(self.x, self.x)
+            # Along with tangents that it is given, its own is not lost.
+            x = forward_ad.make_dual(self.x, self.c)
+            got = forward_ad.unpack_dual(f(x, self.x)).tangent
+        assert_close(got, self.x.sum() + self.x.pow(3).sum(), torch.float32)
 
     def test_an_opaque_argument(self):
         class Box:

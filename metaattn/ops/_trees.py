@@ -1,0 +1,27 @@
+"""Trees of tensors and constants, as the tensors in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+Tensors = tuple[Tensor, ...]
+
+
+def tensors_of(tree: Any) -> tuple[Tensors, Callable[[Sequence[Tensor]], Any]]:
+    """The tensors among a tree's leaves, and what makes the tree of others in their places: it holds none of these."""
+    leaves, spec = tree_flatten(tree)
+    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    rest = put(leaves, where, [None] * len(where))
+    return tuple(leaves[i] for i in where), lambda tensors: tree_unflatten(put(rest, where, tensors), spec)
+
+
+def put(entries: Sequence[Any], where: Sequence[int], by: Sequence[Any]) -> list[Any]:
+    """The entries, with others in some places."""
+    out = list(entries)
+    for i, other in zip(where, by, strict=True):
+        out[i] = other
+    return out
