@@ -7,6 +7,7 @@ what it returns is copied out of them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections import OrderedDict
@@ -16,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from ..ops._replay import without_draws
 
 Mode = Literal["graph", "none"]
 MODES = ("graph", "none")
@@ -92,9 +95,12 @@ class Captured:
                 stream.wait_stream(torch.cuda.current_stream())
                 # The backward runs on the stream of its forward: all of it on that of the capture.
                 with torch.cuda.stream(stream):
+                    before = torch.cuda.get_rng_state(device)
                     for _ in range(WARM_UPS):
                         self.step(*pytree.tree_unflatten(inputs, spec))
-                    with torch.cuda.graph(graph, stream=stream):
+                    draws = not torch.equal(before, torch.cuda.get_rng_state(device))
+                    quiet = contextlib.nullcontext() if draws else without_draws()
+                    with quiet, torch.cuda.graph(graph, stream=stream):
                         returned = self.step(*pytree.tree_unflatten(inputs, spec))
                 torch.cuda.current_stream().wait_stream(stream)
         except Exception as error:

@@ -72,7 +72,29 @@ def _outside() -> Iterator[None]:
         yield
 
 
+_no_draws = False  # a backward runs in a thread of its own, which a context variable would not reach
+
+
+@contextlib.contextmanager
+def without_draws() -> Iterator[None]:
+    """Inside, nothing draws from a GPU's generator, whose state cannot be read while a CUDA graph is captured."""
+    global _no_draws
+    before, _no_draws = _no_draws, True
+    try:
+        yield
+    finally:
+        _no_draws = before
+
+
 def _generators(cuda: Sequence[int]) -> list[Tensor]:
+    if cuda and torch.cuda.is_current_stream_capturing():
+        if not _no_draws:
+            raise NotImplementedError(
+                "what is computed again must draw its random numbers again, and while a CUDA graph is captured their "
+                "generator cannot be set back. metaattn.meta.capture finds out whether a step draws any; for a graph "
+                "of your own use checkpoint(…, preserve_rng_state=False) and gradient='reverse'"
+            )
+        cuda = ()
     with _outside():
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in cuda)]
 

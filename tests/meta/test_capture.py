@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from metaattn.meta import capture, maml
+from metaattn.ops import _replay
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
@@ -40,6 +41,29 @@ def test_replays_equal_eager_steps(learner):
         assert fast.reason is None
         assert torch.equal(got[0], want[0])
         assert torch.equal(got[1]["params"]["w"], want[1]["params"]["w"])
+
+
+@pytest.mark.gpu
+def test_mixed_mode_in_a_graph():
+    learner = maml(loss, steps=3, learning_rate=0.1, gradient="mixed")
+    m = values(meta(learner, "cuda"))
+    fast = capture(learner.value_and_grad)
+    for seed in range(2):
+        got, want = fast(m, *tasks(4, "cuda", seed)), learner.value_and_grad(m, *tasks(4, "cuda", seed))
+        assert fast.reason is None
+        torch.testing.assert_close(got, want)
+
+
+def test_generators_cannot_be_read_in_a_capture(monkeypatch):
+    """What is computed again must know that it draws nothing there."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(NotImplementedError, match="capture finds out whether a step draws"):
+        _replay._generators([0])
+    with _replay.without_draws():
+        assert len(_replay._generators([0])) == 1  # the CPU's
+    with pytest.raises(NotImplementedError):
+        _replay._generators([0])
+    assert len(_replay._generators([])) == 1
 
 
 @pytest.mark.gpu
