@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
+from enum import Enum
 from typing import Any, NoReturn, TypeVar
 
 from omegaconf import OmegaConf
@@ -25,6 +27,11 @@ def parse(settings: type[T], module: str) -> T:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         fail(f"{str(error).splitlines()[0]}; the keys are {', '.join(map(str, defaults))}")
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """The settings as JSON has them."""
+    return {k: v.value if isinstance(v, Enum) else v for k, v in asdict(settings).items()}
 
 
 def fail(message: str) -> NoReturn:

@@ -302,10 +302,19 @@ def checked(raw: DictConfig) -> Config:
     # As a plain dict: a merge with a config that has been added to takes over the additions.
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(raw)))
     assert isinstance(config, Config)
-    for key, (allowed, text) in LIMITS.items():
-        if not allowed(value := attrgetter(key)(config)):
-            raise UserError(f"{key} must be {text}; got {'null' if value is None else value}")
+    check_limits(config, LIMITS)
     return config
+
+
+def check_limits(settings: Any, limits: dict[str, Limit]) -> None:
+    """Every number is one that there can be.
+
+    Raises:
+        UserError: One that is not, by its key.
+    """
+    for key, (allowed, text) in limits.items():
+        if not allowed(value := attrgetter(key)(settings)):
+            raise UserError(f"{key} must be {text}; got {'null' if value is None else value}")
 
 
 def run_dir(resume: str | None, checkpoint: str | None, task: TaskName, started: str) -> str:

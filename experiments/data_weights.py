@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict, dataclass, field
-from enum import Enum
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +32,16 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import metaattn
 from metaattn.meta import adapt, sgd
 from metaattn.meta.optim import Params
 from metaattn.tasks.episodes import generator
 
 from . import report
-from ._settings import fail, parse
-from .config import Backend, GradientName
+from ._settings import fail, parse, plain
+from .config import ONE, POSITIVE, Backend, GradientName, Limit, check_limits
 from .errors import UserError
 from .setup import find_device
-from .text import corpus, windows
+from .text import byte_model, corpus, windows
 
 MIXTURE = "mixture"  # the name of the weights (before the softmax) among the parameters
 
@@ -71,18 +69,19 @@ class Settings:
     out: str = "outputs/data_weights"
 
 
+LIMITS: dict[str, Limit] = {
+    **dict.fromkeys(("length", "batch", "inner_steps", "meta_steps", "threads"), ONE),
+    **dict.fromkeys(("inner_learning_rate", "meta_learning_rate"), POSITIVE),
+}
+
+
 def check(s: Settings) -> None:
-    """Every number is one that there can be.
+    """Every setting is one that there can be.
 
     Raises:
         UserError: One that is not, by its name.
     """
-    for name in ("length", "batch", "inner_steps", "meta_steps", "threads"):
-        if getattr(s, name) < 1:
-            raise UserError(f"{name} must be at least 1; got {getattr(s, name)}")
-    for name in ("inner_learning_rate", "meta_learning_rate"):
-        if not 0 < getattr(s, name) < math.inf:
-            raise UserError(f"{name} must be positive and finite; got {getattr(s, name)}")
+    check_limits(s, LIMITS)
     if len(names(s)) < 2 or not all(0 < rate <= 1 for rate in s.noise):
         raise UserError(f"noise must be rates above 0 and at most 1, beside the clean source; got {s.noise}")
     if s.gradient not in (GradientName.reverse, GradientName.mixed):
@@ -120,18 +119,7 @@ class Study:
 
     def __init__(self, s: Settings) -> None:
         self.s, self.device, self.text = s, find_device(s.device), corpus()
-        torch.manual_seed(s.seed)
-        self.model = metaattn.Transformer(
-            input="token",
-            vocab_size=256,
-            output="per_token",
-            out_features=256,
-            causal=True,
-            dim=s.dim,
-            depth=s.depth,
-            heads=s.heads,
-            backend=s.backend.value,
-        ).to(self.device)
+        self.model = byte_model(s.seed, backend=s.backend, dim=s.dim, depth=s.depth, heads=s.heads).to(self.device)
         self.start: Params = {k: p.detach() for k, p in self.model.named_parameters()}
 
     def losses(self, params: Params, tokens: Tensor) -> Tensor:
@@ -242,7 +230,7 @@ def main() -> None:
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {
-        "settings": {k: v.value if isinstance(v, Enum) else v for k, v in asdict(s).items()},
+        "settings": plain(s),
         "sources": labels,
         "weights": weights.tolist(),
         "held_out_loss": losses,

@@ -19,8 +19,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from enum import Enum
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -32,17 +31,16 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import metaattn
 from metaattn.meta import adapt, sgd
 from metaattn.meta.optim import Params
 from metaattn.tasks.episodes import generator
 
 from . import report
-from ._settings import fail, parse
-from .config import Backend, GradientName
+from ._settings import fail, parse, plain
+from .config import ONE, POSITIVE, Backend, GradientName, Limit, check_limits
 from .errors import UserError
 from .setup import find_device
-from .text import corpus, windows
+from .text import byte_model, corpus, windows
 
 BIT = math.log(2)
 
@@ -70,22 +68,23 @@ class Settings:
     out: str = "outputs/long_context"
 
 
+LIMITS: dict[str, Limit] = {
+    **dict.fromkeys(("chunk", "window", "batch", "meta_steps", "test_texts"), ONE),
+    **dict.fromkeys(("inner_learning_rate", "meta_learning_rate"), POSITIVE),
+}
+
+
 def check(s: Settings) -> None:
-    """Every number is one that there can be.
+    """Every setting is one that there can be.
 
     Raises:
         UserError: One that is not, by its name.
     """
-    for name in ("chunk", "window", "batch", "meta_steps", "test_texts"):
-        if getattr(s, name) < 1:
-            raise UserError(f"{name} must be at least 1; got {getattr(s, name)}")
+    check_limits(s, LIMITS)
     if s.chunks < 2:
         raise UserError(f"chunks must be at least 2, for there is nothing to remember in the first; got {s.chunks}")
     if s.gradient is GradientName.implicit:
         raise UserError("gradient=implicit is that of a minimum, and a chunk is one step; give gradient=mixed")
-    for name in ("inner_learning_rate", "meta_learning_rate"):
-        if not 0 < getattr(s, name) < math.inf:
-            raise UserError(f"{name} must be positive and finite; got {getattr(s, name)}")
 
 
 class Study:
@@ -97,18 +96,8 @@ class Study:
 
     def __init__(self, s: Settings) -> None:
         self.s, self.device, self.text = s, find_device(s.device), corpus()
-        torch.manual_seed(s.seed)
-        self.model = metaattn.Transformer(
-            input="token",
-            vocab_size=256,
-            output="per_token",
-            out_features=256,
-            causal=True,
-            window=(s.window - 1, None),
-            dim=s.dim,
-            depth=s.depth,
-            heads=s.heads,
-            backend=s.backend.value,
+        self.model = byte_model(
+            s.seed, backend=s.backend, dim=s.dim, depth=s.depth, heads=s.heads, window=(s.window - 1, None)
         ).to(self.device)
         self.start: Params = {k: p.detach() for k, p in self.model.named_parameters()}
         self.adapts = [k for k in self.start if any(fnmatchcase(k, pattern) for pattern in s.adapts)]
@@ -199,22 +188,22 @@ def main() -> None:
         check(s)
         study = Study(s)
         params, rates, losses = study.train("meta-training", study.rates)
-        plain, _, plain_losses = study.train("ordinary training", {})
+        ordinary, _, ordinary_losses = study.train("ordinary training", {})
     except (UserError, NotImplementedError, ValueError) as error:
         fail(str(error).splitlines()[0])
     curves = {
         "learns as it reads": study.test(params, rates),
         "the same, steps left out": study.test(params, {}),
-        "ordinary training": study.test(plain, {}),
-        "ordinary training, with steps": study.test(plain, study.rates),
+        "ordinary training": study.test(ordinary, {}),
+        "ordinary training, with steps": study.test(ordinary, study.rates),
     }
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {
-        "settings": {k: v.value if isinstance(v, Enum) else v for k, v in asdict(s).items()},
+        "settings": plain(s),
         "learning_rates": {k: r.item() for k, r in rates.items()},
         "bits_per_byte": {name: values.tolist() for name, values in curves.items()},
-        "training": {"meta-training": losses, "ordinary training": plain_losses},
+        "training": {"meta-training": losses, "ordinary training": ordinary_losses},
     }
     report.write_json(out / "long_context.json", content)
     plot(out / "long_context.png", s.chunk, curves, content["training"])

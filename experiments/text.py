@@ -1,13 +1,17 @@
-"""Real text that every machine has: the sources of Python's standard library, as bytes."""
+"""Real text that every machine has, the sources of Python's standard library, as bytes; and a model of it."""
 
 from __future__ import annotations
 
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import metaattn
+
+from .config import Backend
 from .errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -33,3 +37,17 @@ def windows(text: Tensor, count: int, length: int, g: torch.Generator) -> Tensor
     """Pieces of the text and the byte behind each, ``[count, length + 1]``."""
     start = torch.randint(len(text) - length, (count, 1), generator=g)
     return text[start + torch.arange(length + 1)].long()
+
+
+def byte_model(seed: int, *, backend: Backend, **changes: Any) -> metaattn.Transformer:
+    """A causal Transformer that predicts the next byte, drawn from a seed; ``changes`` of its config."""
+    torch.manual_seed(seed)
+    return metaattn.Transformer(
+        input="token",
+        vocab_size=256,
+        output="per_token",
+        out_features=256,
+        causal=True,
+        backend=backend.value,
+        **changes,
+    )
