@@ -32,7 +32,7 @@ from ._scores import (
 
 
 @triton.jit
-def products(a, a_t, e, e_t, b, b_t, f, f_t, SECOND: tl.constexpr, PRECISION: tl.constexpr):
+def products(a, a_t, e, e_t, b, b_t, f, f_t, PRECISION: tl.constexpr):
     """``a b^T`` and ``e f^T``, with their tangents: scores and P's cotangent, or their transposes."""
     bt = tl.trans(b)
     ft = tl.trans(f)
@@ -40,15 +40,14 @@ def products(a, a_t, e, e_t, b, b_t, f, f_t, SECOND: tl.constexpr, PRECISION: tl
     dp = product(e, ft, None, PRECISION)
     s_t = tl.zeros_like(s)
     dp_t = tl.zeros_like(s)
-    if SECOND:
-        if a_t is not None:
-            s_t = product(a_t, bt, s_t, PRECISION)
-        if b_t is not None:
-            s_t = product(a, tl.trans(b_t), s_t, PRECISION)
-        if e_t is not None:
-            dp_t = product(e_t, ft, dp_t, PRECISION)
-        if f_t is not None:
-            dp_t = product(e, tl.trans(f_t), dp_t, PRECISION)
+    if a_t is not None:
+        s_t = product(a_t, bt, s_t, PRECISION)
+    if b_t is not None:
+        s_t = product(a, tl.trans(b_t), s_t, PRECISION)
+    if e_t is not None:
+        dp_t = product(e_t, ft, dp_t, PRECISION)
+    if f_t is not None:
+        dp_t = product(e, tl.trans(f_t), dp_t, PRECISION)
     return s, s_t, dp, dp_t
 
 
@@ -153,23 +152,14 @@ def by_row(
     q = load_query(x.query, where, problem, row, r, d, EVEN_M)
     e = load_query(w.out, where, problem, row, r, dv, EVEN_M)
     o = load_query(w.out_value, where, problem, row, r, dv, EVEN_M)
-    q_t = None
-    e_t = None
-    o_t = None
-    if SECOND:
-        if x_t.query.ptr is not None:
-            q_t = load_query(x_t.query, where, problem, row, r, d, EVEN_M)
-        if w.out_t.ptr is not None:
-            e_t = load_query(w.out_t, where, problem, row, r, dv, EVEN_M)
-        o_t = load_query(w.out_value_t, where, problem, row, r, dv, EVEN_M)
+    q_t = load_query(x_t.query, where, problem, row, r, d, EVEN_M) if x_t.query.ptr is not None else None
+    e_t = load_query(w.out_t, where, problem, row, r, dv, EVEN_M) if w.out_t.ptr is not None else None
+    o_t = load_query(w.out_value_t, where, problem, row, r, dv, EVEN_M) if SECOND else None
     dtype = q.dtype
     q = held(q, HOLD)
     e = held(e, HOLD)
-    if SECOND:
-        if q_t is not None:
-            q_t = held(q_t, HOLD)
-        if e_t is not None:
-            e_t = held(e_t, HOLD)
+    q_t = held(q_t, HOLD) if q_t is not None else None
+    e_t = held(e_t, HOLD) if e_t is not None else None
     lse = load_lse(w.lse_value, flat, i, NQ)[:, None]
     mu = load_stat(w.lse_value_t, flat, i, NQ, 0.0)[:, None] if SECOND else lse
     bias_at = locate(problem.bias, where) if problem.bias.ptr is not None else None
@@ -186,14 +176,9 @@ def by_row(
             for n in tl.range(walk[0], walk[3], BN, num_stages=1):
                 k = load_key(x.key, shared, problem, n, c, d, False)
                 v = load_key(x.value, shared, problem, n, c, dv, False)
-                k_t = None
-                v_t = None
-                if SECOND:
-                    if x_t.key.ptr is not None:
-                        k_t = load_key(x_t.key, shared, problem, n, c, d, False)
-                    if x_t.value.ptr is not None:
-                        v_t = load_key(x_t.value, shared, problem, n, c, dv, False)
-                s, s_t, dp, dp_t = products(q, q_t, e, e_t, k, k_t, v, v_t, SECOND, PRECISION)
+                k_t = load_key(x_t.key, shared, problem, n, c, d, False) if x_t.key.ptr is not None else None
+                v_t = load_key(x_t.value, shared, problem, n, c, dv, False) if x_t.value.ptr is not None else None
+                s, s_t, dp, dp_t = products(q, q_t, e, e_t, k, k_t, v, v_t, PRECISION)
                 p, _, dp, p_t, _, dp_t = probabilities(
                     s, s_t, dp, dp_t, lse, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,
                     i[:, None], (n + c)[None, :], SECOND, FOLD, True,
@@ -215,17 +200,13 @@ def by_row(
             or (segment == 2 and (not SPLIT or not EVEN_N or problem.right is not None))
         ):
             first, last = part_of(walk, segment, SPLIT)
+            even = EVEN_N or segment == 1
             for n in range(first, last, BN):
-                k = load_key(x.key, shared, problem, n, c, d, EVEN_N or segment == 1)
-                v = load_key(x.value, shared, problem, n, c, dv, EVEN_N or segment == 1)
-                k_t = None
-                v_t = None
-                if SECOND:
-                    if x_t.key.ptr is not None:
-                        k_t = load_key(x_t.key, shared, problem, n, c, d, EVEN_N or segment == 1)
-                    if x_t.value.ptr is not None:
-                        v_t = load_key(x_t.value, shared, problem, n, c, dv, EVEN_N or segment == 1)
-                s, s_t, dp, dp_t = products(q, q_t, e, e_t, k, k_t, v, v_t, SECOND, PRECISION)
+                k = load_key(x.key, shared, problem, n, c, d, even)
+                v = load_key(x.value, shared, problem, n, c, dv, even)
+                k_t = load_key(x_t.key, shared, problem, n, c, d, even) if x_t.key.ptr is not None else None
+                v_t = load_key(x_t.value, shared, problem, n, c, dv, even) if x_t.value.ptr is not None else None
+                s, s_t, dp, dp_t = products(q, q_t, e, e_t, k, k_t, v, v_t, PRECISION)
                 p, _, dp, p_t, _, dp_t = probabilities(
                     s, s_t, dp, dp_t, lse, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,
                     i[:, None], (n + c)[None, :], SECOND, FOLD, segment != 1,
@@ -281,21 +262,13 @@ def by_key(
 
     k = load_key(x.key, shared, problem, key, c, d, EVEN_N)
     v = load_key(x.value, shared, problem, key, c, dv, EVEN_N)
-    k_t = None
-    v_t = None
-    if SECOND:
-        if x_t.key.ptr is not None:
-            k_t = load_key(x_t.key, shared, problem, key, c, d, EVEN_N)
-        if x_t.value.ptr is not None:
-            v_t = load_key(x_t.value, shared, problem, key, c, dv, EVEN_N)
+    k_t = load_key(x_t.key, shared, problem, key, c, d, EVEN_N) if x_t.key.ptr is not None else None
+    v_t = load_key(x_t.value, shared, problem, key, c, dv, EVEN_N) if x_t.value.ptr is not None else None
     dtype = k.dtype
     k = held(k, HOLD)
     v = held(v, HOLD)
-    if SECOND:
-        if k_t is not None:
-            k_t = held(k_t, HOLD)
-        if v_t is not None:
-            v_t = held(v_t, HOLD)
+    k_t = held(k_t, HOLD) if k_t is not None else None
+    v_t = held(v_t, HOLD) if v_t is not None else None
 
     grad_k = tl.zeros([BN, D], tl.float32)
     grad_v = tl.zeros([BN, DV], tl.float32)
@@ -319,19 +292,15 @@ def by_key(
                 or (segment == 2 and (not SPLIT or not EVEN_M or problem.left is not None))
             ):
                 first, last = part_of(walk, segment, SPLIT)
+                even = EVEN_M or segment == 1
                 # Keys past the last one are only in their own rows of the gradients, which are not written;
                 # but in ds k they would be summed.
                 for m in range(first, last, BM):
                     i = m + r
-                    q = load_query(x.query, where, problem, m, r, d, EVEN_M or segment == 1)
-                    e = load_query(w.out, where, problem, m, r, dv, EVEN_M or segment == 1)
-                    q_t = None
-                    e_t = None
-                    if SECOND:
-                        if x_t.query.ptr is not None:
-                            q_t = load_query(x_t.query, where, problem, m, r, d, EVEN_M or segment == 1)
-                        if w.out_t.ptr is not None:
-                            e_t = load_query(w.out_t, where, problem, m, r, dv, EVEN_M or segment == 1)
+                    q = load_query(x.query, where, problem, m, r, d, even)
+                    e = load_query(w.out, where, problem, m, r, dv, even)
+                    q_t = load_query(x_t.query, where, problem, m, r, d, even) if x_t.query.ptr is not None else None
+                    e_t = load_query(w.out_t, where, problem, m, r, dv, even) if w.out_t.ptr is not None else None
                     if ALONE:
                         delta = minus_lse_bar(w.lse, w.lse_value, flat, i, NQ)
                         delta_t = minus_lse_bar(w.lse_t, w.lse_value, flat, i, NQ) if SECOND else delta
@@ -340,7 +309,7 @@ def by_key(
                         delta_t = load_stat(w.delta_t, flat, i, NQ, 0.0) if SECOND else delta
                     lse = load_lse(w.lse_value, flat, i, NQ)[None, :]
                     mu = load_stat(w.lse_value_t, flat, i, NQ, 0.0)[None, :] if SECOND else lse
-                    s, s_t, dp, dp_t = products(k, k_t, v, v_t, q, q_t, e, e_t, SECOND, PRECISION)
+                    s, s_t, dp, dp_t = products(k, k_t, v, v_t, q, q_t, e, e_t, PRECISION)
                     p, pz, dp, p_t, pz_t, dp_t = probabilities(
                         s, s_t, dp, dp_t, lse, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,
                         i[None, :], j[:, None], SECOND, FOLD, segment != 1 or (ALONE and not EVEN_N),

@@ -7,6 +7,7 @@ Read beside ``docs/mathematics.md``. With VALUE the softmax is online (Milakov a
 import triton
 import triton.language as tl
 
+from ._rows import load_lse
 from ._scores import (
     LN2,
     LOG2E,
@@ -108,12 +109,9 @@ def values(
     q = held(q, HOLD)
     bias_at = locate(problem.bias, where) if problem.bias.ptr is not None else None
     mask_at = locate(problem.mask, where) if problem.mask.ptr is not None else None
-    q_t = None
-    bias_t_at = None
+    q_t = held(load_query(x_t.query, where, problem, row, r, d, EVEN_M), HOLD) if x_t.query.ptr is not None else None
+    bias_t_at = locate(x_t.bias, where) if x_t.bias.ptr is not None else None
     if TANGENT:
-        if x_t.query.ptr is not None:
-            q_t = held(load_query(x_t.query, where, problem, row, r, d, EVEN_M), HOLD)
-        bias_t_at = locate(x_t.bias, where) if x_t.bias.ptr is not None else None
         acc_t = tl.zeros([BM, DV], tl.float32)
         mu = tl.zeros([BM], tl.float32)
     if problem.seeds is not None:
@@ -124,8 +122,7 @@ def values(
         total = tl.zeros([BM], tl.float32)
         peak = tl.full([BM], float("-inf"), tl.float32)
     else:
-        peak = tl.load(lse + flat * NQ + i, mask=row_ok, other=0.0) * LOG2E
-        peak = tl.where(peak == float("-inf"), 0.0, peak)
+        peak = load_lse(lse, flat, i, NQ)
 
     walk = key_range(problem, row, BM, BN)
     if TANGENT:
@@ -135,9 +132,7 @@ def values(
                 weight = tl.zeros([BM], tl.float32)
                 for n in tl.range(walk[0], walk[3], BN, num_stages=1):
                     k = load_key(x.key, shared, problem, n, c, d, False)
-                    k_t = None
-                    if x_t.key.ptr is not None:
-                        k_t = load_key(x_t.key, shared, problem, n, c, d, False)
+                    k_t = load_key(x_t.key, shared, problem, n, c, d, False) if x_t.key.ptr is not None else None
                     s, s_t = scores(
                         q, q_t, k, k_t, x_t, problem, bias_at, bias_t_at, mask_at,
                         i[:, None], (n + c)[None, :], TANGENT, FOLD, True, PRECISION,
@@ -165,13 +160,11 @@ def values(
             or (segment == 2 and (not SPLIT or not EVEN_N or problem.right is not None))
         ):
             first, last = part_of(walk, segment, SPLIT)
+            even = EVEN_N or segment == 1
             for n in range(first, last, BN):
                 j = n + c
-                k = load_key(x.key, shared, problem, n, c, d, EVEN_N or segment == 1)
-                k_t = None
-                if TANGENT:
-                    if x_t.key.ptr is not None:
-                        k_t = load_key(x_t.key, shared, problem, n, c, d, EVEN_N or segment == 1)
+                k = load_key(x.key, shared, problem, n, c, d, even)
+                k_t = load_key(x_t.key, shared, problem, n, c, d, even) if x_t.key.ptr is not None else None
                 s, s_t = scores(
                     q, q_t, k, k_t, x_t, problem, bias_at, bias_t_at, mask_at,
                     i[:, None], j[None, :], TANGENT, FOLD, segment != 1, PRECISION,
@@ -199,13 +192,13 @@ def values(
                     p = tl.where(keep, p, 0.0)
                     if TANGENT:
                         p_t = tl.where(keep, p_t, 0.0)
-                v = load_key(x.value, shared, problem, n, c, dv, EVEN_N or segment == 1)
+                v = load_key(x.value, shared, problem, n, c, dv, even)
                 if VALUE:
                     acc = product(p.to(dtype), v, acc, PRECISION)
                 if TANGENT:
                     acc_t = product(p_t.to(dtype), v, acc_t, PRECISION)
                     if x_t.value.ptr is not None:
-                        v_t = load_key(x_t.value, shared, problem, n, c, dv, EVEN_N or segment == 1)
+                        v_t = load_key(x_t.value, shared, problem, n, c, dv, even)
                         acc_t = product(p.to(dtype), v_t, acc_t, PRECISION)
 
     if VALUE:
