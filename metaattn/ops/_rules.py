@@ -183,14 +183,12 @@ class _Known(Rule):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        Rule.keep(ctx, inputs[0], inputs[1:-2], output)
+        form = inputs[0]
+        Rule.keep(ctx, Form(form.static, form.there[:-2]), inputs[1:-2], output)
 
     @staticmethod
     def backward(ctx: Any, *w: Tensor | None) -> Any:
-        saved, need = ctx.saved_tensors, Rule.needed(ctx)
-        x, values = Operands(*ctx.form.fill((*saved[:-2], None, None))[:6]), Values(*saved[-2:])
-        grads = gradient(ctx.form.static, x, values, Rows(*w), bias_grad=need[3])
-        return None, *ctx.form.pick((*grads, None, None, None, None))
+        return *_Forward.backward(ctx, *w), None, None
 
     @staticmethod
     def jvp(ctx: Any, _: None, *moved: Tensor | None) -> Any:
