@@ -34,6 +34,7 @@ import matplotlib as mpl
 import torch
 import torch.nn.functional as F
 import triton
+from _compare import relative_error
 from torch import Tensor
 from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -187,14 +188,6 @@ def oracle(s: Setting, name: str) -> list[Tensor]:
     return [t.detach() for t in tree_leaves(rule(name, dense64(s), x)())]
 
 
-def relative_error(name: str, f: Attention, s: Setting) -> float:
-    """Of a rule's results on one batch, in the 2-norm."""
-    got = [t.detach().double() for t in tree_leaves(rule(name, f, s.tensors(1))())]
-    want = oracle(s, name)
-    top = sum(((a - b) ** 2).sum() for a, b in zip(got, want, strict=True))
-    return math.sqrt(top / sum((b**2).sum() for b in want))
-
-
 def times(call: Callable[[], Any], quick: bool) -> dict[str, Any]:
     """Time on the GPU, time of an eager call, and peak memory above what there was."""
     call()
@@ -222,7 +215,7 @@ def measure(who: str, name: str, s: Setting, quick: bool) -> dict[str, Any]:
     try:
         f = attention(who, s)
         if s.shape[2] <= 2048:
-            row["error"] = relative_error(name, f, s)
+            row["error"] = relative_error(rule(name, f, s.tensors(1))(), oracle(s, name))  # of one batch
         if not row.get("error", 0.0) < BOUND[s.dtype]:
             return row | {"failed": f"wrong: relative error {row['error']:.1e}"}
         # The backward runs on the stream of its forward: all of it where a graph can capture it.

@@ -21,11 +21,11 @@ from typing import Any
 import matplotlib as mpl
 import torch
 import torch.nn.functional as F
+from _compare import relative_error
 from _memory import peak_bytes
 from torch import Tensor
 from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import metaattn
@@ -79,12 +79,6 @@ def seconds(call: Callable[[], Any], repeats: int) -> float:
         call()
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def relative_error(got: Any, want: Any) -> float:
-    """In the 2-norm, over all results."""
-    a, b = (torch.cat([t.double().flatten() for t in tree_leaves(r)]) for r in (got, want))
-    return ((a - b).norm() / b.norm()).item()
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ import functools
 import gc
 import importlib.util
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import torch
 import torch.nn.functional as F
+from _compare import relative_error
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -174,12 +174,10 @@ def oracle(p: Problem) -> Gradient:
     return build(p._replace(dtype=torch.float64), "oracle", torch.device("cpu"))()
 
 
-def relative_error(p: Problem, who: str, device: torch.device) -> float:
-    """Of the meta-gradient of the same model on a small problem."""
+def small_error(p: Problem, who: str, device: torch.device) -> float:
+    """The relative error of the meta-gradient of the same model on a small problem."""
     small = p._replace(tasks=2, sequences=2, tokens=min(p.tokens, 48), steps=min(p.steps, 2))
-    want, got = oracle(small._replace(dtype=torch.float64)), build(small, who, device)()
-    top = sum(((got[k].double().cpu() - w) ** 2).sum() for k, w in want.items())
-    return math.sqrt(float(top) / float(sum((w**2).sum() for w in want.values())))
+    return relative_error(build(small, who, device)(), oracle(small._replace(dtype=torch.float64)))
 
 
 def wait(device: torch.device) -> None:
@@ -192,7 +190,7 @@ def measure(p: Problem, who: str, device: torch.device, seconds: float) -> dict[
     """One row."""
     row: dict[str, Any] = {"who": who, "setting": p.label(), "sizes": p[:7]}
     try:
-        row["error"] = relative_error(p, who, device)
+        row["error"] = small_error(p, who, device)
         if not row["error"] < BOUND[p.dtype]:
             return row | {"failed": f"wrong: relative error {row['error']:.1e}"}
         step = build(p, who, device)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import triton
+from _compare import relative_error
 from torch import Tensor
 from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -159,12 +159,6 @@ def rule(name: str, f: Attention, x: list[Tensor], t: list[Tensor], w: Tensor) -
     return list(torch.autograd.grad(g, leaves, t))
 
 
-def error(got: list[Tensor], want: list[Tensor]) -> float:
-    """Relative, in the 2-norm over all."""
-    top = sum(((a.double() - b) ** 2).sum().item() for a, b in zip(got, want, strict=True))
-    return math.sqrt(top / max(1e-300, sum((b**2).sum().item() for b in want)))
-
-
 _lost: list[str] = []  # what ended this process's use of the GPU, if anything has
 
 
@@ -195,8 +189,8 @@ def check(c: Case) -> dict[str, Any] | None:
             again = rule(name, ours(c, "triton", mask, options), x, t, w)
             peer = rule(name, math_attention(c, mask, options), x, t, w)
             row[name] = {
-                "ours": error(got, want),
-                "math": error(peer, want),
+                "ours": relative_error(got, want),
+                "math": relative_error(peer, want),
                 "repeats": all(torch.equal(a, b) for a, b in zip(got, again, strict=True)),
             }
     except Exception as problem:
