@@ -18,6 +18,8 @@ MAY_IMPORT = {
     "metaattn.meta": {"metaattn.ops"},
     "metaattn.tasks": set(),
     "metaattn.integrations": {"metaattn.ops", "metaattn.nn", "metaattn.meta", "metaattn.tasks"},
+    "metaattn.cli": {"metaattn"},
+    "metaattn.__main__": {"metaattn.cli"},
     "experiments": {"metaattn"},
     "train_maml": {"experiments"},
 }
@@ -62,8 +64,8 @@ def test_direction(path):
             continue
         other = _room(name)
         allowed = other == room or other in MAY_IMPORT[room] or (top in MAY_IMPORT[room])
-        if other == "metaattn" and room.startswith("metaattn"):
-            allowed = False  # nothing inside reaches up to the face
+        if other == "metaattn" and room.startswith("metaattn") and room != "metaattn.cli":
+            allowed = False  # nothing inside reaches up to the face, but the commands, which are above it
         assert allowed, (
             f"{_module(path)} imports {name}: {room} may import {sorted(MAY_IMPORT[room]) or 'nothing of ours'}"
         )

@@ -1,0 +1,132 @@
+"""``metaattn doctor``: its report where all is well, and what it finds where something is not."""
+
+import re
+
+import pytest
+import torch
+
+from metaattn.backends import blockwise
+from metaattn.cli import _facts, _selfcheck, main
+
+CPU = torch.device("cpu")
+
+
+def _cells(out):
+    """By backend and dtype, the table's cells by rule."""
+    header, *rows = re.findall(
+        r"^  ((?:backend|reference|blockwise|triton) +(?:\w+ .*e-\d\d|dtype.*))$", out, re.MULTILINE
+    )
+    names = header.split()[2:]
+    return {tuple(row.split()[:2]): dict(zip(names, row.split()[2:], strict=True)) for row in rows}
+
+
+def _spoilt(result):
+    """With the first tensor too large by half."""
+    first, *others = result
+    first = _spoilt(first) if isinstance(first, tuple) else 1.5 * first
+    return (first, *others) if type(result) is tuple else type(result)(first, *others)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels' interpreter is for machines without a GPU")
+def test_all_is_well(capsys):
+    """Every backend that works on a CPU, the kernels in Triton's interpreter among them."""
+    assert main(["doctor", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    cells = _cells(out)
+    plain = {(b, d) for b in ("reference", "blockwise") for d in ("float64", "float32", "float16", "bfloat16")}
+    assert set(cells) == plain | {("triton", "float32")}
+    for (_, dtype), row in cells.items():
+        assert [*row] == [*_selfcheck.CHECKED, "bound"]
+        errors = [float(row[rule]) for rule in _selfcheck.CHECKED]
+        # The bounds have room for other machines, and would still show one digit lost of three.
+        assert max(errors) <= _selfcheck.BOUND[getattr(torch, dtype)] / 5
+    assert "vendor      backend='vendor' needs a CUDA device" in out
+    assert f"PyTorch             {torch.__version__}" in out
+    assert "TRITON_INTERPRET=1" in out
+    assert "All 294 results are right" in out
+
+
+@pytest.fixture
+def one_call(monkeypatch):
+    """Time is for the rules here, not for the kinds of call."""
+    monkeypatch.setattr(_selfcheck, "CALLS", _selfcheck.CALLS[:1])
+
+
+@pytest.mark.usefixtures("one_call")
+@pytest.mark.parametrize(
+    ("primitive", "rule"), [("forward", "fwd"), ("backward", "grad"), ("forward_tangent", "jvp"), ("second", "hvp")]
+)
+def test_a_wrong_primitive_is_named(primitive, rule, monkeypatch, capsys):
+    right = getattr(blockwise, primitive)
+
+    def wrong(*arguments, **options):
+        return _spoilt(right(*arguments, **options))
+
+    monkeypatch.setattr(blockwise, primitive, wrong)
+    assert main(["doctor", "--device", "cpu", "--backend", "blockwise"]) == 1
+    out = capsys.readouterr().out
+    assert all(row[rule].endswith("!") for row in _cells(out).values())
+    assert re.search(rf"blockwise, float64: {rule} of the full call: relative error \S+, at most 1e-11 allowed", out)
+    assert "call with backend='reference'" in out
+
+
+@pytest.mark.usefixtures("one_call")
+def test_the_others_are_not_blamed(monkeypatch, capsys):
+    """A wrong S leaves the value, the gradient and the jvp as they are."""
+    right = blockwise.second
+    monkeypatch.setattr(blockwise, "second", lambda *a, **o: _spoilt(right(*a, **o)))
+    assert main(["doctor", "--device", "cpu", "--backend", "blockwise"]) == 1
+    for row in _cells(capsys.readouterr().out).values():
+        assert {rule for rule, cell in row.items() if cell.endswith("!")} == {"hvp", "rof", "dbl", "vmap"}
+
+
+@pytest.mark.usefixtures("one_call")
+def test_a_primitive_that_raises(monkeypatch, capsys):
+    def lost(*_, **__):
+        raise RuntimeError("the device is lost\nand more")
+
+    monkeypatch.setattr(blockwise, "backward", lost)
+    assert main(["doctor", "--device", "cpu", "--backend", "blockwise"]) == 1
+    out = capsys.readouterr().out
+    assert "raises!" in out
+    assert "RuntimeError: the device is lost\n" in out
+
+
+def test_a_backend_that_cannot_run(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["doctor", "--device", "cpu", "--backend", "triton"]) == 1
+    assert "Nothing to check: triton cannot run on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("one_call")
+def test_threads_are_as_before(capsys):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        main(["doctor", "--device", "cpu", "--backend", "reference"])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("call", _selfcheck.CALLS, ids=lambda c: c.name)
+def test_oracle(call):
+    """The dense formula against PyTorch's own attention; a row that sees nothing is zero."""
+    (query, key, value, *bias), _, _ = call.tensors(torch.float64, CPU)
+    got = _selfcheck.dense(call, CPU)(query, key, value, *bias)
+    i, j = torch.arange(call.rows)[:, None], torch.arange(call.keys)
+    mask = bias[0] if bias else call.shown(CPU)
+    if "window" in call.options:
+        left, right = call.options["window"]
+        mask = (i - j <= left) & (j - i <= right)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=call.options.get("is_causal", False), enable_gqa=True
+    )
+    torch.testing.assert_close(got, want.nan_to_num(0.0), rtol=1e-12, atol=1e-12)
+
+
+def test_extras_are_those_of_the_project():
+    extras = _facts.extras()
+    assert "pytest" in extras["test"]
+    assert _facts.version("pytest") == pytest.__version__
+    assert _facts.version("no-such-package") is None
