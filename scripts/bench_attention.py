@@ -34,9 +34,7 @@ import matplotlib as mpl
 import torch
 import torch.nn.functional as F
 import triton
-from _compare import relative_error
 from torch import Tensor
-from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -44,6 +42,8 @@ from triton.testing import do_bench
 
 import metaattn
 from metaattn.backends import _auto
+from metaattn.cli._measure import relative_error
+from metaattn.cli._rules import Attention, derivative
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -64,7 +64,6 @@ SDPA = {
     "SDPA math": SDPBackend.MATH,
 }
 OURS = {"metaattn auto": "auto", "metaattn triton": "triton"}
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Setting(NamedTuple):
@@ -148,24 +147,8 @@ def flex(s: Setting) -> Attention:
 
 def rule(name: str, f: Attention, x: list[Tensor]) -> Callable[[], Any]:
     """A rule as a call to time; what is not to be timed is done before."""
-    q, k, v, w, *t = x
-    if name == "fwd":
-        return lambda: f(q, k, v)
-    if name == "jvp":
-        return lambda: jvp(f, (q, k, v), tuple(t))
-    if name == "hvp":
-        return lambda: jvp(lambda *x: vjp(f, *x)[1](w), (q, k, v), tuple(t))
-    leaves = [a.detach().requires_grad_() for a in (q, k, v)]
-    if name == "bwd":
-        out = f(*leaves)
-        return lambda: torch.autograd.grad(out, leaves, w, retain_graph=True)
-    cotangent = w.detach().requires_grad_()
-
-    def double() -> Any:
-        g = torch.autograd.grad(f(*leaves), leaves, cotangent, create_graph=True)
-        return torch.autograd.grad(g, (*leaves, cotangent), t)
-
-    return double
+    query, key, value, cotangent, *tangents = x
+    return derivative(name, f, (query, key, value), tangents, cotangent)
 
 
 def dense64(s: Setting) -> Attention:

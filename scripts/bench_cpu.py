@@ -14,27 +14,25 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import torch
 import torch.nn.functional as F
-from _compare import relative_error
-from _memory import peak_bytes
 from torch import Tensor
-from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import metaattn
+from metaattn.cli._measure import peak_bytes, relative_error
+from metaattn.cli._rules import Attention, derivative
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-RULES = ("forward", "backward", "jvp", "hvp", "double backward")
+# Everything from the inputs on.
+RULES = {"forward": "fwd", "backward": "grad", "jvp": "jvp", "hvp": "hvp", "double backward": "dbl"}
 
 
 def attention(name: str, causal: bool) -> Attention:
@@ -49,25 +47,9 @@ def attention(name: str, causal: bool) -> Attention:
     return lambda q, k, v: metaattn.sdpa(q, k, v, is_causal=causal, backend=name)
 
 
-def rule(name: str, f: Attention, x: tuple[Tensor, ...], w: Tensor, t: tuple[Tensor, ...]) -> Any:
-    """One call of a rule, everything from the inputs on."""
-    if name == "forward":
-        return f(*x)
-    if name == "jvp":
-        return jvp(f, x, t)
-    if name == "hvp":
-        return jvp(lambda *x: vjp(f, *x)[1](w), x, t)
-    leaves = [a.detach().requires_grad_() for a in x]
-    if name == "backward":
-        return torch.autograd.grad(f(*leaves), leaves, w)
-    cotangent = w.detach().requires_grad_()
-    g = torch.autograd.grad(f(*leaves), leaves, cotangent, create_graph=True)
-    return torch.autograd.grad(g, (*leaves, cotangent), t)
-
-
-def split(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
-    """Inputs, a cotangent and tangents of seven tensors."""
-    return tensors[:3], tensors[3], tensors[4:]
+def rule(name: str, f: Attention, tensors: tuple[Tensor, ...]) -> Callable[[], Any]:
+    """A rule as a call, of three inputs, a cotangent and three tangents."""
+    return derivative(RULES[name], f, tensors[:3], tensors[4:], tensors[3])
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> float:
@@ -98,9 +80,9 @@ def main() -> None:
             tensors = torch.randn(7, 1, a.heads, n, a.head_size).unbind()
             wide = tuple(s.double() for s in tensors)
             for name in RULES:
-                want = rule(name, attention("dense", causal), *split(wide)) if n <= 1024 else None
+                want = rule(name, attention("dense", causal), wide)() if n <= 1024 else None
                 for who in ("dense", *a.backends):
-                    call = partial(rule, name, attention(who, causal), *split(tensors))
+                    call = rule(name, attention(who, causal), tensors)
                     row: dict[str, Any] = {"length": n, "causal": causal, "rule": name, "attention": who}
                     if want is not None:
                         row["error"] = relative_error(call(), want)

@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import torch
 import torch.nn.functional as F
-from _compare import relative_error
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import metaattn
+from metaattn.cli._measure import relative_error
 from metaattn.meta import GradientBased, capture, maml
 
 mpl.use("Agg")

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _memory import peak_bytes
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils._pytree import tree_leaves
 
 from metaattn import Transformer
+from metaattn.cli._measure import peak_bytes
 
 Params = dict[str, Tensor]
 

@@ -28,14 +28,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import triton
-from _compare import relative_error
 from torch import Tensor
-from torch.func import jvp, vjp
+from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import metaattn
+from metaattn.cli._measure import relative_error
+from metaattn.cli._rules import Attention, derivative
 
 DTYPES = {
     "bfloat16": (torch.bfloat16, "highest"),
@@ -45,7 +46,6 @@ DTYPES = {
 }
 TF32_ERROR = 3 * 2.0**-11
 RULES = ("fwd", "bwd", "jvp", "hvp", "dbl")
-Attention = Callable[..., Tensor]
 
 
 class Case(NamedTuple):
@@ -146,17 +146,7 @@ def math_attention(c: Case, mask: Tensor | None, options: dict[str, Any]) -> Att
 
 def rule(name: str, f: Attention, x: list[Tensor], t: list[Tensor], w: Tensor) -> list[Tensor]:
     """All results of a rule."""
-    if name == "fwd":
-        return [f(*x)]
-    if name == "bwd":
-        return list(vjp(f, *x)[1](w))
-    if name == "jvp":
-        return tree_leaves(jvp(f, tuple(x), tuple(t)))
-    if name == "hvp":
-        return tree_leaves(jvp(lambda *x: vjp(f, *x)[1](w), tuple(x), tuple(t)))
-    leaves = [a.detach().requires_grad_() for a in (*x, w)]
-    g = torch.autograd.grad(f(*leaves[:-1]), leaves[:-1], leaves[-1], create_graph=True)
-    return list(torch.autograd.grad(g, leaves, t))
+    return tree_leaves(derivative(name, f, x, t, w)())
 
 
 _lost: list[str] = []  # what ended this process's use of the GPU, if anything has

@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, grad, jvp
 
 from metaattn import Transformer
-from scripts._memory import peak_bytes
+from metaattn.cli._measure import peak_bytes
 
 X = torch.randn(4, 32, 8, generator=torch.Generator().manual_seed(0))
 
