@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,16 @@ def on_config(config: Any) -> Any:
     pages += ["coming_from.md"] * (docs / "coming_from.md").exists()
     section += [page for page in pages if page not in section]
     return config
+
+
+def on_page_content(html: str, *, page: Any, **_: Any) -> None:
+    """Warn, which strict mode takes for an error, of what a package exports and its page lacks."""
+    for path in re.findall(r"^::: (\S+)$", page.markdown, re.MULTILINE):
+        package = griffe.load(path, search_paths=["."])
+        for name in sorted(set(package.exports or ()) & set(package.imports)):
+            is_package = package.imports[name] == f"{path}.{name}"
+            if not is_package and f'id="{path}.{name}"' not in html:
+                logging.getLogger("mkdocs.hooks").warning("%s is public, and not on %s", name, page.file.src_uri)
 
 
 class AsWritten(griffe.Extension):

@@ -130,3 +130,11 @@ def test_extras_are_those_of_the_project():
     assert "pytest" in extras["test"]
     assert _facts.version("pytest") == pytest.__version__
     assert _facts.version("no-such-package") is None
+
+
+def test_extras_of_an_installed_package(monkeypatch, tmp_path):
+    """Without a source tree they come from the package's metadata."""
+    requires = ["torch>=2.11", 'pytest>=8; extra == "test"', 'mkdocstrings[python]>=1.0; extra == "docs"']
+    monkeypatch.setattr(_facts, "PACKAGE", tmp_path / "metaattn")
+    monkeypatch.setattr(_facts.metadata, "requires", lambda _: requires)
+    assert _facts.extras() == {"test": ["pytest"], "docs": ["mkdocstrings"]}
