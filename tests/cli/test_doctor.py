@@ -28,8 +28,9 @@ def _spoilt(result):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels' interpreter is for machines without a GPU")
-def test_all_is_well(capsys):
-    """Every backend that works on a CPU, the kernels in Triton's interpreter among them."""
+def test_all_is_well(monkeypatch, capsys):
+    """Every backend that works on a CPU, the kernels in Triton's interpreter among them: with one call, it is slow."""
+    monkeypatch.setattr(_selfcheck, "INTERPRETED", _selfcheck.CALLS[3:4])
     assert main(["doctor", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     cells = _cells(out)
@@ -38,12 +39,12 @@ def test_all_is_well(capsys):
     for (_, dtype), row in cells.items():
         assert [*row] == [*_selfcheck.CHECKED, "bound"]
         errors = [float(row[rule]) for rule in _selfcheck.CHECKED]
-        # The bounds have room for other machines, and would still show one digit lost of three.
+        # Room for other machines, and no more: one digit lost shows.
         assert max(errors) <= _selfcheck.BOUND[getattr(torch, dtype)] / 5
     assert "vendor      backend='vendor' needs a CUDA device" in out
     assert f"PyTorch             {torch.__version__}" in out
     assert "TRITON_INTERPRET=1" in out
-    assert "All 294 results are right" in out
+    assert "All 287 results are right" in out
 
 
 @pytest.fixture
