@@ -37,7 +37,7 @@ class Replay:
             return False
         now = _generators(self._cuda)
         with _outside():
-            drew = not all(map(torch.equal, self._generators, now))
+            drew = not all(torch.equal(state, now[device]) for device, state in self._generators.items())
         if not drew:
             self._generators = None
         return drew
@@ -53,11 +53,11 @@ class Replay:
             yield
             return
         now = _generators(self._cuda)
-        _set_generators(self._cuda, self._generators)
+        _set_generators(self._generators)
         try:
             yield
         finally:
-            _set_generators(self._cuda, now)
+            _set_generators(now)
 
 
 def tracing() -> bool:
@@ -86,7 +86,8 @@ def without_draws() -> Iterator[None]:
         _no_draws = before
 
 
-def _generators(cuda: Sequence[int]) -> list[Tensor]:
+def _generators(cuda: Sequence[int]) -> dict[int | None, Tensor]:
+    """The states of the generators: ``None`` is the CPU's, the others go by the number of the device."""
     if cuda and torch.cuda.is_current_stream_capturing():
         if not _no_draws:
             raise NotImplementedError(
@@ -96,14 +97,16 @@ def _generators(cuda: Sequence[int]) -> list[Tensor]:
             )
         cuda = ()
     with _outside():
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in cuda)]
+        return {None: torch.get_rng_state(), **{i: torch.cuda.get_rng_state(i) for i in cuda}}
 
 
-def _set_generators(cuda: Sequence[int], states: Sequence[Tensor]) -> None:
+def _set_generators(states: dict[int | None, Tensor]) -> None:
     with _outside():
-        torch.set_rng_state(states[0])
-        for i, state in zip(cuda, states[1:], strict=True):
-            torch.cuda.set_rng_state(state, i)
+        for device, state in states.items():
+            if device is None:
+                torch.set_rng_state(state)
+            else:
+                torch.cuda.set_rng_state(state, device)
 
 
 def _precision(devices: set[str]) -> _Precision:

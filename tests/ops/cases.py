@@ -80,6 +80,7 @@ class Case:
         """The same function written out."""
         options = dict(self.options)
         p = options.pop("dropout_p", 0.0)
+        _ = self.bool_mask  # drawn now: no transform is active yet
         z = _dropout(self.query[:-1], self.key[-2], p) if p else None
 
         def f(*inputs):
