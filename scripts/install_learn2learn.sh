@@ -40,9 +40,10 @@ if ! imports torchvision; then
     run python -m pip install --no-deps "torchvision==$matching" || true
     if ! imports torchvision; then
         say "$matching does not load here: it is for a torch with CUDA. $old_torchvision does, without its operators"
-        run python -m pip install --no-deps "torchvision==$old_torchvision" && imports torchvision ||
-            die "no torchvision that imports; install the one of torch $before: https://pytorch.org/get-started/locally"
+        run python -m pip install --no-deps "torchvision==$old_torchvision" || true
     fi
+    imports torchvision ||
+        die "no torchvision that imports; install the one of torch $before: https://pytorch.org/get-started/locally"
 fi
 
 work=$(mktemp -d)
