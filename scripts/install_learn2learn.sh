@@ -9,8 +9,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_QUIET=1
 
 version=0.2.0
 sha256=69f1d7cb0d0a6be7a2c6ad8e83e2ebbe70fb05e51d61e45e63078b40c75ea419
-cython=3.3.1        # 0.29 writes C that Python 3.13 does not compile
-old_torchvision=0.15.2 # the last that imports where its compiled operators do not load
+cython=3.3.1           # learn2learn is of the time of 0.29, but with this its own tests pass that need no download
+old_torchvision=0.16.2 # the last that imports where its compiled operators do not load
 
 say() { echo "install_learn2learn: $*"; }
 die() { say "$*" >&2; exit 1; }
