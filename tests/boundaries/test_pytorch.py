@@ -137,6 +137,16 @@ def test_layer_norm_has_wrong_meta_gradients_under_vmap():
     assert (mapped - looped).norm() > 0.1 * looped.norm()  # should be equal
 
 
+def test_batch_norm_has_wrong_meta_gradients_under_vmap():
+    """Silently, of a batch's own statistics and with a weight. Told to who brings a model, in docs/coming_from.md."""
+    x, w = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    norm = lambda x, w: F.batch_norm(x, None, None, weight=w, training=True)
+    weight_grad = lambda x, w: grad(lambda w: norm(x, w).sin().sum())(w).sin().sum()
+    mapped = grad(lambda x: torch.func.vmap(weight_grad, (0, None))(x, w).sum())(x)
+    looped = torch.stack([grad(weight_grad)(t, w) for t in x])
+    assert (mapped - looped).norm() > 0.1 * looped.norm()  # should be equal
+
+
 def test_layer_norm_has_wrong_second_derivatives():
     """Silently, without a weight as well: in grad of jvp, and in jvp of jvp. Why the Transformer's is written out."""
     x, t = (torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
