@@ -11,10 +11,11 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from metaattn.integrations import transformers as integration  # noqa: E402
-from tests.helpers import assert_close, dense  # noqa: E402
+from tests.helpers import assert_close, dense, python_blocks  # noqa: E402
 from tests.integrations.transformers_models import DECODERS, IDS, LEFT, MASKS, ONES, build, logits  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+PAGE = Path(__file__).parents[2] / "docs" / "integrations" / "transformers.md"
 
 
 @pytest.fixture(autouse=True)
@@ -269,3 +270,16 @@ def test_without_the_library(monkeypatch):
 
 def test_examples():
     assert doctest.testmod(integration).failed == 0
+
+
+def test_the_page_runs_as_printed():
+    blocks = python_blocks(PAGE)
+    assert len(blocks) == 4
+    assert len(blocks[0].splitlines()) <= 16  # "in five minutes"
+    session = {}
+    for block in blocks:
+        exec(block, session)
+    assert session["product"].keys() == session["params"].keys()
+    assert [g.shape[0] for pair in session["products"].values() for g in pair] == [8] * 8
+    assert session["losses"].shape == (4,)
+    assert all(c.isfinite().all() and c.shape[0] == 2 for c in session["curvatures"].values())
