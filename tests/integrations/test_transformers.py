@@ -10,6 +10,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from metaattn.integrations import _transformers_layers  # noqa: E402
 from metaattn.integrations import transformers as integration  # noqa: E402
 from tests.helpers import assert_close, dense, python_blocks  # noqa: E402
 from tests.integrations.transformers_models import DECODERS, IDS, LEFT, MASKS, ONES, build, logits  # noqa: E402
@@ -268,8 +269,11 @@ def test_without_the_library(monkeypatch):
         integration.register()
 
 
-def test_examples():
-    assert doctest.testmod(integration).failed == 0
+@pytest.mark.parametrize("module", [integration, _transformers_layers], ids=lambda m: m.__name__)
+def test_examples(module):
+    tried = doctest.testmod(module)
+    assert tried.attempted > 0
+    assert tried.failed == 0
 
 
 def test_the_page_runs_as_printed():
