@@ -28,7 +28,9 @@ class LayerNorm(nn.LayerNorm):
         over = tuple(range(-len(self.normalized_shape), 0))
         centred = wide - wide.mean(over, keepdim=True)
         scaled = centred * torch.rsqrt(centred.square().mean(over, keepdim=True) + self.eps)
-        return scaled.to(x.dtype) * self.weight + self.bias
+        out = scaled.to(x.dtype)
+        out = out if self.weight is None else out * self.weight
+        return out if self.bias is None else out + self.bias
 
 
 class RMSNorm(nn.RMSNorm):
@@ -43,4 +45,5 @@ class RMSNorm(nn.RMSNorm):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return scaled.to(x.dtype) * self.weight
+        out = scaled.to(x.dtype)
+        return out if self.weight is None else out * self.weight

@@ -1,4 +1,4 @@
-"""What replace_sdpa does to a process, watched."""
+"""Fixtures for the integrations."""
 
 import pytest
 import torch
@@ -26,3 +26,11 @@ def fast_paths():
     assert torch.backends.mha.get_fastpath_enabled()
     yield torch.backends.mha.get_fastpath_enabled
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.fixture
+def exact_eager(monkeypatch):
+    """Transformers' eager attention takes its softmax in float32; as an oracle it stays in its dtype."""
+    softmax = torch.nn.functional.softmax
+    wide = lambda x, dim, dtype=None: softmax(x, dim, dtype=None if x.dtype == torch.float64 else dtype)
+    monkeypatch.setattr(torch.nn.functional, "softmax", wide)

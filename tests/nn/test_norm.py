@@ -62,3 +62,17 @@ def test_bfloat16_stays_under_traced_forward_mode(cls):
     x = torch.randn(3, 5).bfloat16()
     out, tangent = make_fx(lambda x, t: jvp(module, (x,), (t,)))(x, x)(x, x)
     assert out.dtype == tangent.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("options", [{"bias": False}, {"elementwise_affine": False}], ids=lambda o: next(iter(o)))
+def test_layer_norm_without_parameters(options):
+    module, other = _module(LayerNorm, **options), torch.nn.LayerNorm(5, **options).double()
+    other.load_state_dict(module.state_dict())
+    x = torch.randn(3, 5, dtype=torch.float64)
+    assert_close(module(x), other(x))
+
+
+def test_rms_norm_without_a_weight():
+    x = torch.randn(3, 5, dtype=torch.float64)
+    norms = (cls(5, elementwise_affine=False) for cls in (RMSNorm, torch.nn.RMSNorm))
+    assert_close(*(norm(x) for norm in norms))
