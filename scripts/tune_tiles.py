@@ -37,6 +37,8 @@ PRIMITIVES = (
     "backward_keys",
     "second_rows",
     "second_keys",
+    "backward_second_rows",
+    "backward_second_keys",
 )
 TOKENS = 2048
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -54,8 +56,9 @@ class Trial(NamedTuple):
 
 def candidates(primitive: str, dtype: str, head_size: int, causal: bool) -> Iterator[Trial]:
     """Block sizes worth a trial: what is kept in registers is at least 64 high, for the tensor cores, and fits."""
-    keeps_rows = primitive not in ("backward_keys", "second_keys")
-    accumulators = 1 if keeps_rows and primitive != "forward_tangent" else 2
+    keeps_rows = not primitive.endswith("_keys")
+    at_once = primitive in ("forward_tangent", "backward_second_rows", "backward_second_keys")
+    accumulators = (1 if keeps_rows else 2) * (2 if at_once else 1)
     scores = 1 if primitive == "forward" else 4 if "second" in primitive else 2
     others = (16, 32, 64) if dtype == "float32" or head_size > 128 else (32, 64, 128)
     splits = (True, False) if causal else (True,)
@@ -99,9 +102,10 @@ def call(trial: Trial) -> Callable[[], Any]:
         return lambda: backend.forward_tangent(problem, x, t)
     if trial.primitive == "tangent":
         return lambda: backend.tangent(problem, x, rows, t)
-    if trial.primitive.startswith("backward"):
+    if trial.primitive in ("backward_rows", "backward_keys"):
         return lambda: backend.backward(problem, x, rows, w, bias_grad=False)
-    return lambda: backend.second(problem, x, rows, rows, w, t, cotangent_tangent=Rows(), bias_grad=False)
+    second = backend.second if trial.primitive.startswith("second") else backend.backward_second
+    return lambda: second(problem, x, rows, rows, w, t, cotangent_tangent=Rows(), bias_grad=False)
 
 
 def compile_one(trial: Trial) -> str | None:

@@ -130,3 +130,41 @@ def second(
         bias_grad=bias_grad,
     )
     return grads
+
+
+def backward_second(
+    problem: Problem,
+    x: Operands,
+    values: Values,
+    values_tangent: Values,
+    cotangent: Rows,
+    tangent: Tangent,
+    *,
+    cotangent_tangent: Rows,
+    bias_grad: bool,
+) -> tuple[Gradients, Gradients]:
+    """B and S at once where our kernels are one for both; the fastest of each otherwise."""
+    backend = choose("second", problem, x).backend
+    if backend.name == "triton" and backend.fuses(x, bias_grad):
+        both: tuple[Gradients, Gradients] = backend.backward_second(
+            problem,
+            x,
+            values,
+            values_tangent,
+            cotangent,
+            tangent,
+            cotangent_tangent=cotangent_tangent,
+            bias_grad=bias_grad,
+        )
+        return both
+    first = backward(problem, x, values, cotangent, bias_grad=bias_grad)
+    return first, second(
+        problem,
+        x,
+        values,
+        values_tangent,
+        cotangent,
+        tangent,
+        cotangent_tangent=cotangent_tangent,
+        bias_grad=bias_grad,
+    )

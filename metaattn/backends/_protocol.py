@@ -145,6 +145,21 @@ class Backend(Protocol):
         """
         ...
 
+    def backward_second(
+        self,
+        problem: Problem,
+        x: Operands,
+        values: Values,
+        values_tangent: Values,
+        cotangent: Rows,
+        tangent: Tangent,
+        *,
+        cotangent_tangent: Rows,
+        bias_grad: bool,
+    ) -> tuple[Gradients, Gradients]:
+        """B and S at once."""
+        ...
+
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, softmax and lse: float64 for float64 inputs, float32 for all others."""

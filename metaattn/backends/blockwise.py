@@ -75,6 +75,31 @@ def second(
     return _gradient(problem, x, residuals, w, [tangent], bias_grad)
 
 
+def backward_second(
+    problem: Problem,
+    x: Operands,
+    values: Values,
+    values_tangent: Values,
+    cotangent: Rows,
+    tangent: Tangent,
+    *,
+    cotangent_tangent: Rows,
+    bias_grad: bool,
+) -> tuple[Gradients, Gradients]:
+    """B, then S."""
+    first = backward(problem, x, values, cotangent, bias_grad=bias_grad)
+    return first, second(
+        problem,
+        x,
+        values,
+        values_tangent,
+        cotangent,
+        tangent,
+        cotangent_tangent=cotangent_tangent,
+        bias_grad=bias_grad,
+    )
+
+
 def directional(problem: Problem, x: Operands, values: Values, tangents: Sequence[Tangent]) -> Values:
     """``D_n``: the mixed derivative of F along ``n >= 1`` tangents."""
     out, lse = _directional(problem, x, values, tangents)

@@ -161,6 +161,31 @@ def second(
     )
 
 
+def backward_second(
+    problem: Problem,
+    x: Operands,
+    values: Values,
+    values_tangent: Values,
+    cotangent: Rows,
+    tangent: Tangent,
+    *,
+    cotangent_tangent: Rows,
+    bias_grad: bool,
+) -> tuple[Gradients, Gradients]:
+    """B, then S."""
+    first = backward(problem, x, values, cotangent, bias_grad=bias_grad)
+    return first, second(
+        problem,
+        x,
+        values,
+        values_tangent,
+        cotangent,
+        tangent,
+        cotangent_tangent=cotangent_tangent,
+        bias_grad=bias_grad,
+    )
+
+
 def _gradients(x: Operands, query: Tensor, key: Tensor, value: Tensor, scores: Tensor | None) -> Gradients:
     """The gradients in the operands' shapes; that of the scores summed to the bias's."""
     if scores is not None:

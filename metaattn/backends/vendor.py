@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import triton
-from ._protocol import Gradients, Operands, Problem, Rows, Values
+from ._protocol import Gradients, Operands, Problem, Rows, Tangent, Values
 
 name = "vendor"
 DTYPES = (torch.float16, torch.bfloat16)
@@ -73,6 +73,42 @@ def backward(problem: Problem, x: Operands, values: Values, cotangent: Rows, *, 
         )  # fmt: skip
     query_bar, key_bar, value_bar = (g.reshape(t.shape) for g, t in zip(grads, x[:3], strict=True))
     return Gradients(query_bar, key_bar, value_bar, None)
+
+
+def backward_second(
+    problem: Problem,
+    x: Operands,
+    values: Values,
+    values_tangent: Values,
+    cotangent: Rows,
+    tangent: Tangent,
+    *,
+    cotangent_tangent: Rows,
+    bias_grad: bool,
+) -> tuple[Gradients, Gradients]:
+    """B and S at once where our kernels are one for both."""
+    if triton.fuses(x, bias_grad):
+        return triton.backward_second(
+            problem,
+            x,
+            values,
+            values_tangent,
+            cotangent,
+            tangent,
+            cotangent_tangent=cotangent_tangent,
+            bias_grad=bias_grad,
+        )
+    first = backward(problem, x, values, cotangent, bias_grad=bias_grad)
+    return first, second(
+        problem,
+        x,
+        values,
+        values_tangent,
+        cotangent,
+        tangent,
+        cotangent_tangent=cotangent_tangent,
+        bias_grad=bias_grad,
+    )
 
 
 def _four(t: Tensor) -> Tensor:

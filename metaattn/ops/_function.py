@@ -130,6 +130,20 @@ def tangent_at_hand(t: Any) -> Tensor | None:
     return None if tangent is None or tangent._is_zerotensor() else tangent
 
 
+def tangents_at_this_level(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """The tangents that tensors have here; none where they cannot be taken apart.
+
+    Where reverse mode is at the same level (a ``dual_level`` with leaves that require grad) its graph must be of the
+    dual numbers. Tensors under gradcheck's vmap cannot be made dual.
+    """
+    if not in_forward_mode() or any(t.requires_grad for t in tensors):
+        return [None] * len(tensors)
+    tangents = [tangent_at_hand(t) for t in tensors]
+    if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tangents):
+        return [None] * len(tensors)
+    return tangents
+
+
 def reverse_over_forward() -> bool:
     """Whether the innermost level is one of reverse mode, with one of forward mode somewhere below it."""
     if forward_ad._current_level < 0:

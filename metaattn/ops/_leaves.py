@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from ..backends import blockwise, select
-from ..backends._protocol import Operands, Problem, Rows, Tangent, Values, accumulator
+from ..backends._protocol import Gradients, Operands, Problem, Rows, Tangent, Values, accumulator
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,12 @@ class Call:
 _LIBRARY = Library("metaattn", "FRAGMENT")
 _CALL = "float scale, int? left, int? right, float dropout_p, str backend"
 _X = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? seeds"
-_TANGENTS = "Tensor? query_t, Tensor? key_t, Tensor? value_t, Tensor? bias_t, Tensor?[] more"
+_ROWS = (
+    "Tensor out, Tensor lse, Tensor? out_t, Tensor? lse_t, "
+    "Tensor? out_bar, Tensor? lse_bar, Tensor? out_bar_t, Tensor? lse_bar_t"
+)
+_TANGENT = "Tensor? query_t, Tensor? key_t, Tensor? value_t, Tensor? bias_t"
+_TANGENTS = f"{_TANGENT}, Tensor?[] more"
 
 
 def _split(args: Sequence[Any]) -> tuple[Call, Problem, Operands, Sequence[Any]]:
@@ -121,10 +126,7 @@ def directional(*args: Any) -> tuple[Tensor, Tensor]:
     return out_t.contiguous(), lse_t.contiguous()
 
 
-@_leaf(
-    f"({_CALL}, {_X}, Tensor? query_t, Tensor? key_t, Tensor? value_t, Tensor? bias_t)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
+@_leaf(f"({_CALL}, {_X}, {_TANGENT}) -> (Tensor, Tensor, Tensor, Tensor)")
 def forward_tangent(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """F and T: out and lse, and their tangents."""
     call, problem, x, tangent = _split(args)
@@ -133,14 +135,11 @@ def forward_tangent(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return out, lse, out_t, lse_t
 
 
-@_leaf(
-    f"({_CALL}, {_X}, bool bias_grad, Tensor out, Tensor lse, Tensor? out_t, Tensor? lse_t, Tensor? out_bar, "
-    f"Tensor? lse_bar, Tensor? out_bar_t, Tensor? lse_bar_t, {_TANGENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+@_leaf(f"({_CALL}, {_X}, bool bias_grad, {_ROWS}, {_TANGENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 def gradient(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """B, S, and ``G_n`` for more than one tangent: query, key, value and bias (empty unless ``bias_grad``)."""
     call, problem, x, (bias_grad, *rows) = _split(args)
-    values, values_t, w, w_t = Values(*rows[:2]), Values(*rows[2:4]), Rows(*rows[4:6]), Rows(*rows[6:8])
+    values, values_t, w, w_t = _rows(rows)
     tangents = _tangents(rows[8:])
     if not tangents:
         grads = select(call.backend, problem, x).backward(problem, x, values, w, bias_grad=bias_grad)
@@ -150,6 +149,26 @@ def gradient(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         )
     else:
         grads = blockwise.gradient(problem, x, values, w, tangents, cotangent_tangent=w_t, bias_grad=bias_grad)
+    return _four(grads)
+
+
+@_leaf(f"({_CALL}, {_X}, bool bias_grad, {_ROWS}, {_TANGENT}) -> ({', '.join(['Tensor'] * 8)})")
+def gradient_tangent(*args: Any) -> tuple[Tensor, ...]:
+    """B and S: the gradients as of :func:`gradient`, then their tangents."""
+    call, problem, x, (bias_grad, *rows) = _split(args)
+    values, values_t, w, w_t = _rows(rows)
+    both = select(call.backend, problem, x).backward_second(
+        problem, x, values, values_t, w, Tangent(*rows[8:]), cotangent_tangent=w_t, bias_grad=bias_grad
+    )
+    return *_four(both[0]), *_four(both[1])
+
+
+def _rows(parts: Sequence[Any]) -> tuple[Values, Values, Rows, Rows]:
+    """Values and cotangent, each with its tangent."""
+    return Values(*parts[:2]), Values(*parts[2:4]), Rows(*parts[4:6]), Rows(*parts[6:8])
+
+
+def _four(grads: Gradients) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, key, value, bias = grads
     bias = query.new_empty(0) if bias is None else bias
     return query.contiguous(), key.contiguous(), value.contiguous(), bias.contiguous()
@@ -183,3 +202,9 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, bias, bias_grad = *args[5:9], args[11]
     return _like(q), _like(k), _like(v), _like(bias) if bias_grad else _like(q, shape=(0,))
+
+
+@register_fake("metaattn::_gradient_tangent", lib=_LIBRARY)
+def _(*args: Any) -> tuple[Tensor, ...]:
+    q, k, v, bias, bias_grad = *args[5:9], args[11]
+    return (_like(q), _like(k), _like(v), _like(bias) if bias_grad else _like(q, shape=(0,))) * 2

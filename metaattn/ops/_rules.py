@@ -32,10 +32,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from ..backends._protocol import Operands, Rows, Tangent, Values
@@ -44,11 +45,10 @@ from ._function import (
     Form,
     Rule,
     flat,
-    in_forward_mode,
     one_level_down,
     replace,
     reverse_over_forward,
-    tangent_at_hand,
+    tangents_at_this_level,
     total,
     unflatten,
 )
@@ -144,10 +144,8 @@ class _Forward(Rule):
         if reverse_over_forward():
             values = one_level_down(functools.partial(cls.call, form), *there)
             return _Known.apply(Form(form.static, (*form.there, True, True)), *there, *values)
-        same_level = in_forward_mode() and not any(t.requires_grad for t in there)
-        tangents = [tangent_at_hand(t) for t in there] if same_level else []
-        known = [t for t in tangents if t is not None]
-        if not known or any(map(torch._C._functorch.is_legacy_batchedtensor, known)):
+        tangents = tangents_at_this_level(there)
+        if not any(t is not None for t in tangents):
             return cls.apply(form, *there)
         primals = [forward_ad.unpack_dual(t).primal for t in there]
         parts = _ForwardTangent.of(form.static, *form.fill(primals), *form.fill(tangents)[:4])
@@ -278,6 +276,26 @@ class _Directional(Rule):
 class _Gradient(Rule):
     """``G_n``. Tensors: x (6), out, lse, their tangents, w (2), w' (2), n tangents (4 each)."""
 
+    @classmethod
+    def call(cls, form: Form, *there: Any) -> Any:
+        """In forward mode B and S are one function, as F and T are: see :class:`_Forward`."""
+        if len(form.there) > 14:
+            return cls.apply(form, *there)
+        there = unwrap_dead_wrappers(there)  # the backward of torch.func.vjp runs after its level has ended
+        if reverse_over_forward():
+            grads = one_level_down(functools.partial(cls.call, form), *there)
+            return _KnownGradient.apply(Form(form.static, (*form.there, *(True for _ in grads))), *there, *grads)
+        tangents = form.fill(tangents_at_this_level(there))
+        t, values_t, w_t = Tangent(*tangents[:4]), Rows(*tangents[6:8]), Rows(*tangents[10:12])
+        if t.is_zero:
+            return cls.apply(form, *there)
+        s = form.fill([forward_ad.unpack_dual(part).primal for part in there])
+        if None in values_t:
+            values_t = directional(form.static[0], Operands(*s[:6]), Values(*s[6:8]), [t])
+        parts = _GradientTangent.of(form.static, *s[:8], *values_t, *s[10:12], *w_t, *t)
+        n = len(parts) // 2
+        return tuple(forward_ad.make_dual(p, t) for p, t in zip(parts[:n], parts[n:], strict=True))
+
     @staticmethod
     def forward(form: Form, *there: Any) -> Any:
         (call, bias_grad), args = form.static, form.fill(there)
@@ -289,16 +307,97 @@ class _Gradient(Rule):
         Rule.keep(ctx, inputs[0], inputs[1:])
 
     @staticmethod
-    def restore(ctx: Any) -> tuple[Operands, Values, Rows, Rows, Rows, list[Tangent]]:
-        """x, values, their tangent, w, its tangent, tangents."""
-        s, _ = Rule.kept(ctx)
-        return Operands(*s[:6]), Values(*s[6:8]), Rows(*s[8:10]), Rows(*s[10:12]), Rows(*s[12:14]), unflatten(s[14:])
+    def backward(ctx: Any, *a_parts: Tensor | None) -> Any:
+        state = _State.of(Rule.kept(ctx)[0])
+        return None, *ctx.form.pick(state.pulled(ctx.form.static[0], Tangent(*a_parts), Rule.needed(ctx)))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *args: Tensor | None) -> Any:
+        call, bias_grad = ctx.form.static
+        return _State.of(Rule.kept(ctx)[0]).pushed(call, bias_grad, ctx.form.fill(args))
+
+
+class _KnownGradient(Rule):
+    """B's results that are known. Tensors: x (6), out, lse, their tangents (absent), w (2), w' (absent), results."""
+
+    @staticmethod
+    def forward(form: Form, *there: Any) -> Any:
+        return tuple(t.view_as(t) for t in there[-_KnownGradient.count(form) :])
+
+    @staticmethod
+    def count(form: Form) -> int:
+        """How many results there are."""
+        return 3 + form.static[1]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        form, n = inputs[0], _KnownGradient.count(inputs[0])
+        Rule.keep(ctx, Form(form.static, form.there[:-n]), inputs[1:-n])
 
     @staticmethod
     def backward(ctx: Any, *a_parts: Tensor | None) -> Any:
-        call, a, need = ctx.form.static[0], Tangent(*a_parts), Rule.needed(ctx)
-        state = _Gradient.restore(ctx)
-        x, values, _, w, wt, tangents = state
+        return *_Gradient.backward(ctx, *a_parts), *(None,) * _KnownGradient.count(ctx.form)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *moved: Tensor | None) -> Any:
+        return tuple(None if t is None else t.view_as(t) for t in moved[-_KnownGradient.count(ctx.form) :])
+
+
+class _GradientTangent(Rule):
+    """B and S at once. Tensors: x (6), out, lse, their tangents, w (2), w' (2), t (4)."""
+
+    @staticmethod
+    def forward(form: Form, *there: Any) -> Any:
+        (call, bias_grad), args = form.static, form.fill(there)
+        parts = leaves.gradient_tangent(*call, *args[:6], bias_grad, *args[6:])
+        return parts if bias_grad else (*parts[:3], *parts[4:7])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        Rule.keep(ctx, inputs[0], inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *parts: Tensor | None) -> Any:
+        call, need, n = ctx.form.static[0], Rule.needed(ctx), len(parts) // 2
+        second = _State.of(Rule.kept(ctx)[0])
+        of_first = second.first().pulled(call, Tangent(*parts[:n]), need[:14])
+        of_second = second.pulled(call, Tangent(*parts[n:]), need)
+        both = zip((*of_first, *(None,) * 4), of_second, strict=True)
+        return None, *ctx.form.pick([b if a is None else a if b is None else a + b for a, b in both])
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *args: Tensor | None) -> Any:
+        (call, bias_grad), moved = ctx.form.static, ctx.form.fill(args)
+        second = _State.of(Rule.kept(ctx)[0])
+        return *second.first().pushed(call, bias_grad, moved[:14]), *second.pushed(call, bias_grad, moved)
+
+
+class _State(NamedTuple):
+    """The arguments of ``G_n``, and its derivatives by them."""
+
+    x: Operands
+    values: Values
+    values_t: Rows
+    w: Rows
+    wt: Rows
+    tangents: list[Tangent]
+
+    @classmethod
+    def of(cls, s: Sequence[Any]) -> _State:
+        """From the tensors of a :class:`_Gradient`."""
+        return cls(
+            Operands(*s[:6]), Values(*s[6:8]), Rows(*s[8:10]), Rows(*s[10:12]), Rows(*s[12:14]), unflatten(s[14:])
+        )
+
+    def first(self) -> _State:
+        """The arguments of B among those of S."""
+        return self._replace(values_t=ZERO, wt=ZERO, tangents=[])
+
+    def pulled(self, call: Call, a: Tangent, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """The cotangents of all arguments from one, ``a``, of the result."""
+        x, values, _, w, wt, tangents = self
+        if a.is_zero:
+            return (None,) * len(need)
         # D_1(a) is the cotangent of w in B and of w' in S, and what S(a) needs: computed once.
         along_a = directional(call, x, values, [a]) if len(tangents) < 2 else ZERO
         grads, w_grad, wt_grad = Tangent(), ZERO, ZERO
@@ -313,14 +412,12 @@ class _Gradient(Rule):
         t_grads: list[Tensor | None] = []
         for i in range(len(tangents)):
             wanted = need[14 + 4 * i : 18 + 4 * i]
-            t_grads += _Gradient.along(call, state, i, a, wanted[3], along_a) if any(wanted) else Tangent()
-        return None, *ctx.form.pick((*grads, *(None,) * 6, *w_grad, *wt_grad, *t_grads))
+            t_grads += self.along(call, i, a, wanted[3], along_a) if any(wanted) else Tangent()
+        return *grads, *(None,) * 6, *w_grad, *wt_grad, *t_grads
 
-    @staticmethod
-    def jvp(ctx: Any, _: None, *args: Tensor | None) -> Any:
-        (call, bias_grad), moved = ctx.form.static, ctx.form.fill(args)
-        state = _Gradient.restore(ctx)
-        x, values, values_t, w, wt, tangents = state
+    def pushed(self, call: Call, bias_grad: bool, moved: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """The tangents of the result from those of all arguments."""
+        x, values, values_t, w, wt, tangents = self
         u, w_moved, wt_moved = Tangent(*moved[:4]), Rows(*moved[10:12]), Rows(*moved[12:14])
         if not tangents:
             along_u = Rows(*moved[6:8])  # the tangents of out and lse, which forward mode carried here
@@ -338,16 +435,13 @@ class _Gradient(Rule):
                     values_tangent=values_t,
                     bias_grad=bias_grad,
                 ),
-                *(_Gradient.along(call, state, i, m, bias_grad) for i, m in enumerate(unflatten(moved[14:]))),
+                *(self.along(call, i, m, bias_grad) for i, m in enumerate(unflatten(moved[14:]))),
             ]
         return total(terms, x if bias_grad else x[:3])
 
-    @staticmethod
-    def along(
-        call: Call, state: tuple[Any, ...], i: int, by: Tangent, bias_grad: bool, values_tangent: Rows = ZERO
-    ) -> Tangent:
+    def along(self, call: Call, i: int, by: Tangent, bias_grad: bool, values_tangent: Rows = ZERO) -> Tangent:
         """The part linear in tangent ``i``, with ``by`` in its place; ``w'`` goes with the first alone."""
-        x, values, _, w, wt, tangents = state
+        x, values, _, w, wt, tangents = self
         return gradient(
             call,
             x,

@@ -42,6 +42,7 @@ def explain(
 
     The primitives: the value (``forward``), its gradient (``backward``), its directional derivative alone
     (``tangent``) and with the value (``forward_tangent``), and the derivative of the gradient (``second``).
+    In forward mode over reverse mode the gradient comes from ``second``'s kernel too where one has room for both.
     Third and higher derivatives are by ``blockwise`` for every backend.
 
     Raises:

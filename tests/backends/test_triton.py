@@ -126,16 +126,15 @@ def test_primitives(name):
     exact_t = reference.tangent(problem, wide["x"], exact, wide["t"])
     close(values_t, exact_t)
     close(triton.forward_tangent(problem, x, t), (exact, exact_t))
-    close(
-        triton.backward(problem, x, values, w, bias_grad=bias_grad),
-        reference.backward(problem, wide["x"], exact, wide["w"], bias_grad=bias_grad),
+    first = reference.backward(problem, wide["x"], exact, wide["w"], bias_grad=bias_grad)
+    close(triton.backward(problem, x, values, w, bias_grad=bias_grad), first)
+    second = reference.second(
+        problem, wide["x"], exact, exact_t, wide["w"], wide["t"], cotangent_tangent=wide["w_t"], bias_grad=bias_grad
     )
-    close(
-        triton.second(problem, x, values, values_t, w, t, cotangent_tangent=w_t, bias_grad=bias_grad),
-        reference.second(
-            problem, wide["x"], exact, exact_t, wide["w"], wide["t"], cotangent_tangent=wide["w_t"], bias_grad=bias_grad
-        ),
-    )
+    residuals, options = (problem, x, values, values_t, w, t), {"cotangent_tangent": w_t, "bias_grad": bias_grad}
+    close(triton.second(*residuals, **options), second)
+    assert triton.fuses(x, bias_grad) == (not bias_grad)
+    close(triton.backward_second(*residuals, **options), (first, second))
 
 
 @pytest.mark.parametrize("band", [(3, 0), (None, 0)], ids=["window", "causal"])

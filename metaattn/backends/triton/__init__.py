@@ -1,11 +1,11 @@
-"""Fused kernels for all four primitives, and for F and T at once, in Triton.
+"""Fused kernels for all four primitives, and for F and T, B and S at once, in Triton.
 
 Runs on CUDA devices; on a CPU only in Triton's interpreter (``TRITON_INTERPRET=1``), for tests. The kernels
 know no autograd, and nothing above this package knows Triton.
 """
 
-from ._primitives import backward, forward, forward_tangent, refuses, second, tangent
+from ._primitives import backward, backward_second, forward, forward_tangent, fuses, refuses, second, tangent
 
 name = "triton"
 
-__all__ = ["backward", "forward", "forward_tangent", "refuses", "second", "tangent"]
+__all__ = ["backward", "backward_second", "forward", "forward_tangent", "fuses", "refuses", "second", "tangent"]

@@ -119,6 +119,7 @@ def by_row(
     problem,
     w,  # cotangents, residuals and scratch
     grad_query,  # [L, NQ, D] contiguous
+    first_query,  # the same, or None: B's gradient, beside S's
     D: tl.constexpr,
     DV: tl.constexpr,
     BM: tl.constexpr,
@@ -193,6 +194,7 @@ def by_row(
         tl.store(w.delta_t + flat * NQ + i, delta_t, mask=i < NQ)
 
     grad = tl.zeros([BM, D], tl.float32)
+    first_grad = tl.zeros([BM, D], tl.float32)
     for segment in tl.static_range(3):
         if (
             (segment == 1 and SPLIT)
@@ -216,9 +218,13 @@ def by_row(
                     grad = product(ds_t.to(dtype), k, grad, PRECISION)
                     if k_t is not None:
                         grad = product(ds.to(dtype), k_t, grad, PRECISION)
+                    if first_query is not None:
+                        first_grad = product(ds.to(dtype), k, first_grad, PRECISION)
                 else:
                     grad = product(ds.to(dtype), k, grad, PRECISION)
     store_rows(grad_query + flat * NQ * D, grad * problem.scale, row, r, d, NQ, D)
+    if first_query is not None:
+        store_rows(first_query + flat * NQ * D, first_grad * problem.scale, row, r, d, NQ, D)
 
 
 @triton.jit
@@ -228,8 +234,11 @@ def by_key(
     problem,
     w,
     grad_query,
+    first_query,
     grad_key,  # [L / GROUP, NK, D] contiguous
+    first_key,
     grad_value,  # [L / GROUP, NK, DV] contiguous
+    first_value,
     D: tl.constexpr,
     DV: tl.constexpr,
     BM: tl.constexpr,
@@ -272,6 +281,8 @@ def by_key(
 
     grad_k = tl.zeros([BN, D], tl.float32)
     grad_v = tl.zeros([BN, DV], tl.float32)
+    first_k = tl.zeros([BN, D], tl.float32)
+    first_v = tl.zeros([BN, DV], tl.float32)
     walk = row_range(problem, key, BM, BN)
     if ALONE:
         # Rows that see no key have a gradient to write as well: zero.
@@ -324,6 +335,9 @@ def by_key(
                         grad_k = product(ds_t, q, grad_k, PRECISION)
                         if q_t is not None:
                             grad_k = product(ds, q_t, grad_k, PRECISION)
+                        if first_key is not None:
+                            first_v = product(pz.to(dtype), e, first_v, PRECISION)
+                            first_k = product(ds, q, first_k, PRECISION)
                     else:
                         grad_v = product(pz.to(dtype), e, grad_v, PRECISION)
                         grad_k = product(ds, q, grad_k, PRECISION)
@@ -332,5 +346,11 @@ def by_key(
                         if k_t is not None:
                             grad_q = product(tl.trans(ds), k_t, grad_q, PRECISION)
                         store_rows(grad_query + flat * NQ * D, grad_q * problem.scale, m, r, d, NQ, D)
+                        if first_query is not None:
+                            first_q = product(tl.trans(ds), k, None, PRECISION)
+                            store_rows(first_query + flat * NQ * D, first_q * problem.scale, m, r, d, NQ, D)
     store_rows(grad_key + flat_key * NK * D, grad_k * problem.scale, key, c, d, NK, D)
     store_rows(grad_value + flat_key * NK * DV, grad_v, key, c, dv, NK, DV)
+    if first_key is not None:
+        store_rows(first_key + flat_key * NK * D, first_k * problem.scale, key, c, d, NK, D)
+        store_rows(first_value + flat_key * NK * DV, first_v, key, c, dv, NK, DV)

@@ -1,4 +1,4 @@
-"""The four primitives, and F and T at once: operands to the kernels' form, launches, results back."""
+"""The four primitives, and F and T, B and S at once: operands to the kernels' form, launches, results back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import _bias, _values
 from . import _gradients as gradients
 from ._launch import constants, run, tile_for
 from ._scores import MANY
-from ._tiles import Tile, fit
+from ._tiles import Tile, fit, known
 from ._views import Batch, Share, align, align_rows, align_tangent
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -71,7 +71,7 @@ def forward_tangent(problem: Problem, x: Operands, direction: Tangent) -> tuple[
 
 def backward(problem: Problem, x: Operands, values: Values, cotangent: Rows, *, bias_grad: bool) -> Gradients:
     """B."""
-    return _gradients("backward", problem, x, values, Rows(), cotangent, Rows(), Tangent(), bias_grad)
+    return _gradients("backward", problem, x, values, Rows(), cotangent, Rows(), Tangent(), bias_grad)[0]
 
 
 def second(
@@ -87,7 +87,43 @@ def second(
 ) -> Gradients:
     """S."""
     values_t = Rows(*values_tangent)
-    return _gradients("second", problem, x, values, values_t, cotangent, cotangent_tangent, tangent, bias_grad)
+    return _gradients("second", problem, x, values, values_t, cotangent, cotangent_tangent, tangent, bias_grad)[0]
+
+
+def backward_second(
+    problem: Problem,
+    x: Operands,
+    values: Values,
+    values_tangent: Values,
+    cotangent: Rows,
+    tangent: Tangent,
+    *,
+    cotangent_tangent: Rows,
+    bias_grad: bool,
+) -> tuple[Gradients, Gradients]:
+    """B and S at once: S computes all that B does but three products."""
+    if not fuses(x, bias_grad):
+        first = backward(problem, x, values, cotangent, bias_grad=bias_grad)
+        return first, second(
+            problem,
+            x,
+            values,
+            values_tangent,
+            cotangent,
+            tangent,
+            cotangent_tangent=cotangent_tangent,
+            bias_grad=bias_grad,
+        )
+    rows_t = Rows(*values_tangent)
+    second_grads, first_grads = _gradients(
+        "backward_second", problem, x, values, rows_t, cotangent, cotangent_tangent, tangent, bias_grad
+    )
+    return first_grads, second_grads
+
+
+def fuses(x: Operands, bias_grad: bool) -> bool:
+    """Whether B and S are one kernel: where its results fit into registers, and no bias has a gradient."""
+    return not bias_grad and known("backward_second_keys", x.query, max(x.query.shape[-1], x.value.shape[-1]))
 
 
 def _new_rows(batch: Batch) -> Values:
@@ -148,15 +184,19 @@ def _gradients(
     w_t: Rows,
     tangent: Tangent,
     bias_grad: bool,
-) -> Gradients:
+) -> list[Gradients]:
+    """The gradients of a primitive; of two at once, S and then B."""
     sizes = [t.shape[-1] for t in x[:3]]
     x, tangent, w, w_t, values_t = align(x), align_tangent(tangent), *map(align_rows, (w, w_t, values_t))
     rows = align_rows(values)
     batch = Batch(x, (*tangent[:3], w.out, w_t.out), (tangent.bias,), (rows.out, values_t.out))
-    query, key, value = (x.query.new_empty(t.shape) for t in x[:3])
+    both = primitive == "backward_second"
+    results = [[x.query.new_empty(t.shape) for t in x[:3]] for _ in range(1 + both)]
+    # Where a kernel writes B's beside S's.
+    query, key, value = (parts if both else (*parts, None) for parts in zip(*results, strict=True))
     scores = batch.scores(problem)
     arguments = (batch.inputs(x), batch.inputs(tangent), scores, batch.cotangents(rows, values_t, w, w_t))
-    options = {**constants(problem, x), "SECOND": primitive == "second"}
+    options = {**constants(problem, x), "SECOND": primitive != "backward"}
 
     t = tile_for(f"{primitive}_keys", batch, problem)
 
@@ -167,7 +207,7 @@ def _gradients(
             t,
             batch,
             lambda t: triton.cdiv(batch.keys, t.keys) * (batch.lanes // scores.GROUP),
-            (*arguments, query, key, value),
+            (*arguments, *query, *key, *value),
             {**options, "ALONE": alone},
             whole_rows=alone,
         )
@@ -181,13 +221,13 @@ def _gradients(
             tile_for(f"{primitive}_rows", batch, problem),
             batch,
             _row_programs(batch),
-            (*arguments, query),
+            (*arguments, *query),
             {**options, "FEW": _sees_few(problem, batch)},
         )
         by_key(t, alone=False)
     bias = _bias_gradient(batch, t, arguments, options) if bias_grad else None
-    query, key, value = (_cut(g, n) for g, n in zip((query, key, value), sizes, strict=True))
-    return Gradients(query, key, value, bias)
+    cut = ([_cut(g, n) for g, n in zip(grads, sizes, strict=True)] for grads in results)
+    return [Gradients(query_bar, key_bar, value_bar, bias) for query_bar, key_bar, value_bar in cut]
 
 
 def _bias_gradient(batch: Batch, t: Tile, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor:

@@ -2,7 +2,8 @@
 
 ``tiles.json`` holds what ``scripts/tune_tiles.py`` found fastest, by compute capability, primitive, bytes of an
 element and head size; without a band (a causal mask, a window) and with one. A device without a row of its own
-has that of the newest one before it; a head size without one has that of the next larger.
+has that of the newest one before it; a head size without one has that of the next larger. B and S at once
+(``backward_second``) are one kernel only for the head sizes in the table: the results of larger ones fill the registers.
 """
 
 from __future__ import annotations
@@ -73,6 +74,11 @@ def tile(primitive: str, x: torch.Tensor, head_size: int, rows: int, keys: int, 
     column = _device(x.device.index).get((primitive, itemsize)) or _SAFE[itemsize]
     best = column[min(size for size in column if size >= head_size)][banded]
     return fit(primitive, best._replace(rows=min(best.rows, block(rows)), keys=min(best.keys, block(keys))))
+
+
+def known(primitive: str, x: torch.Tensor, head_size: int) -> bool:
+    """Whether the table has block sizes for a primitive on tensors like ``x``: some kernels are for few head sizes."""
+    return any(size >= head_size for size in _device(x.device.index).get((primitive, x.element_size()), {}))
 
 
 def fit(primitive: str, t: Tile) -> Tile:
