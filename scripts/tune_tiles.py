@@ -60,7 +60,8 @@ def candidates(primitive: str, dtype: str, head_size: int, causal: bool) -> Iter
     at_once = primitive in ("forward_tangent", "backward_second_rows", "backward_second_keys")
     accumulators = (1 if keeps_rows else 2) * (2 if at_once else 1)
     scores = 1 if primitive == "forward" else 4 if "second" in primitive else 2
-    others = (16, 32, 64) if dtype == "float32" or head_size > 128 else (32, 64, 128)
+    few = dtype == "float32" or head_size > 128 or primitive == "backward_second_keys"
+    others = (16, 32, 64) if few else (32, 64, 128)
     splits = (True, False) if causal else (True,)
     holds = (False, True) if dtype != "float32" and head_size <= 128 else (False,)
     for kept, other, warps, stages, split, hold in itertools.product(

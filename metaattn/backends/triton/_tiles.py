@@ -2,8 +2,8 @@
 
 ``tiles.json`` holds what ``scripts/tune_tiles.py`` found fastest, by compute capability, primitive, bytes of an
 element and head size; without a band (a causal mask, a window) and with one. A device without a row of its own
-has that of the newest one before it; a head size without one has that of the next larger. B and S at once
-(``backward_second``) are one kernel only for the head sizes in the table: the results of larger ones fill the registers.
+has that of the newest one before it; a head size without one has that of the next larger. B and S are computed at once
+(``backward_second``) only for the head sizes in the table: the results of larger ones have no room in registers.
 """
 
 from __future__ import annotations
