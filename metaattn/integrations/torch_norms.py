@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from ..nn.norm import standardise
+from ..ops._leaves import autocasts
 from ..ops._replacement import Replacement
 
 
-def replace_norms() -> TorchFunctionMode:
+def replace_norms() -> Replacement:
     """In this block and this thread, norms that every derivative is right of.
 
     ``layer_norm``, ``instance_norm`` and ``batch_norm``, however a model calls them, are written out, with statistics
@@ -65,6 +65,8 @@ def _layer_norm(
         raise ValueError(
             f"the input's last dimensions must be normalized_shape, {list(shape)}; got {list(input.shape)}"
         )
+    if input.is_cuda and autocasts("cuda"):  # to float32, as PyTorch does it: on GPUs alone
+        input = input.to(torch.promote_types(input.dtype, torch.float32))
     return _affine(standardise(input, len(shape), eps), weight, bias)
 
 
@@ -110,10 +112,10 @@ def _check(name: str, running_mean: Tensor | None) -> None:
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, behind: int = 0) -> Tensor:
-    """``x * weight + bias``, in front of the last ``behind`` dimensions."""
-    shape = (..., *(None,) * behind)
+    """``x * weight + bias``, in front of the last ``behind`` dimensions, in the dtype of ``x``."""
+    shape, dtype = (..., *(None,) * behind), x.dtype
     x = x if weight is None else x * weight[shape]
-    return x if bias is None else x + bias[shape]
+    return (x if bias is None else x + bias[shape]).to(dtype)
 
 
 _WRITTEN_OUT: dict[Callable[..., Any], Callable[..., Tensor]] = {

@@ -80,6 +80,20 @@ def test_values_and_dtypes_are_pytorchs(name, dtype):
     assert_close(got, want, dtype, factor=2)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", ["layer", "batch"])
+def test_autocast(name, device):
+    """Parameters in float32, as autocast has them; PyTorch's layer norm then gives float32 on a GPU."""
+    x, w, b, f, _ = problem(name)
+    x, w, b = x.to(device, torch.bfloat16), w.float().to(device), b.float().to(device)
+    with torch.autocast(device, torch.bfloat16):
+        want = f(x, w, b)
+        with replace_norms():
+            got = f(x, w, b)
+    assert got.dtype == want.dtype
+    assert_close(got, want, torch.bfloat16)
+
+
 def test_without_weight_and_by_other_names():
     x = torch.randn(3, 4, 5, dtype=torch.float64)
     with replace_norms():
