@@ -1,6 +1,7 @@
 """The oracle, dense attention written out, and one way to compare."""
 
 import math
+import re
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -89,3 +90,8 @@ def assert_close(got, want, dtype=torch.float64, factor=1.0):
     """Every leaf of ``got`` within its dtype's tolerance (times ``factor``) of ``want``."""
     e, limit = error(got, want), factor * TOLERANCE[dtype]
     assert e <= limit, f"relative error {e:.1e}, at most {limit:.1e} allowed"
+
+
+def python_blocks(path):
+    """The examples of a page, in order."""
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
