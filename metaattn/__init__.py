@@ -2,6 +2,7 @@
 
 from . import meta
 from .backends import use_backend
+from .integrations import replace_sdpa
 from .nn import MultiheadAttention, Transformer, TransformerConfig
 from .ops import explain, sdpa, sdpa_hvp, sdpa_jvp, sdpa_vjp
 
@@ -12,6 +13,7 @@ __all__ = [
     "TransformerConfig",
     "explain",
     "meta",
+    "replace_sdpa",
     "sdpa",
     "sdpa_hvp",
     "sdpa_jvp",

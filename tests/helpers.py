@@ -93,5 +93,5 @@ def assert_close(got, want, dtype=torch.float64, factor=1.0):
 
 
 def python_blocks(path):
-    """The examples of a page, in order."""
+    """The python examples of a page, in order."""
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)

@@ -1,3 +1,5 @@
-"""Other libraries on this one: each behind an extra, and imported on use alone."""
+"""Where other libraries meet ours. Each module imports its library when it is used, not before."""
 
-__all__: list[str] = []
+from .torch_sdpa import replace_sdpa
+
+__all__ = ["replace_sdpa"]

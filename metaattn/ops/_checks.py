@@ -44,7 +44,7 @@ def prepare(
     query, key, value = _check_tensors(query=query, key=key, value=value)
     _check_lengths(query, key, value)
     if attn_mask is not None:
-        _check_mask(attn_mask, given, is_causal)
+        _check_mask(attn_mask, (given.dtype, query.dtype), given, is_causal)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be at least 0 and below 1; got {dropout_p}")
     left, right = check_window(window)
@@ -120,7 +120,8 @@ def _check_lengths(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"head sizes must be at least 1; got query {list(query.shape)}, value {list(value.shape)}")
 
 
-def _check_mask(mask: Tensor, query: Tensor, is_causal: bool) -> None:
+def _check_mask(mask: Tensor, dtypes: tuple[torch.dtype, torch.dtype], query: Tensor, is_causal: bool) -> None:
+    """``dtypes``: the query's, as given and as autocast has it."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask must be a tensor, got {type(mask).__name__}")
     if is_causal:
@@ -128,8 +129,8 @@ def _check_mask(mask: Tensor, query: Tensor, is_causal: bool) -> None:
             "attn_mask and is_causal exclude each other, as in PyTorch; pass is_causal=False and put the causal "
             "part in the mask, or pass window=(None, 0)"
         )
-    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        raise TypeError(f"attn_mask must be bool, float32 or the query's dtype, {query.dtype}; got {mask.dtype}")
+    if mask.dtype not in (torch.bool, torch.float32, *dtypes):
+        raise TypeError(f"attn_mask must be bool, float32 or the query's dtype, {dtypes[0]}; got {mask.dtype}")
     if mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device, {query.device}; got {mask.device}")
 

@@ -107,6 +107,39 @@ def test_training_step_without_graph_break():
     assert sum(counters["graph_break"].values()) == 0
 
 
+@pytest.mark.parametrize(
+    ("device", "compiler"),
+    [
+        ("cpu", "aot_eager"),
+        pytest.param("cpu", "inductor", marks=pytest.mark.slow),
+        pytest.param("cuda", "inductor", marks=pytest.mark.gpu),
+    ],
+)
+def test_training_steps_of_a_transformer(device, compiler):
+    """Losses and updated parameters of three ordinary steps, as one graph each; on a GPU in float32."""
+    dtype = torch.float64 if device == "cpu" else torch.float32
+    shape = {"dim": 8, "heads": 2, "depth": 1, "input": "token", "vocab_size": 11, "causal": True}
+    x = torch.randint(11, (2, 7), device=device)
+
+    def train(compile):
+        torch.manual_seed(4)
+        model = metaattn.Transformer(**shape, output="per_token", out_features=11).to(device, dtype)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        step = compile(lambda x: torch.nn.functional.cross_entropy(model(x[:, :-1]).mT, x[:, 1:]))
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            losses.append(step(x))
+            losses[-1].backward()
+            optimizer.step()
+        return losses, list(model.parameters())
+
+    got = train(lambda f: torch.compile(f, backend=compiler, fullgraph=True))
+    want = train(lambda f: f)
+    assert want[0][2] < want[0][0]
+    assert_close(got, want, dtype, factor=1 if device == "cpu" else 1e3)  # AdamW divides by small gradients
+
+
 def test_double_backward_through_a_compiled_function_raises():
     """A limit of AOTAutograd: it must be an error, as for every other operation, and never zeros."""
     x = Q.clone().requires_grad_()

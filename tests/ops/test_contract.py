@@ -147,6 +147,9 @@ def test_autocast_of_mixed_dtypes():
         assert torch.equal(metaattn.sdpa(q, k, k), metaattn.sdpa(q.bfloat16(), k, k))
         half, mask = q.half(), r(5, 5).half()  # a mask of the query's own dtype, as without autocast
         assert metaattn.sdpa(half, half, half, mask).dtype == torch.bfloat16
+        # and one of autocast's, as a model in low precision makes it
+        got = metaattn.sdpa(q, k, k, mask.bfloat16())
+        assert_close(got, F.scaled_dot_product_attention(q, k, k, mask.bfloat16()), torch.bfloat16)
 
 
 def test_meta_tensors():
