@@ -7,26 +7,23 @@ The attention of a diffusion model has no such derivative, and its layer norm ha
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
-from torch.nn import functional as F
 
-from ..ops import check_backend, sdpa
 from ..ops import checkpoint as checkpointed
-from ..ops._replacement import Replacement
 from .torch_norms import replace_norms
+from .torch_sdpa import replace_sdpa
 
 
 @contextlib.contextmanager
 def differentiable(model: nn.Module, *, backend: str | None = None) -> Iterator[None]:
     """In this block and this thread, every derivative of a model of diffusers.
 
-    Its calls of PyTorch's attention, by diffusers' backend ``native`` or by a processor of its own, go to
-    :func:`metaattn.sdpa`, and its norms are written out (:func:`metaattn.integrations.torch_norms.replace_norms`). A
-    backward pass may come after the block.
+    :class:`metaattn.replace_sdpa` and :func:`metaattn.integrations.torch_norms.replace_norms`, after a look at the
+    model: its calls of PyTorch's attention, by diffusers' backend ``native`` or by a processor of its own, go to
+    :func:`metaattn.sdpa`, and its norms are written out. A backward pass may come after the block.
 
     Args:
         model: Whose settings are checked first.
@@ -59,10 +56,7 @@ def differentiable(model: nn.Module, *, backend: str | None = None) -> Iterator[
     except ImportError as error:
         raise ImportError("diffusers is needed: pip install 'metaattn[diffusers]'") from error
     _check(model)
-    if backend is not None:
-        check_backend(backend)
-    attention = Replacement({F.scaled_dot_product_attention: functools.partial(sdpa, backend=backend)})
-    with attention_backend("native"), attention, replace_norms():
+    with attention_backend("native"), replace_sdpa(backend=backend), replace_norms():
         yield
 
 

@@ -26,7 +26,7 @@ class Replacement(TorchFunctionMode):
         self.by = by
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _RUN_MODELS:
+        if func in _RUN_MODELS and not torch.compiler.is_compiling():
             with self:
                 return torch._C._skip_one_hop_torch_function(func, types, args, kwargs or {})
         return self.by.get(func, func)(*args, **(kwargs or {}))
