@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..ops import sdpa
+from ..ops._replacement import Replacement
 
 with contextlib.suppress(ImportError):  # not in every version
     import torch.nn.attention.varlen  # declares its operator
@@ -91,7 +92,7 @@ _multi_head_attention = _with_globals(
 )
 
 
-class Mode(TorchFunctionMode):
+class Mode(Replacement):
     """Sees every call into PyTorch from its thread, by whatever name, and replaces attention.
 
     Args:
@@ -102,6 +103,7 @@ class Mode(TorchFunctionMode):
     """
 
     def __init__(self, backend: str | None) -> None:
+        super().__init__({})
         self.backend = backend
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -32,8 +32,8 @@ class replace_sdpa:  # noqa: N801 - a context manager, named like those of torch
       whose fast paths are off.
 
     A block is of its thread alone; blocks nest, and the innermost says the backend. Derivatives may be taken after the
-    block, except those of a checkpoint, which runs the model again. Open a block outside of :func:`torch.compile`'d
-    functions, around their calls: each is compiled once for inside and once for outside.
+    block, except those of :mod:`torch.utils.checkpoint`, which runs the model again. Open a block outside of
+    :func:`torch.compile`'d functions, around their calls: each is compiled once for inside and once for outside.
 
     Left as they are: attention written out, as is :class:`torch.nn.MultiheadAttention` with ``need_weights=True``, for
     that has its derivatives; :mod:`torch.jit` scripts, whose calls cannot be seen.

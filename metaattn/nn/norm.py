@@ -15,6 +15,15 @@ import torch
 from torch import Tensor, nn
 
 
+def standardise(x: Tensor, dimensions: int, eps: float) -> Tensor:
+    """``(x - mean) / sqrt(variance + eps)`` over the last ``dimensions``, statistics in float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    over = tuple(range(-dimensions, 0))
+    centred = wide - wide.mean(over, keepdim=True)
+    scaled = centred * torch.rsqrt(centred.square().mean(over, keepdim=True) + eps)
+    return scaled.to(x.dtype)
+
+
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation over the last dimension; parameters and arguments of :class:`torch.nn.LayerNorm`.
 
@@ -23,12 +32,8 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(x - mean) / sqrt(variance + eps) * weight + bias``, statistics in float32 or wider."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        over = tuple(range(-len(self.normalized_shape), 0))
-        centred = wide - wide.mean(over, keepdim=True)
-        scaled = centred * torch.rsqrt(centred.square().mean(over, keepdim=True) + self.eps)
-        out = scaled.to(x.dtype)
+        """``(x - mean) / sqrt(variance + eps) * weight + bias``."""
+        out = standardise(x, len(self.normalized_shape), self.eps)
         out = out if self.weight is None else out * self.weight
         return out if self.bias is None else out + self.bias
 

@@ -1,4 +1,4 @@
-"""Running a function again as it ran at first: its random numbers, its autocast, its backend."""
+"""Running a function again as it ran at first: its random numbers, autocast, backend, and what replaces PyTorch's."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backends import current_backend, use_backend
+from ._replacement import replacements
 
 _Precision = dict[str, tuple[bool, torch.dtype]]
 
@@ -27,6 +28,7 @@ class Replay:
 
     def __init__(self, tensors: Sequence[Tensor], random: bool) -> None:
         self._backend = current_backend()
+        self._replacements = replacements()
         self._cuda = sorted({t.get_device() for t in tensors if t.is_cuda})
         self._precision = _precision({"cpu", *(t.device.type for t in tensors)})
         self._generators = _generators(self._cuda) if random else None
@@ -44,8 +46,17 @@ class Replay:
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a function in these surroundings, and leave the present ones as they were."""
-        with self._drawing_again(), _autocast(self._precision), use_backend(self._backend):
+        with self._drawing_again(), _autocast(self._precision), use_backend(self._backend), self._replacing():
             return function(*args)
+
+    @contextlib.contextmanager
+    def _replacing(self) -> Iterator[None]:
+        at_work = replacements()
+        with contextlib.ExitStack() as stack:
+            for mode in self._replacements:
+                if mode not in at_work:
+                    stack.enter_context(mode)
+            yield
 
     @contextlib.contextmanager
     def _drawing_again(self) -> Iterator[None]:

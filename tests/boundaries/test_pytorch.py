@@ -147,17 +147,29 @@ def test_batch_norm_has_wrong_meta_gradients_under_vmap():
     assert (mapped - looped).norm() > 0.1 * looped.norm()  # should be equal
 
 
-def test_layer_norm_has_wrong_second_derivatives():
-    """Silently, without a weight as well: in grad of jvp, and in jvp of jvp. Why the Transformer's is written out."""
-    x, t = (torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+NORMS = {
+    "layer": (lambda x: F.layer_norm(x, (4,)), -1),
+    "instance": (F.instance_norm, -1),
+    "batch": (lambda x: F.batch_norm(x, None, None, training=True), (0, 2)),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_have_wrong_second_derivatives(name):
+    """Silently, without a weight as well, in grad of jvp and in jvp of jvp: why the Transformer's is written out.
+
+    PyTorch's issues 196699 (batch), 196700 (layer) and 198017.
+    """
+    norm, over = NORMS[name]
+    x, t = (torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
 
     def written_out(x):
-        centred = x - x.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        centred = x - x.mean(over, keepdim=True)
+        return centred / (centred.square().mean(over, keepdim=True) + 1e-5).sqrt()
 
     def second(f):
         along = lambda x: jvp(lambda x: f(x).sin().sum(), (x,), (t,))[1]
         return torch.cat([grad(along)(x).flatten(), jvp(along, (x,), (t,))[1].flatten()]).split([x.numel(), 1])
 
-    got, want = second(lambda x: F.layer_norm(x, (4,))), second(written_out)
+    got, want = second(norm), second(written_out)
     assert all((g - w).norm() > 0.01 * w.norm() for g, w in zip(got, want, strict=True))  # should be equal

@@ -1,0 +1,73 @@
+"""Functions that a block replaces: in every pass that belongs to it, and no further."""
+
+import threading
+
+import pytest
+import torch
+from torch.func import grad, jvp, vmap
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from metaattn.meta import checkpoint
+from metaattn.ops._replacement import Replacement
+
+X = torch.linspace(0.1, 1.2, 6, dtype=torch.float64)
+
+
+def replaced():
+    """sin for exp, of which each derivative tells which of the two ran."""
+    return Replacement({torch.exp: torch.sin})
+
+
+def function(x):
+    return torch.exp(x).square()
+
+
+def want(x):
+    return 2 * x.sin() * x.cos()
+
+
+@pytest.mark.parametrize("remat", [lambda f: f, checkpoint])
+def test_transforms(remat):
+    f = remat(function)
+    with replaced():
+        by_grad, by_vmap = grad(lambda x: f(x).sum())(X), vmap(grad(f))(X)
+        second = jvp(grad(lambda x: f(x).sum()), (X,), (torch.ones_like(X),))[1]
+    for got in (by_grad, by_vmap):
+        torch.testing.assert_close(got, want(X))
+    torch.testing.assert_close(second, 2 * torch.cos(2 * X))
+    torch.testing.assert_close(grad(lambda x: f(x).sum())(X), 2 * torch.exp(2 * X))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_is_computed_again_is_replaced_again(inside):
+    x = X.clone().requires_grad_()
+    with replaced():
+        loss = checkpoint(function)(x).sum()
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    torch.testing.assert_close(x.grad, want(X))
+
+
+def test_torch_checkpoint_within_the_block():
+    """PyTorch takes a mode off while a backward pass runs, and so for what that computes again."""
+    x = X.clone().requires_grad_()
+    with replaced():
+        torch_checkpoint(function, x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(x.grad, want(X))
+
+
+def test_other_threads_are_not_touched():
+    results = []
+    with replaced():
+        thread = threading.Thread(target=lambda: results.append(torch.exp(X)))
+        thread.start()
+        thread.join()
+    assert torch.equal(results[0], X.exp())
+
+
+def test_compiled_equals_eager():
+    f = torch.compile(lambda x: jvp(function, (x,), (x,))[1], fullgraph=True, backend="aot_eager")
+    with replaced():
+        torch.testing.assert_close(f(X), want(X) * X)
