@@ -46,6 +46,7 @@ LEARNING_RATE = 0.01
 BOUND = {torch.bfloat16: 5e-2, torch.float32: 5e-3, torch.float64: 1e-9}  # float32 with tf32 products
 PARTS = ("table", "jax", "steps", "tokens")
 MODE: dict[str, Mode] = {"graph": "graph", "captured+inductor": "inductor"}
+OPTIONS: dict[str, Any] = {}  # Inductor's
 Gradient = dict[str, Tensor]
 Step = Callable[[], Gradient]
 
@@ -144,7 +145,7 @@ def functional_step(
     learner: GradientBased, params: Gradient, support: Any, query: Any, *, mode: Mode | None = None
 ) -> Step:
     """All tasks at once, by vmap; captured in a mode if so asked."""
-    captured = capture(learner.value_and_grad, mode=mode or "none")
+    captured = capture(learner.value_and_grad, mode=mode or "none", options=OPTIONS if mode == "inductor" else None)
     step = captured if mode else learner.value_and_grad
     meta = {"params": params, "rates": {}}
 
@@ -289,10 +290,12 @@ def main() -> None:
     a.add_argument("--quick", action="store_true", help="fewer repetitions")
     a.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     a.add_argument("--who", nargs="+", default=WHO, choices=WHO, help="rows of the table")
+    a.add_argument("--inductor", nargs="+", default=[], metavar="KEY=VALUE", help="options, such as combo_kernels=true")
     a.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a.add_argument("--tiny", action="store_true", help="one small problem, to see that it runs")
     options = a.parse_args()
     device, seconds = torch.device(options.device), 0.3 if options.quick else 1.5
+    OPTIONS.update((key, json.loads(value)) for key, value in (text.split("=") for text in options.inductor))
     torch.set_float32_matmul_precision("high")
     machine = {"device": str(device), "torch": str(torch.__version__)}
     if device.type == "cuda":

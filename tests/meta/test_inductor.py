@@ -268,6 +268,19 @@ def test_what_cannot_be_compiled_runs_as_it_is(loss, reason, gradient):
     assert_close(again, want)
 
 
+def test_a_compiler_that_fails_is_told_and_the_step_runs():
+    learner = maml(loss, steps=2, learning_rate=0.1)
+    fast, meta = recorded(learner.value_and_grad), learner.init(PARAMS)
+
+    def lower(module, inputs):
+        raise RuntimeError("no compiler found")
+
+    fast.pieces.lower = lower
+    with pytest.warns(UserWarning, match=r"it could not be compiled \(RuntimeError: no compiler found\)"):
+        got = fast(meta, *tasks())
+    assert_close(got, learner.value_and_grad(meta, *tasks()))
+
+
 def test_a_differentiable_closure():
     """It is seen by an eager step in reverse mode, and refused by mixed mode."""
     w = torch.ones(3, dtype=torch.float64, requires_grad=True)
