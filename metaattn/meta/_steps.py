@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 from torch.func import grad, vjp
 
 from ..ops._function import Rule
-from ..ops._pieces import Pieces, pieces_at_work
+from ..ops._pieces import pieces_at_work
 from ..ops._program import Pullback, differentiable
-from ..ops._sources import Source, source_of
+from ..ops._sources import source_of
 from ..ops._strangers import followed
 from ..ops._trees import put, tensors_of
 from ..ops.remat import recompute, transforms
@@ -43,9 +43,13 @@ def compiled_step(loop: Loop, adapted: Params, state: State, kind: Kind) -> Step
     if pieces is None:
         return None
     source = source_of("step", kind, loop.names, loop.loss, loop.optimizer)
-    if kind == "mixed" and source.key not in pieces.checked:
-        check_loop(loop, adapted, state)  # eager or not, it raises
-    if not _may_run(pieces, source, lambda: check_loop(loop, adapted, state)):
+
+    def check() -> str | None:
+        if kind == "mixed":
+            check_loop(loop, adapted, state)  # what it refuses is an error, compiled or not
+        return _reason(lambda: check_loop(loop, adapted, state))
+
+    if not pieces.admits(source, check):
         return None
     device = next(iter(adapted.values())).device
 
@@ -116,7 +120,7 @@ def scored(loss: Callable[..., Any], params: Params, batch: Sequence[Tensor]) ->
     if pieces is None:
         return loss(params, *batch)
     source = source_of("loss", loss)
-    if not _may_run(pieces, source, lambda: check_loss(loss, params, batch)):
+    if not pieces.admits(source, lambda: _reason(lambda: check_loss(loss, params, batch))):
         return loss(params, *batch)
 
     def run(params: Params, batch: tuple[Tensor, ...]) -> Any:
@@ -142,17 +146,13 @@ def scored(loss: Callable[..., Any], params: Params, batch: Sequence[Tensor]) ->
     return restore(known)
 
 
-def _may_run(pieces: Pieces, source: Source, check: Callable[[], bool]) -> bool:
-    """Whether a piece may run compiled; it is checked once."""
-    if source.key not in pieces.checked:
-        try:
-            if check():
-                pieces.refuse(source, "it draws random numbers, which would not be those of an eager run")
-        except ValueError as error:
-            text = str(error).removeprefix("with this gradient, ").removesuffix("; or use gradient='reverse'")
-            pieces.refuse(source, text)
-        pieces.checked.add(source.key)
-    return source.root not in pieces.reasons
+def _reason(check: Callable[[], bool]) -> str | None:
+    """Why a loss that is checked so cannot be compiled, though it runs."""
+    try:
+        drew = check()
+    except ValueError as error:
+        return str(error).removeprefix("with this gradient, ").removesuffix("; or use gradient='reverse'")
+    return "it draws random numbers, which would not be those of an eager run" if drew else None
 
 
 def spread(adapted: Params, data: Any) -> Params:

@@ -172,7 +172,8 @@ def capture(
             losses, and their derivatives) compiled besides, on a CPU too, where there is no graph; or ``"none"`` to
             run eagerly throughout. A loss that cannot be compiled runs as it is, and a warning says once why: one
             that draws random numbers, branches on numbers, changes in place what it did not make, or closes over a
-            tensor that is differentiated. Compiled, ``gradient="reverse"`` recomputes activations as ``"mixed"`` does.
+            tensor that is differentiated. Tensors and numbers that it closes over may change between calls, but for
+            settings deep in objects and modules. Compiled, ``"reverse"`` recomputes activations as ``"mixed"`` does.
         state: Tensors, besides the arguments, that the step changes in place (parameters and what an optimizer made
             with ``capturable=True`` keeps): the trial runs before a capture leave them as they were.
         most: How many graphs are kept, each with memory of its own; the least recently used goes first.

@@ -18,7 +18,7 @@ from ._sources import Source
 from ._strangers import check_outputs
 from ._trees import Tensors
 
-MOST = 64  # forms of one program; a step whose shapes change at every call is not to compile forever
+MOST = 32  # programs, and forms of each: a step that is another one at every call is not to be compiled for ever
 
 
 class Pieces:
@@ -30,18 +30,17 @@ class Pieces:
     Attributes:
         lower: What makes a function of a module and its inputs: Inductor.
         reasons: Why parts of the step run eagerly, each said once as a warning.
-        checked: The sources that have been looked at before.
         structures: Of what the functions of sources return.
     """
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         self.lower: Lower = inductor(options or {})
         self.reasons: dict[Hashable, str] = {}
-        self.checked: set[Hashable] = set()
         self.structures: dict[Hashable, list[Any]] = {}
         self._made: dict[Hashable, dict[Hashable, tuple[Lowered, list[tuple[bool, Any]]]]] = {}
         self._known: dict[Hashable, Callable[..., Any]] = {}
         self._said: set[str] = set()
+        self._checked: set[Hashable] = set()
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -52,6 +51,21 @@ class Pieces:
     def refuse(self, source: Source, reason: str) -> None:
         """Run what has this source, and all that is made of it, eagerly from now on, and say why."""
         self.reasons[source.root] = reason
+        self._say(reason)
+
+    def admits(self, source: Source, check: Callable[[], str | None]) -> bool:
+        """Whether a source may run compiled. At first sight it is checked: for a reason why not, or an error."""
+        if source.key not in self._checked:
+            if len(self._checked) >= MOST:
+                self._say(f"there are more than {MOST} of its kind, as where a number that a loss closes over changes")
+                return False
+            reason = check()
+            if reason is not None:
+                self.refuse(source, reason)
+            self._checked.add(source.key)
+        return source.root not in self.reasons
+
+    def _say(self, reason: str) -> None:
         if reason not in self._said:
             self._said.add(reason)
             warnings.warn(f"a part of the step is not compiled: {reason}", stacklevel=2)
