@@ -86,14 +86,14 @@ class Pieces:
             except UnrecordableError as error:
                 self.refuse(source, f"it {error}")
                 return None
+            except Exception as error:
+                self.refuse(source, f"it could not be recorded ({_told(error)})")
+                return None  # an eager run raises what is the function's own
         lowered, found = made[form]
         try:
             return lowered(*inputs, *(source.held[at] if held else at for held, at in found))
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            text = str(error).splitlines()[0] if str(error) else ""
-            self.refuse(source, f"it could not be compiled ({type(error).__name__}: {text[:200]})")
+            self.refuse(source, f"it could not be compiled ({_told(error)})")
             return None
 
     def _make(
@@ -106,6 +106,13 @@ class Pieces:
         places = {id(t): i for i, t in enumerate(source.held)}
         found = [(id(t) in places, places.get(id(t), t)) for t in recording.found]
         return Lowered(recording, self.lower, self._known), found
+
+
+def _told(error: Exception) -> str:
+    """An error in one line; but out of memory is out of memory."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
 
 
 _now: Pieces | None = None  # a backward runs in a thread of its own, which a context variable would not reach

@@ -59,7 +59,7 @@ def sequences(seed=0):
     return (x[0], y[0]), (x[1], y[1])
 
 
-@pytest.mark.parametrize("optimizer", [sgd(), momentum(), adam()], ids=["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("optimizer", [sgd(), adam()], ids=["sgd", "adam"])
 @pytest.mark.parametrize(
     ("gradient", "learns"),
     [(g, rates) for g in ("reverse", "mixed", "first_order") for rates in ("nothing", "element")]
@@ -90,8 +90,9 @@ def test_pieces_equal_the_eager_step(gradient, learns, optimizer):
         maml_plus_plus(loss, steps=2, learning_rate=0.1),
         reptile(loss, steps=2, learning_rate=0.1),
         maml(loss, steps=2, adapts=("v",), gradient="mixed"),
+        maml(loss, steps=3, gradient="mixed", optimizer=momentum(nesterov=True)),
     ],
-    ids=["maml_plus_plus", "reptile", "anil"],
+    ids=["maml_plus_plus", "reptile", "anil", "momentum"],
 )
 def test_algorithms(learner):
     meta, data = learner.init(PARAMS), tasks()
