@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ._record import Recording
 from ._trees import Tensors
@@ -25,11 +28,13 @@ def inductor(options: Mapping[str, Any]) -> Lower:
     """Inductor, with settings of its own (``torch._inductor.list_options()``)."""
 
     def lower(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
-        import torch._inductor
+        from torch._inductor.compile_fx import compile_fx  # here, for it takes a second
 
-        with warnings.catch_warnings():
+        # Inductor's cache on disk serves only what has symbols for shapes at hand; none is used.
+        context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
+        with warnings.catch_warnings(), tracing(context):
             warnings.simplefilter("ignore")  # it warns of itself
-            compiled: Callable[..., Sequence[Any]] = torch._inductor.compile(module, list(inputs), dict(options))
+            compiled: Any = compile_fx(module, list(inputs), config_patches=dict(options), ignore_shape_env=True)
         return compiled
 
     return lower
