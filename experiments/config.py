@@ -103,6 +103,7 @@ class Compile(Enum):
 
     none = "none"
     graph = "graph"
+    inductor = "inductor"
 
 
 class Activation(Enum):

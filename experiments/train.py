@@ -95,10 +95,10 @@ class Trainer:
             functools.partial(run.learner.value_and_grad, chunk_size=self.config.train.chunk_size),
             mode=self.config.compile.value,
         )
-        if self.config.compile is Compile.graph and run.learner.at(0.0) is not run.learner:
+        if self.config.compile is not Compile.none and run.learner.at(0.0) is not run.learner:
             warnings.warn(
                 f"the steps run eagerly: algorithm={self.config.algorithm.name} changes from step to step, and a graph "
-                "is of fixed settings; leave out compile=graph",
+                f"is of fixed settings; leave out compile={self.config.compile.value}",
                 stacklevel=2,
             )
         self.metrics = report.Metrics(out, self.step) if distributed.is_first() else None
@@ -207,7 +207,7 @@ class Trainer:
         return means, rate
 
     def _value_and_grad(self, batch: Any) -> Any:
-        """Losses, metrics and the meta-gradient of this rank's tasks; as a replayed graph if so asked."""
+        """Losses, metrics and the meta-gradient of this rank's tasks; compiled or as a replayed graph if so asked."""
         meta = {name: {k: t.detach() for k, t in group.items()} for name, group in self.meta.items()}
         learner = self.run.learner.at(self.step / self.config.train.steps)
         if learner is self.run.learner:

@@ -3,11 +3,12 @@
     python scripts/bench_meta.py [--out docs/benchmarks/meta] [--quick] [--parts steps] [--device cpu --tiny]
 
 A causal Transformer on random sequences; ``tasks, sequences, tokens, layers, width, heads, inner steps``. Ours by
-reverse and mixed mode, eager and as a replayed CUDA graph; torch.func with PyTorch's math attention in the same model,
-eager and as a graph; a loop over tasks with the same; JAX jit by a second process. Time, peak memory above what there
-was, and the seconds until the first step is done. Who is not within the dtype's bound of float64 on a small problem is
-reported as wrong, without a time. Parts: table, jax, and the plots of time and memory against inner steps (1 to 64) and
-tokens (64 to 16,384). Writes JSON, a table (Markdown) and plots.
+reverse and mixed mode, eager and as a replayed CUDA graph, mixed mode compiled by Inductor besides; torch.func with
+PyTorch's math attention in the same model, eager and as a graph; a loop over tasks with the same; JAX jit by a second
+process. Time, peak memory above what there was, and the seconds until the first step is done. Who is not within the
+dtype's bound of float64 on a small problem is reported as wrong, without a time. Parts: table, jax, and the plots of
+time and memory against inner steps (1 to 64) and tokens (64 to 16,384); ``--who`` leaves out the others. Writes JSON, a
+table (Markdown) and plots.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from tqdm import tqdm
 import metaattn
 from metaattn.cli._measure import relative_error
 from metaattn.meta import GradientBased, capture, maml
+from metaattn.meta.capture import Mode
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -43,6 +45,8 @@ from matplotlib import pyplot as plt
 LEARNING_RATE = 0.01
 BOUND = {torch.bfloat16: 5e-2, torch.float32: 5e-3, torch.float64: 1e-9}  # float32 with tf32 products
 PARTS = ("table", "jax", "steps", "tokens")
+MODE: dict[str, Mode] = {"graph": "graph", "captured+inductor": "inductor"}
+OPTIONS: dict[str, Any] = {}  # Inductor's
 Gradient = dict[str, Tensor]
 Step = Callable[[], Gradient]
 
@@ -77,6 +81,7 @@ WHO = [
     "metaattn mixed",
     "metaattn reverse, graph",
     "metaattn mixed, graph",
+    "metaattn mixed, captured+inductor",
     "torch.func, math",
     "torch.func, math, graph",
     "loop over tasks, math",
@@ -133,18 +138,22 @@ def build(p: Problem, who: str, device: torch.device) -> Step:
     if who.startswith("loop"):
         return loop(p, loss, params, support[0], query[0])
     learner = maml(loss, steps=p.steps, learning_rate=LEARNING_RATE, gradient="mixed" if "mixed" in who else "reverse")
-    return functional_step(learner, params, support, query, graph="graph" in who)
+    return functional_step(learner, params, support, query, mode=MODE.get(who.rpartition(", ")[2]))
 
 
-def functional_step(learner: GradientBased, params: Gradient, support: Any, query: Any, *, graph: bool = False) -> Step:
-    """All tasks at once, by vmap; as a graph if so asked."""
-    step = capture(learner.value_and_grad, mode="graph") if graph else learner.value_and_grad
+def functional_step(
+    learner: GradientBased, params: Gradient, support: Any, query: Any, *, mode: Mode | None = None
+) -> Step:
+    """All tasks at once, by vmap; captured in a mode if so asked."""
+    captured = capture(learner.value_and_grad, mode=mode or "none", options=OPTIONS if mode == "inductor" else None)
+    step = captured if mode else learner.value_and_grad
     meta = {"params": params, "rates": {}}
 
     def call() -> Gradient:
         gradient: Gradient = step(meta, support, query)[1]["params"]
-        if graph and step.reason is not None:  # type: ignore[union-attr]
-            raise RuntimeError(f"no graph: {step.reason}")  # type: ignore[union-attr]
+        problems = [captured.reason, *(captured.pieces.reasons.values() if captured.pieces else ())]
+        if mode and any(problems):
+            raise RuntimeError(f"not captured or compiled: {problems}")
         return gradient
 
     return call
@@ -280,10 +289,13 @@ def main() -> None:
     a.add_argument("--out", type=Path, default=Path("docs/benchmarks/meta"))
     a.add_argument("--quick", action="store_true", help="fewer repetitions")
     a.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    a.add_argument("--who", nargs="+", default=WHO, choices=WHO, help="rows of the table")
+    a.add_argument("--inductor", nargs="+", default=[], metavar="KEY=VALUE", help="options, such as combo_kernels=true")
     a.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a.add_argument("--tiny", action="store_true", help="one small problem, to see that it runs")
     options = a.parse_args()
     device, seconds = torch.device(options.device), 0.3 if options.quick else 1.5
+    OPTIONS.update((key, json.loads(value)) for key, value in (text.split("=") for text in options.inductor))
     torch.set_float32_matmul_precision("high")
     machine = {"device": str(device), "torch": str(torch.__version__)}
     if device.type == "cuda":
@@ -300,7 +312,7 @@ def main() -> None:
     dtypes = (torch.float32,) if options.tiny else (torch.bfloat16, torch.float32)
     if "table" in options.parts:
         for p in [Problem(*size, dtype) for size in sizes for dtype in dtypes]:
-            for who in WHO:
+            for who in options.who:
                 content["rows"].append(measure(p, who, device, seconds))
                 print(table(content["rows"][-1:])[-1], flush=True)
                 save()

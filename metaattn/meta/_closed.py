@@ -15,11 +15,14 @@ from ._loop import Loop, detach
 from .optim import Params, State
 
 
-def check_loop(loop: Loop, adapted: Params, state: State) -> None:
+def check_loop(loop: Loop, adapted: Params, state: State) -> bool:
     """Refuse a loss or an optimizer that depends, differentiably, on more than its arguments.
 
     Each is called once on constants: if its result can be differentiated nevertheless, then by a tensor that it closes
     over. Random numbers are left as they were.
+
+    Returns:
+        Whether either draws random numbers.
 
     Raises:
         ValueError: One does depend on such a tensor.
@@ -28,18 +31,29 @@ def check_loop(loop: Loop, adapted: Params, state: State) -> None:
     def update(adapted: Params, state: State) -> Any:
         return loop.optimizer.update(adapted, state, adapted, detach(loop.rates), 0)  # any gradient would do
 
-    _check("the optimizer", update, loop.optimizer.update, adapted, state)
-    _check("the loss", loop.objective, loop.loss, adapted, loop.fixed, loop.data)
+    drew = _check("the optimizer", update, loop.optimizer.update, adapted, state)
+    return _check("the loss", loop.objective, loop.loss, adapted, loop.fixed, loop.data) or drew
 
 
-def _check(name: str, function: Callable[..., Any], of: Callable[..., Any], *args: Any) -> None:
+def check_loss(loss: Callable[..., Any], params: Params, batch: Any) -> bool:
+    """The same of a loss on its own."""
+    return _check("the loss", lambda params, batch: loss(params, *batch), loss, params, tuple(batch))
+
+
+def _check(name: str, function: Callable[..., Any], of: Callable[..., Any], *args: Any) -> bool:
     # The tensors of modules are left to the call: functional_call replaces them.
     for where, t in transformed(of, name, modules=False):
         held = f"a tensor ({where}, {list(t.shape)})"
         raise ValueError(_message(name, f"{held} that a torch.func transform (vmap, grad, jvp, …) is following"))
-    out = Replay(tensors_of(args)[0], random=True)(function, *detach(args))
+    replay = Replay(tensors_of(args)[0], random=True)
+
+    def noted(*args: Any) -> tuple[Any, bool]:
+        return function(*args), replay.settle()
+
+    out, drew = replay(noted, *detach(args))
     if any(followed(t) for t in tree_leaves(out) if isinstance(t, Tensor)):
         raise ValueError(_message(name, "a tensor that requires grad"))
+    return drew
 
 
 def _message(name: str, what: str) -> str:

@@ -14,6 +14,8 @@ from .optim import InnerOptimizer, Params, Rates, State
 
 Loss = Callable[..., Tensor]
 GradientOf = Callable[[Params, Params, tuple[Any, ...]], Params]  # of adapted, fixed, data
+# Of adapted, state, fixed, data, rates and the step's index, to the next adapted and state.
+StepOf = Callable[[Params, State, Params, tuple[Any, ...], Rates, int], tuple[Params, State]]
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,19 @@ class Loop:
         return self.loss(self.join(adapted, fixed), *data)
 
     def run(
-        self, gradient: GradientOf, adapted: Params, state: State, first: int, last: int
+        self, gradient: GradientOf, adapted: Params, state: State, first: int, last: int, *, step: StepOf | None = None
     ) -> tuple[list[Params], State]:
-        """Steps ``first`` to ``last - 1``: what the parameters were after each, and the optimizer's state."""
+        """Steps ``first`` to ``last - 1``: what the parameters were after each, and the optimizer's state.
+
+        Each is by ``step``, if there is one, else by the ``gradient`` and the optimizer.
+        """
         passed = []
-        for step in range(first, last):
-            g = gradient(adapted, self.fixed, self.data)
-            adapted, state = self.optimizer.update(g, state, adapted, self.rates, step)
+        for index in range(first, last):
+            if step is not None:
+                adapted, state = step(adapted, state, self.fixed, self.data, self.rates, index)
+            else:
+                g = gradient(adapted, self.fixed, self.data)
+                adapted, state = self.optimizer.update(g, state, adapted, self.rates, index)
             passed.append(adapted)
         return passed, state
 

@@ -12,7 +12,7 @@ from torch.func import grad
 from ..ops._trees import tensors_of
 from ..ops.remat import recompute
 from ._hessian import Vector, gradient_along
-from ._loop import GradientOf, Loop
+from ._loop import GradientOf, Loop, StepOf
 from .optim import Params, Rates, State
 
 
@@ -37,7 +37,14 @@ def mixed_gradient(objective: Callable[..., Tensor]) -> GradientOf:
 
 
 def segment(
-    loop: Loop, gradient: GradientOf, adapted: Params, state: State, first: int, last: int, every: bool
+    loop: Loop,
+    gradient: GradientOf,
+    adapted: Params,
+    state: State,
+    first: int,
+    last: int,
+    every: bool,
+    step: StepOf | None,
 ) -> tuple[list[Params], State]:
     """:meth:`Loop.run`, of which the graph keeps the start alone: its steps are run again for the derivative.
 
@@ -46,7 +53,7 @@ def segment(
 
     def steps(adapted: Params, state: State, fixed: Params, data: tuple[Any, ...], rates: Rates) -> Any:
         again = replace(loop, fixed=fixed, data=data, rates=rates)
-        passed, state = again.run(gradient, adapted, state, first, last)
+        passed, state = again.run(gradient, adapted, state, first, last, step=step)
         return passed if every else passed[-1:], state
 
     return recompute(steps, adapted, state, loop.fixed, loop.data, loop.rates)

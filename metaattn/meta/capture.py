@@ -3,6 +3,10 @@
 A meta-step is small operations in great number, so that an eager one waits for the CPU: on an H100 236 ms, where the
 replay of the same operations takes 24. A graph is of fixed addresses: what a call brings is copied into buffers, and
 what it returns is copied out of them.
+
+A replay has as many kernels as the eager step. Fewer of them, and less to read and write, need a compiler: with
+``mode="inductor"`` the inner steps, the outer loss and their derivatives are recorded, each as one graph whatever the
+number of inner steps, and what is between two calls of attention in them is compiled by Inductor, once for all layers.
 """
 
 from __future__ import annotations
@@ -11,17 +15,18 @@ import contextlib
 import functools
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..ops._pieces import Pieces
 from ..ops._replay import without_draws
 
-Mode = Literal["graph", "none"]
-MODES = ("graph", "none")
+Mode = Literal["graph", "inductor", "none"]
+MODES = ("graph", "inductor", "none")
 WARM_UPS = 2  # lazy initialisations (cuBLAS, compiled kernels) happen before the capture
 
 
@@ -38,12 +43,16 @@ class Captured:
     """What :func:`capture` returns: call it as the step; see there.
 
     Attributes:
-        reason: Why the last call ran eagerly; ``None`` if it was a replay.
+        reason: Why the last call was no replay; ``None`` if it was one, and on a CPU with ``mode="inductor"``.
     """
 
-    def __init__(self, step: Callable[..., Any], mode: Mode, state: Iterable[Tensor], most: int) -> None:
+    def __init__(
+        self, step: Callable[..., Any], mode: Mode, state: Iterable[Tensor], most: int, options: Mapping[str, Any]
+    ) -> None:
         functools.update_wrapper(self, step)
-        self.step, self.mode, self.state, self.most = step, mode, list(state), most
+        self.mode, self.state, self.most = mode, list(state), most
+        self.pieces = Pieces(options) if mode == "inductor" else None
+        self.step = step if self.pieces is None else functools.partial(_compiled, self.pieces, step)
         self.reason: str | None = None
         self._replays: OrderedDict[Any, _Replay | str] = OrderedDict()
         self._said: set[str] = set()
@@ -51,6 +60,8 @@ class Captured:
     def __call__(self, *args: Any) -> Any:
         """One step: a replay if there is a graph for arguments of these shapes, which is captured at the first call."""
         leaves, spec = pytree.tree_flatten(args)
+        if self.pieces is not None and not self._on_gpu(leaves):
+            return self.step(*args)  # compiled: on a CPU there is no graph besides
         self.reason = self._refusal(leaves)
         if self.reason is None:
             key = (spec, tuple(map(_described, leaves)))
@@ -64,21 +75,24 @@ class Captured:
             self.reason = replay
         if self.mode != "none" and self.reason not in self._said:
             self._said.add(self.reason)
-            warnings.warn(f"the step runs eagerly: {self.reason}", stacklevel=2)
+            how = "eagerly" if self.pieces is None else "without a graph"
+            warnings.warn(f"the step runs {how}: {self.reason}", stacklevel=2)
         return self.step(*args)
 
     def _refusal(self, leaves: list[Any]) -> str | None:
         """Why such a call is not captured."""
         if self.mode == "none":
             return "mode='none'"
-        tensors = [t for t in (*leaves, *self.state) if isinstance(t, Tensor)]
-        if not any(t.is_cuda for t in tensors):
+        if not self._on_gpu(leaves):
             return "a CUDA graph needs tensors on a GPU, and none of the arguments is"
-        if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in leaves if isinstance(t, Tensor)):
             return "it was called inside a transform of torch.func, which a replay does not see"
         if any(t.requires_grad for t in leaves if isinstance(t, Tensor)) and torch.is_grad_enabled():
             return "an argument requires a gradient, which a replay does not record; detach it, or use torch.no_grad()"
         return None
+
+    def _on_gpu(self, leaves: list[Any]) -> bool:
+        return any(isinstance(t, Tensor) and t.is_cuda for t in (*leaves, *self.state))
 
     def _make_room(self) -> None:
         while len(self._replays) >= self.most:
@@ -113,6 +127,11 @@ class Captured:
         return _Replay(graph, inputs, outputs, out_spec)
 
 
+def _compiled(pieces: Pieces, step: Callable[..., Any], *args: Any) -> Any:
+    with pieces.at_work():
+        return step(*args)
+
+
 def _described(leaf: Any) -> Any:
     """What a graph depends on in an argument: of a tensor all but its numbers, of anything else itself."""
     if isinstance(leaf, Tensor):
@@ -131,7 +150,14 @@ def _run(replay: _Replay, leaves: list[Any]) -> Any:
     return pytree.tree_unflatten(outputs, replay.spec)
 
 
-def capture(step: Callable[..., Any], *, mode: Mode = "graph", state: Iterable[Tensor] = (), most: int = 8) -> Captured:
+def capture(
+    step: Callable[..., Any],
+    *,
+    mode: Mode = "graph",
+    state: Iterable[Tensor] = (),
+    most: int = 8,
+    options: Mapping[str, Any] | None = None,
+) -> Captured:
     """A step that is captured as a CUDA graph at its first call, and replayed from then on.
 
     A call whose arguments differ in structure, shape, strides, dtype or device, or in what is no tensor, is captured
@@ -142,16 +168,22 @@ def capture(step: Callable[..., Any], *, mode: Mode = "graph", state: Iterable[T
             gradients of its own inside (:func:`torch.autograd.grad`, :mod:`torch.func`). It must do the same work in
             each call, without waiting for the GPU (``.item()``, a branch on a number): what it does besides, such as
             printing, a replay does not.
-        mode: ``"graph"``, or ``"none"`` to run eagerly throughout.
+        mode: ``"graph"``; ``"inductor"`` to have what :mod:`metaattn.meta` does in the step (inner steps, outer
+            losses, and their derivatives) compiled besides, on a CPU too, where there is no graph; or ``"none"`` to
+            run eagerly throughout. A loss that cannot be compiled runs as it is, and a warning says once why: one
+            that draws random numbers, branches on numbers, changes in place what it did not make, or closes over a
+            tensor that is differentiated. Tensors and numbers that it closes over may change between calls, but for
+            settings deep in objects and modules. Compiled, ``"reverse"`` recomputes activations as ``"mixed"`` does.
         state: Tensors, besides the arguments, that the step changes in place (parameters and what an optimizer made
             with ``capturable=True`` keeps): the trial runs before a capture leave them as they were.
         most: How many graphs are kept, each with memory of its own; the least recently used goes first.
+        options: Inductor's, by name, as those of :func:`torch.compile`.
 
     Returns:
         A function called as the step. Its results require no gradients.
 
     Raises:
-        ValueError: Another mode, or ``most`` below 1.
+        ValueError: Another mode, ``most`` below 1, or options where nothing is compiled.
         TypeError: A step that cannot be called; state that is no tensors.
 
     Example:
@@ -172,4 +204,6 @@ def capture(step: Callable[..., Any], *, mode: Mode = "graph", state: Iterable[T
         raise TypeError("state must be tensors that the step changes in place, such as module.parameters()")
     if most < 1:
         raise ValueError(f"most must be at least 1; got {most}")
-    return Captured(step, mode, state, most)
+    if options and mode != "inductor":
+        raise ValueError(f"options are Inductor's, for mode='inductor'; got them with mode={mode!r}")
+    return Captured(step, mode, state, most, options or {})

@@ -19,6 +19,7 @@ from ._closed import check_loop
 from ._implicit import minimum
 from ._loop import Loop, Loss, detach
 from ._mixed import mixed_gradient, segment
+from ._steps import compiled_step, spread
 from .optim import InnerOptimizer, Params, Rates, State
 
 
@@ -36,7 +37,8 @@ class Reverse(Gradient):
 
     def unroll(self, loop: Loop, adapted: Params, state: State, steps: int, every: bool) -> list[Params]:
         """See :class:`Gradient`."""
-        return loop.run(grad(loop.objective), adapted, state, 0, steps)[0]
+        step = compiled_step(loop, adapted, state, "reverse")
+        return loop.run(grad(loop.objective), adapted, state, 0, steps, step=step)[0]
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class FirstOrder(Gradient):
 
     def unroll(self, loop: Loop, adapted: Params, state: State, steps: int, every: bool) -> list[Params]:
         """See :class:`Gradient`."""
-        return loop.run(lambda *at: detach(grad(loop.objective)(*at)), adapted, state, 0, steps)[0]
+        step = compiled_step(loop, adapted, state, "first_order")
+        return loop.run(lambda *at: detach(grad(loop.objective)(*at)), adapted, state, 0, steps, step=step)[0]
 
 
 @dataclass(frozen=True)
@@ -86,15 +89,17 @@ class Mixed(Gradient):
 
     def unroll(self, loop: Loop, adapted: Params, state: State, steps: int, every: bool) -> list[Params]:
         """See :class:`Gradient`."""
-        check_loop(loop, adapted, state)
+        step = compiled_step(loop, adapted, state, "mixed")
+        if step is None:
+            check_loop(loop, adapted, state)
         gradient = mixed_gradient(loop.objective)
         if self.segments is None:
-            return loop.run(gradient, adapted, state, 0, steps)[0]
+            return loop.run(gradient, adapted, state, 0, steps, step=step)[0]
         count = min(self.segments, steps)
         bounds = [steps * i // count for i in range(count + 1)]
         passed: list[Params] = []
         for first, last in pairwise(bounds):
-            stretch, state = segment(loop, gradient, adapted, state, first, last, every)
+            stretch, state = segment(loop, gradient, adapted, state, first, last, every, step)
             adapted = stretch[-1]
             passed += stretch
         return passed
@@ -130,10 +135,14 @@ class Truncated(Gradient):
         if start:
             constant = loop.detached()
             with torch.no_grad():
-                passed, state = constant.run(grad(constant.objective), detach(adapted), detach(state), 0, start)
+                still = compiled_step(constant, detach(adapted), detach(state), "first_order")
+                passed, state = constant.run(
+                    grad(constant.objective), detach(adapted), detach(state), 0, start, step=still
+                )
             passed, state = detach(passed), detach(state)
             adapted = passed[-1]
-        return passed + loop.run(grad(loop.objective), adapted, state, start, steps)[0]
+        step = compiled_step(loop, adapted, state, "reverse")
+        return passed + loop.run(grad(loop.objective), adapted, state, start, steps, step=step)[0]
 
 
 @dataclass(frozen=True)
@@ -289,7 +298,7 @@ def _unroll(
         raise ValueError(f"no parameter is named {unknown}; there are {sorted(params)}")
     if steps == 0:
         return [params]
-    adapted = {k: params[k] for k in names}
+    adapted = spread({k: params[k] for k in names}, data)
     fixed = {k: p for k, p in params.items() if k not in adapted}
     loop = Loop(loss, tuple(params), fixed, tuple(data), optimizer, rates)
     return [params, *(loop.join(p, fixed) for p in how.unroll(loop, adapted, optimizer.init(adapted), steps, every))]

@@ -2,7 +2,8 @@
 
 An optimizer is a pair of functions. ``init(params)`` gives its state; ``update(grads, state, params, rates,
 step)`` gives the next parameters and state. The learning rate is an argument and not a part of the
-optimizer, so that it can be a meta-parameter.
+optimizer, so that it can be a meta-parameter. The step, from 0, is an integer; in a compiled meta-step
+(:func:`metaattn.meta.capture`) an integer tensor, so that one graph serves all steps.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from torch import Tensor
 Params = dict[str, Tensor]
 State = dict[str, Params]
 Rates = float | Tensor | dict[str, Tensor]
+Step = int | Tensor
 
 
 class InnerOptimizer(NamedTuple):
     """A pair of pure functions, see the module; ``step`` counts from 0."""
 
     init: Callable[[Params], State]
-    update: Callable[[Params, State, Params, Rates, int], tuple[Params, State]]
+    update: Callable[[Params, State, Params, Rates, Step], tuple[Params, State]]
 
 
-def rate(rates: Rates, name: str, step: int) -> float | Tensor:
+def rate(rates: Rates, name: str, step: Step) -> float | Tensor:
     """The learning rate of a parameter at a step.
 
     Args:
@@ -37,8 +39,19 @@ def rate(rates: Rates, name: str, step: int) -> float | Tensor:
     """
     r = rates[name] if isinstance(rates, dict) else rates
     if isinstance(r, Tensor) and r.dim():
-        return r[min(step, r.shape[0] - 1)]
+        last = r.shape[0] - 1
+        if isinstance(step, Tensor) and last:
+            return r.index_select(0, step.clamp(max=last).view(1)).squeeze(0)
+        return r[0 if last == 0 else min(step, last)]
     return r
+
+
+def _correction(beta: float, step: Step, like: Tensor) -> float | Tensor:
+    """``1 - beta^(step + 1)``, in float64: what a mean of ``step + 1`` values that began at zero is short of."""
+    if not isinstance(step, Tensor):
+        return 1 - beta ** (step + 1)
+    share = 1 - torch.pow(beta, (step + 1).double())
+    return share if like.dim() else share.to(like.dtype)  # among tensors without dimensions the wider dtype wins
 
 
 def sgd() -> InnerOptimizer:
@@ -56,7 +69,7 @@ def sgd() -> InnerOptimizer:
     def init(params: Params) -> State:
         return {}
 
-    def update(grads: Params, state: State, params: Params, rates: Rates, step: int) -> tuple[Params, State]:
+    def update(grads: Params, state: State, params: Params, rates: Rates, step: Step) -> tuple[Params, State]:
         return {k: p - rate(rates, k, step) * grads[k] for k, p in params.items()}, state
 
     return InnerOptimizer(init, update)
@@ -78,7 +91,7 @@ def momentum(beta: float = 0.9, *, nesterov: bool = False) -> InnerOptimizer:
     def init(params: Params) -> State:
         return {"momentum": {k: torch.zeros_like(p) for k, p in params.items()}}
 
-    def update(grads: Params, state: State, params: Params, rates: Rates, step: int) -> tuple[Params, State]:
+    def update(grads: Params, state: State, params: Params, rates: Rates, step: Step) -> tuple[Params, State]:
         m = {k: beta * state["momentum"][k] + g for k, g in grads.items()}
         direction = {k: g + beta * m[k] for k, g in grads.items()} if nesterov else m
         return {k: p - rate(rates, k, step) * direction[k] for k, p in params.items()}, {"momentum": m}
@@ -112,12 +125,12 @@ def adam(beta1: float = 0.9, beta2: float = 0.999, *, eps: float = 1e-8, eps_roo
     def init(params: Params) -> State:
         return {name: {k: torch.zeros_like(p) for k, p in params.items()} for name in ("mean", "square")}
 
-    def update(grads: Params, state: State, params: Params, rates: Rates, step: int) -> tuple[Params, State]:
+    def update(grads: Params, state: State, params: Params, rates: Rates, step: Step) -> tuple[Params, State]:
         mean = {k: beta1 * state["mean"][k] + (1 - beta1) * g for k, g in grads.items()}
         square = {k: beta2 * state["square"][k] + (1 - beta2) * g * g for k, g in grads.items()}
         new = {}
         for k, p in params.items():
-            m, v = mean[k] / (1 - beta1 ** (step + 1)), square[k] / (1 - beta2 ** (step + 1))
+            m, v = mean[k] / _correction(beta1, step, p), square[k] / _correction(beta2, step, p)
             new[k] = p - rate(rates, k, step) * m / ((v + eps_root).sqrt() + eps)
         return new, {"mean": mean, "square": square}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
+from ._sources import Source
 from ._trees import Tensors, put
 
 Flat = Callable[..., Tensors]  # of tensors, to a tuple of tensors
@@ -29,6 +30,7 @@ class Program:
         kinds: The transforms at work at the first run, outermost first.
         pullback: Its rule in reverse mode, if that is not to be derived from the function.
         refusal: If the pullback is the only derivative there is: what all others raise.
+        source: What it computes, if it may run compiled.
     """
 
     first: Flat
@@ -36,6 +38,7 @@ class Program:
     kinds: tuple[Any, ...]
     pullback: Pullback | None = None
     refusal: str = ""
+    source: Source | None = None
 
     def pulled(self, count: int, wrt: Sequence[int], of: Sequence[int]) -> Program:
         """From ``count`` inputs and cotangents of the outputs ``of`` to the cotangents of the inputs ``wrt``."""
@@ -46,14 +49,15 @@ class Program:
         def again(*args: Tensor) -> Tensors:
             return rule(args[:count], args[count:], wrt, of)
 
-        return Program(again, again, self.kinds, refusal=self.refusal)
+        source = self._source("pulled", count, tuple(wrt), tuple(of))
+        return Program(again, again, self.kinds, refusal=self.refusal, source=source)
 
     def pushed(self, count: int, wrt: Sequence[int], *, values: bool) -> Program:
         """:func:`pushforward` of the function: with ``values`` in the place of its first run, else after it."""
         self._check_refusal()
         again = pushforward(self.again, count, wrt, values=values)
         first = pushforward(self.first, count, wrt, values=True) if values else again
-        return Program(first, again, self.kinds)
+        return Program(first, again, self.kinds, source=self._source("pushed", count, tuple(wrt), values))
 
     def mapped(self, in_dims: tuple[int | None, ...], level: int, randomness: str) -> Program:
         """Vectorised at a level. A vmap that came after the first run must not draw other numbers for each entry."""
@@ -70,7 +74,11 @@ class Program:
             return tuple(g.sum(0) if d is None else g for g, d in zip(each(x, w), dims, strict=True))
 
         first, again = (torch.func.vmap(f, in_dims, randomness=randomness) for f in (self.first, self.again))
-        return Program(first, again, self.kinds[: level - 1], None if rule is None else pullback, self.refusal)
+        source = self._source("mapped", in_dims)
+        return Program(first, again, self.kinds[: level - 1], None if rule is None else pullback, self.refusal, source)
+
+    def _source(self, *transform: Hashable) -> Source | None:
+        return None if self.source is None else self.source.then(*transform)
 
     def _check_refusal(self) -> None:
         if self.refusal:

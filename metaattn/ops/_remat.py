@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ._function import Form, Rule, in_forward_mode, tangent_at_hand
+from ._pieces import pieces_at_work
 from ._program import differentiable
 from ._strangers import check_outputs
 from ._trees import Tensors
@@ -44,6 +45,11 @@ class Remat(Rule):
     def forward(form: Form, *tensors: Tensor) -> Tensors:
         # The vmap of ``is_grads_batched`` has no rule for detach, and nothing to detach.
         inputs = [t if torch._C._functorch.is_legacy_batchedtensor(t) else t.detach() for t in tensors]
+        pieces, source = pieces_at_work(), form.static.source
+        if pieces is not None and source is not None:
+            compiled = pieces.run(source, form.static.first, inputs)
+            if compiled is not None:
+                return compiled
         before = [t._version for t in inputs]
         with torch.enable_grad():  # no graph comes of it, but for a tensor that is not given
             outputs = form.static.first(*inputs)

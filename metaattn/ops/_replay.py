@@ -30,7 +30,7 @@ class Replay:
         self._backend = current_backend()
         self._replacements = replacements()
         self._cuda = sorted({t.get_device() for t in tensors if t.is_cuda})
-        self._precision = _precision({"cpu", *(t.device.type for t in tensors)})
+        self._precision = precision({"cpu", *(t.device.type for t in tensors)})
         self._generators = _generators(self._cuda) if random else None
 
     def settle(self) -> bool:
@@ -120,16 +120,16 @@ def _set_generators(states: dict[int | None, Tensor]) -> None:
                 torch.cuda.set_rng_state(state, device)
 
 
-def _precision(devices: set[str]) -> _Precision:
+def precision(devices: set[str]) -> _Precision:
     """For each type of device that has autocast, whether it is on and to which dtype."""
     there = (d for d in devices if torch.amp.is_autocast_available(d))
     return {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in there}
 
 
 @contextlib.contextmanager
-def _autocast(precision: _Precision) -> Iterator[None]:
+def _autocast(wanted: _Precision) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for device, state in precision.items():
-            if state != _precision({device})[device]:
+        for device, state in wanted.items():
+            if state != precision({device})[device]:
                 stack.enter_context(torch.autocast(device, dtype=state[1], enabled=state[0]))
         yield

@@ -71,7 +71,7 @@ def _held(
     elif isinstance(thing, nn.Module):
         parts = {**dict(thing.named_parameters()), **dict(thing.named_buffers())}
     elif isinstance(thing, types.FunctionType):
-        parts = _closure(thing)
+        parts = closure(thing)
     elif isinstance(thing, types.MethodType):
         parts = {"code": thing.__func__, "self": thing.__self__}
     elif isinstance(thing, functools.partial):
@@ -84,7 +84,7 @@ def _held(
         yield from _held(part, seen, f"{name}.{key}", objects, skipped)
 
 
-def _closure(function: Any) -> dict[str, Any]:
+def closure(function: Any) -> dict[str, Any]:
     """Cells and defaults of a Python function."""
     held = {}
     for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):

@@ -19,6 +19,12 @@ def tensors_of(tree: Any) -> tuple[Tensors, Callable[[Sequence[Tensor]], Any]]:
     return tuple(leaves[i] for i in where), lambda tensors: tree_unflatten(put(rest, where, tensors), spec)
 
 
+def constants_of(tree: Any) -> tuple[Any, ...]:
+    """All of a tree but its tensors: its structure, and the other leaves in their places."""
+    leaves, spec = tree_flatten(tree)
+    return spec, tuple(None if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves)
+
+
 def put(entries: Sequence[Any], where: Sequence[int], by: Sequence[Any]) -> list[Any]:
     """The entries, with others in some places."""
     out = list(entries)

@@ -12,11 +12,13 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+from ._pieces import pieces_at_work
 from ._program import Program, Pullback
 from ._remat import Remat
 from ._replay import Replay, tracing
+from ._sources import Source
 from ._strangers import Watch, check_closure, unmapped
-from ._trees import Tensors, tensors_of
+from ._trees import Tensors, constants_of, tensors_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,7 +76,7 @@ def checkpoint(function: Callable[P, R], *, preserve_rng_state: bool = True) -> 
 def _differentiating() -> bool:
     """Whether a derivative of what runs now can be asked for."""
     kinds = torch._C._functorch.TransformType
-    modes = any(kind in (kinds.Grad, kinds.Jvp) for kind in _kinds())
+    modes = any(kind in (kinds.Grad, kinds.Jvp) for kind in transforms())
     return modes or torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
@@ -84,7 +86,7 @@ def _call(function: Callable[..., Any], args: Any, kwargs: Any, preserve_rng_sta
     leaves = tree_leaves((state, args, kwargs))
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         return function(*args, **kwargs)
-    if _kinds():
+    if transforms():
         check_closure(function if module is None else None, [leaf for leaf in leaves if not isinstance(leaf, Tensor)])
 
     def run(state: Any, args: Any, kwargs: Any) -> Any:
@@ -93,7 +95,7 @@ def _call(function: Callable[..., Any], args: Any, kwargs: Any, preserve_rng_sta
     return recompute(run, state, args, kwargs, preserve_rng_state=preserve_rng_state)
 
 
-def _kinds() -> tuple[Any, ...]:
+def transforms() -> tuple[Any, ...]:
     """The transforms at work, outermost first."""
     return tuple(level.key() for level in torch._C._functorch.get_interpreter_stack() or ())
 
@@ -104,6 +106,7 @@ def recompute(
     pullback: Pullback | None = None,
     refusal: str = "",
     preserve_rng_state: bool = True,
+    source: Source | None = None,
 ) -> Any:
     """``function(*args)``, of which derivatives keep the arguments' tensors alone.
 
@@ -113,6 +116,7 @@ def recompute(
         pullback: Its rule in reverse mode, on the tensors in the order of the trees' leaves; else of the function.
         refusal: If that rule is the only derivative: what all others raise.
         preserve_rng_state: As for :func:`checkpoint`; for the pullback too.
+        source: What the function and the pullback are made of, if they may run compiled; see :mod:`._pieces`.
 
     Raises:
         ValueError: As :func:`checkpoint`, of which what a function closes over is not looked through here.
@@ -120,6 +124,10 @@ def recompute(
     """
     tensors, restore = tensors_of(args)
     returned: list[Callable[[Tensors], Any]] = []
+    pieces = pieces_at_work()
+    if pieces is not None and source is not None:
+        source = source.then(*constants_of(args))
+        returned = pieces.structures.setdefault(source.key, returned)
 
     def flat(*tensors: Tensor) -> Tensors:
         outputs, restore_outputs = tensors_of(function(*restore(tensors)))
@@ -130,10 +138,10 @@ def recompute(
         with Watch():
             return flat(*tensors)
 
-    kinds, replay = _kinds(), Replay(tensors, preserve_rng_state)
+    kinds, replay = transforms(), Replay(tensors, preserve_rng_state)
     first = watched if kinds or forward_ad._current_level >= 0 else flat
     rule = None if pullback is None else functools.partial(replay, pullback)
-    outputs = Remat.of(Program(first, functools.partial(replay, flat), kinds, rule, refusal), *tensors)
+    outputs = Remat.of(Program(first, functools.partial(replay, flat), kinds, rule, refusal, source), *tensors)
     if replay.settle():
         if tracing():
             raise NotImplementedError(

@@ -16,6 +16,7 @@ from PIL import Image
 
 from experiments import checkpoint, report
 from experiments.main import main
+from metaattn.ops import _pieces
 
 ROOT = Path(__file__).parent.parent.parent
 SMOKE = ["experiment=smoke", "threads=1"]
@@ -295,6 +296,19 @@ def test_a_step_that_no_graph_can_hold_runs_eagerly(command, options, reason):
     with pytest.warns(UserWarning, match=f"run.? eagerly: {reason}") as said:
         assert command(*SMOKE, "train.steps=2", "device=cpu", "compile=graph", *options)[0] == 0
     assert len([w for w in said if "eagerly" in str(w.message)]) == 1
+
+
+def test_compiled_steps_learn_as_eager_ones_do(command, monkeypatch):
+    """Recorded and cut, and not lowered: that takes minutes of a C++ compiler."""
+    lowered = []
+    monkeypatch.setattr(_pieces, "inductor", lambda options: lambda module, inputs: lowered.append(module) or module)
+    losses = {}
+    for how in ("none", "inductor"):
+        options = ["train.steps=2", "test.tasks=2", "precision=float64", "device=cpu", f"hydra.run.dir={how}"]
+        assert command(*SMOKE, *options, f"compile={how}")[0] == 0
+        losses[how] = [row["loss_after"] for row in report.read_metrics(Path(how) / "metrics.csv")]
+    assert lowered
+    assert losses["inductor"] == pytest.approx(losses["none"], rel=1e-9)
 
 
 def test_every_algorithm_is_tried():

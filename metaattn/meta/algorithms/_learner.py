@@ -12,6 +12,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from .._checks import check_meta, check_tasks
+from .._steps import scored
 from ..optim import Params
 
 MetaParams = dict[str, Params]
@@ -60,7 +61,7 @@ class Learner(ABC):
 
     def task_loss(self, meta: MetaParams, support: Batch, query: Batch) -> Any:
         """The loss on a task's query set after adaptation to its support set; with ``has_aux`` a pair."""
-        return self.loss(self.adapt(meta, support), *query)
+        return scored(self.loss, self.adapt(meta, support), query)
 
     def objective(self, meta: MetaParams, support: Batch, query: Batch) -> tuple[Tensor, Any]:
         """What is differentiated for a task, a scalar; and what is told of the task, as by :meth:`task_loss`."""

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .._checks import check_share
+from .._steps import scored
 from ..gradients import Gradient
 from ..optim import Params
 from ._learner import Batch, MetaParams
@@ -60,7 +61,7 @@ class MAMLPlusPlus(GradientBased):
         """The weighted sum of the query losses after each step; what is told is of the last."""
         passed: list[Params] = self.trajectory(meta, support)[1:]
         counted = [(v, p) for v, p in zip(self.weights(), passed, strict=True) if v > 0]
-        outs = [self.loss(p, *query) for _, p in counted]
+        outs = [scored(self.loss, p, query) for _, p in counted]
         losses = [out[0] if self.has_aux else out for out in outs]
         total = sum(v * loss for (v, _), loss in zip(counted, losses, strict=True))
         assert isinstance(total, Tensor)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._steps import scored
 from ._learner import Batch, MetaParams
 from .maml import GradientBased
 
@@ -38,7 +39,7 @@ class Reptile(GradientBased):
         samples = [torch.cat(pair) for pair in zip(support, query, strict=True)]
         with torch.no_grad():
             adapted = {k: p.detach() for k, p in self.adapt(meta, samples).items()}
-            out = self.loss(adapted, *query)
+            out = scored(self.loss, adapted, query)
         distance = torch.stack([(meta["params"][k] - p).square().sum() for k, p in adapted.items()]).sum()
         return distance / 2, out
 

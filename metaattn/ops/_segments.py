@@ -1,0 +1,145 @@
+"""A recorded graph, cut at the leaves and lowered part by part by Inductor.
+
+A leaf is a kernel of its own, across which nothing fuses. What lies between two of them is the same in every layer but
+the first and the last: it is lowered once, so that the time to compile does not grow with the depth.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from ._record import Recording
+from ._trees import Tensors
+
+Lower = Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Sequence[Any]]]
+
+
+def inductor(options: Mapping[str, Any]) -> Lower:
+    """Inductor, with settings of its own (``torch._inductor.list_options()``)."""
+
+    def lower(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
+        from torch._inductor.compile_fx import compile_fx  # here, for it takes a second
+
+        # Inductor's cache on disk serves only what has symbols for shapes at hand; none is used.
+        context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
+        with warnings.catch_warnings(), tracing(context):
+            warnings.simplefilter("ignore")  # it warns of itself
+            compiled: Any = compile_fx(module, list(inputs), config_patches=dict(options), ignore_shape_env=True)
+        return compiled
+
+    return lower
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A leaf, or what lies between two of them. ``last`` are the values that nothing needs after it."""
+
+    run: Callable[[dict[fx.Node, Any]], None]
+    last: tuple[fx.Node, ...]
+
+
+class Lowered:
+    """A recording as a function of the tensors of its graph.
+
+    Args:
+        recording: What to run.
+        lower: What makes a function of a module; called once for modules that are the same.
+        known: What has been made before, by what it does; added to.
+    """
+
+    def __init__(self, recording: Recording, lower: Lower, known: dict[Hashable, Callable[..., Any]]) -> None:
+        self._lower, self._known = lower, known
+        nodes = list(recording.graph.nodes)
+        self._given = [n for n in nodes if n.op == "placeholder"]
+        self._returned: tuple[fx.Node, ...] = nodes[-1].args[0]
+        groups = _cut([n for n in nodes if n.op == "call_function"], whole=not recording.functional)
+        uses = [{a for n in group for a in n.all_input_nodes} for group in groups]
+        needed, parts = set(self._returned), []
+        for group, used in zip(reversed(groups), reversed(uses), strict=True):
+            outside = used.difference(group)
+            run = self._leaf(group) if _is_leaf(group[0]) else self._segment(group, [n for n in group if n in needed])
+            parts.append(_Part(run, tuple((outside | set(group)) - needed)))
+            needed |= outside
+        self._parts = parts[::-1]
+
+    def __call__(self, *tensors: Tensor) -> Tensors:
+        """Run it."""
+        values: dict[fx.Node, Any] = dict(zip(self._given, tensors, strict=True))
+        with torch.no_grad():
+            for part in self._parts:
+                part.run(values)
+                for node in part.last:
+                    values.pop(node, None)
+        return tuple(values[n] for n in self._returned)
+
+    def _leaf(self, group: list[fx.Node]) -> Callable[[dict[fx.Node, Any]], None]:
+        leaf, *items = group
+        places = [(item, item.args[1]) for item in items]
+
+        def run(values: dict[fx.Node, Any]) -> None:
+            args = fx.map_arg(leaf.args, values.__getitem__)
+            out = leaf.target(*args)  # type: ignore[operator]
+            values.update((item, out[i]) for item, i in places)
+
+        return run
+
+    def _segment(self, group: list[fx.Node], outputs: list[fx.Node]) -> Callable[[dict[fx.Node, Any]], None]:
+        module, inputs, text = _module(group, outputs)
+        chosen: dict[Hashable, Callable[..., Any]] = {}
+
+        def run(values: dict[fx.Node, Any]) -> None:
+            tensors = [values[n] for n in inputs]
+            form = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+            if form not in chosen:
+                key = (text, form)
+                if key not in self._known:
+                    self._known[key] = self._lower(module, tensors)
+                chosen[form] = self._known[key]
+            values.update(zip(outputs, chosen[form](*tensors), strict=True))
+
+        return run
+
+
+def _is_leaf(node: fx.Node) -> bool:
+    return getattr(node.target, "namespace", None) == "metaattn"
+
+
+def _cut(nodes: list[fx.Node], whole: bool) -> list[list[fx.Node]]:
+    """The nodes in groups, each to be run in one go: a leaf and its results, or what is between two."""
+    if whole:
+        return [nodes] if nodes else []
+    groups: list[list[fx.Node]] = []
+    of_leaf: dict[fx.Node, list[fx.Node]] = {}
+    between: list[fx.Node] = []
+    for node in nodes:
+        if _is_leaf(node):
+            groups += [between, [node]]
+            of_leaf[node], between = groups[-1], []
+        elif node.target is operator.getitem and node.args[0] in of_leaf:
+            of_leaf[node.args[0]].append(node)  # type: ignore[index]
+        else:
+            between.append(node)
+    return [g for g in (*groups, between) if g]
+
+
+def _module(group: list[fx.Node], outputs: list[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node], Hashable]:
+    """A group as a module; the values that it takes; and what it does, in a form equal for equal modules."""
+    graph = fx.Graph()
+    inputs = list(dict.fromkeys(a for n in group for a in n.all_input_nodes if a not in set(group)))
+    new = {n: graph.placeholder(f"x{i}") for i, n in enumerate(inputs)}
+    for n in group:
+        args, kwargs = (fx.map_arg(a, new.__getitem__) for a in (n.args, n.kwargs))
+        new[n] = graph.create_node(n.op, n.target, args, kwargs, name=f"t{len(new)}")  # type: ignore[arg-type]
+    graph.output(tuple(new[n] for n in outputs))
+    text = tuple((str(n.target), repr(n.args), repr(n.kwargs)) for n in graph.nodes)
+    return fx.GraphModule(torch.nn.Module(), graph), inputs, text

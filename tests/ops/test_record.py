@@ -1,0 +1,88 @@
+"""A recorded graph does again what the function did, or there is none."""
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.func import grad, jvp, vmap
+
+import metaattn
+from metaattn.ops._record import Recording, UnrecordableError
+from metaattn.ops._segments import Lowered
+from tests.helpers import assert_close
+
+X, Y = (torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(2))
+
+
+def graph_of(function, *inputs):
+    recording = Recording(function, inputs)
+    return fx.GraphModule(nn.Module(), recording.graph), recording
+
+
+FUNCTIONS = {
+    "value": lambda x: (x.sin() @ x.mT, x.sum()),
+    "grad": lambda x: (grad(lambda x: x.square().tanh().sum())(x),),
+    "backward": lambda x: torch.autograd.grad(x.requires_grad_().exp().sum(), x),
+    "hvp under vmap": lambda x: (vmap(lambda x: jvp(grad(lambda x: x.sin().prod()), (x,), (x.cos(),))[1])(x),),
+    "literal": lambda x: (x * torch.tensor([1.0, 2.0, 3.0, 4.0]),),
+    "in place on its own": lambda x: (x.new_zeros(4).index_add_(0, torch.tensor([2]), x[:1, 0]).add_(1) * x,),
+    "the same result twice": lambda x: (x, x.sin(), x.sin()),
+    "attention": lambda x: (grad(lambda x: metaattn.sdpa(x, x, x.cos()).sin().sum())(x),),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_does_the_same_on_other_numbers(name):
+    f = FUNCTIONS[name]
+    graph, recording = graph_of(f, X.clone())
+    assert_close(graph(Y, *recording.found), f(Y.clone()))
+    lowered = Lowered(recording, lambda module, inputs: module, {})
+    assert_close(lowered(Y, *recording.found), f(Y.clone()))
+
+
+def test_each_primitive_is_one_operation():
+    targets = [str(n.target) for n in graph_of(FUNCTIONS["attention"], X)[0].graph.nodes]
+    assert [t for t in targets if "metaattn" in t] == ["metaattn._forward.default", "metaattn._gradient.default"]
+
+
+def test_finds_what_it_is_not_given():
+    w = torch.ones(4, dtype=torch.float64)
+    _, recording = graph_of(lambda x: (x * w,), X)
+    assert [t is w for t in recording.found] == [True]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: (x * torch.rand(4),), "draws random numbers"),
+        (lambda x: (metaattn.sdpa(x, x, x, dropout_p=0.5),), "draws random numbers"),
+        (lambda x: (x if x.sum() > 0 else -x,), "depends on a tensor's numbers"),
+        (lambda x: (x[x > 0],), "whose shape depends on numbers"),
+        (lambda x: (x.view(-1).mul_(2),), "changes in place a tensor that it did not make"),
+    ],
+)
+def test_refuses_what_it_could_not_repeat(function, reason):
+    x, state = X.clone(), torch.get_rng_state()
+    with pytest.raises(UnrecordableError, match=reason):
+        Recording(function, (x,))
+    assert torch.equal(x, X), "refused before it is done"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_layers_that_do_the_same_are_lowered_once():
+    def stack(x, layers):
+        for _ in range(layers):
+            x = x + metaattn.sdpa(x.tanh(), x, x)
+        return (x.exp(),)
+
+    counts = {}
+    for layers in (3, 6):
+        lowered = []
+
+        def lower(module, inputs, lowered=lowered):
+            lowered.append(module)
+            return module
+
+        f = Lowered(Recording(lambda x, n=layers: stack(x, n), (X,)), lower, {})
+        assert_close(f(Y), stack(Y, layers))
+        counts[layers] = len(lowered)
+    assert counts == {3: 3, 6: 3}  # before the first, between two, after the last
