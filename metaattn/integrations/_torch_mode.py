@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -105,6 +105,11 @@ class Mode(Replacement):
     def __init__(self, backend: str | None) -> None:
         super().__init__({})
         self.backend = backend
+
+    @property
+    def key(self) -> Hashable:
+        """See :class:`Replacement`."""
+        return super().key, self.backend
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called in the place of ``func``."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..ops._pieces import Pieces
-from ..ops._replay import without_draws
+from ..ops._replay import surroundings, without_draws
 
 Mode = Literal["graph", "inductor", "none"]
 MODES = ("graph", "inductor", "none")
@@ -64,7 +64,7 @@ class Captured:
             return self.step(*args)  # compiled: on a CPU there is no graph besides
         self.reason = self._refusal(leaves)
         if self.reason is None:
-            key = (spec, tuple(map(_described, leaves)))
+            key = (spec, tuple(map(_described, leaves)), surroundings())
             if key not in self._replays:
                 self._make_room()
                 self._replays[key] = self._capture(leaves, spec)

@@ -103,6 +103,38 @@ class Rule(Function):
         return ctx.form.fill(ctx.needs_input_grad[1:], False)
 
 
+class Known(Rule):
+    """Results that are known already, as functions of a rule's tensors. Tensors: those of the rule, the results.
+
+    A level of reverse mode above one of forward mode (``jvp`` of ``grad``) would run a rule's function there as well:
+    it has the results computed below, with their tangents, and adds the rule's gradient.
+    """
+
+    @classmethod
+    def results(cls, rule: type[Rule], form: Form, tensors: Sequence[Tensor]) -> Any:
+        """What a rule returns for its tensors at the innermost level, which is one of reverse mode."""
+        known = one_level_down(functools.partial(rule.call, form), *tensors)
+        return cls.apply((rule, form), *tensors, *known)
+
+    @staticmethod
+    def forward(of: tuple[type[Rule], Form], *tensors: Tensor) -> Any:
+        return tuple(t.view_as(t) for t in tensors[sum(of[1].there) :])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        (ctx.rule, form), *tensors = inputs
+        ctx.rule.setup_context(ctx, (form, *tensors[: len(tensors) - len(output)]), output)
+        ctx.known = len(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return *ctx.rule.backward(ctx, *grads), *(None,) * ctx.known
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        return tuple(None if t is None else t.view_as(t) for t in tangents[-ctx.known :])
+
+
 class Sum(Rule):
     """The sum of tensors, for use in jvp rules (see the trap in :mod:`metaattn.ops._rules`)."""
 

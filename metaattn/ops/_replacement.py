@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,11 @@ class Replacement(TorchFunctionMode):
     def __init__(self, by: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
         super().__init__()
         self.by = by
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for two that do the same."""
+        return type(self), tuple(self.by.items())
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _RUN_MODELS and not torch.compiler.is_compiling():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,18 @@ class Replay:
             yield
         finally:
             _set_generators(now)
+
+
+def surroundings() -> Hashable:
+    """What a function's operations depend on besides its arguments: equal where it runs alike."""
+    return (
+        current_backend(),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        tuple(precision({"cpu", "cuda"}).items()),
+        tuple(mode.key for mode in replacements()),
+    )
 
 
 def tracing() -> bool:

@@ -30,7 +30,6 @@ Functions return and constants, and add with :class:`Sum`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -43,9 +42,9 @@ from ..backends._protocol import Operands, Rows, Tangent, Values
 from . import _leaves as leaves
 from ._function import (
     Form,
+    Known,
     Rule,
     flat,
-    one_level_down,
     replace,
     reverse_over_forward,
     tangents_at_this_level,
@@ -134,16 +133,10 @@ class _Forward(Rule):
         """In forward mode the tangents are at hand, so that F and T are one function, and one kernel.
 
         A rule could only run T after F. What it returns has its tangents attached by ``make_dual``, as
-        :func:`torch.func.jvp` itself does it. Not so where reverse mode is at the same level (a ``dual_level``
-        with leaves that require grad): its graph must be of the dual numbers. Nor under gradcheck's vmap, whose
-        tensors cannot be made dual.
-
-        A level of reverse mode above one of forward mode (``jvp`` of ``grad``) would run F's rule there as well: it
-        has the values computed below, and adds its gradient.
+        :func:`torch.func.jvp` itself does it.
         """
         if reverse_over_forward():
-            values = one_level_down(functools.partial(cls.call, form), *there)
-            return _Known.apply(Form(form.static, (*form.there, True, True)), *there, *values)
+            return Known.results(cls, form, there)
         tangents = tangents_at_this_level(there)
         if not any(t is not None for t in tangents):
             return cls.apply(form, *there)
@@ -170,27 +163,6 @@ class _Forward(Rule):
         x, values = Rule.kept(ctx)
         u = Tangent(*ctx.form.fill(moved)[:4])
         return total([directional(ctx.form.static, Operands(*x), Values(*values), [u])], values)
-
-
-class _Known(Rule):
-    """out and lse that are known, as functions of x. Tensors: x (6), out, lse."""
-
-    @staticmethod
-    def forward(form: Form, *there: Any) -> Any:
-        return tuple(t.view_as(t) for t in there[-2:])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        form = inputs[0]
-        Rule.keep(ctx, Form(form.static, form.there[:-2]), inputs[1:-2], output)
-
-    @staticmethod
-    def backward(ctx: Any, *w: Tensor | None) -> Any:
-        return *_Forward.backward(ctx, *w), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, *moved: Tensor | None) -> Any:
-        return tuple(None if t is None else t.view_as(t) for t in moved[-2:])
 
 
 class _ForwardTangent(Rule):
@@ -283,8 +255,7 @@ class _Gradient(Rule):
             return cls.apply(form, *there)
         there = unwrap_dead_wrappers(there)  # the backward of torch.func.vjp runs after its level has ended
         if reverse_over_forward():
-            grads = one_level_down(functools.partial(cls.call, form), *there)
-            return _KnownGradient.apply(Form(form.static, (*form.there, *(True for _ in grads))), *there, *grads)
+            return Known.results(cls, form, there)
         tangents = form.fill(tangents_at_this_level(there))
         t, values_t, w_t = Tangent(*tangents[:4]), Rows(*tangents[6:8]), Rows(*tangents[10:12])
         if t.is_zero:
@@ -315,32 +286,6 @@ class _Gradient(Rule):
     def jvp(ctx: Any, _: None, *args: Tensor | None) -> Any:
         call, bias_grad = ctx.form.static
         return _State.of(Rule.kept(ctx)[0]).pushed(call, bias_grad, ctx.form.fill(args))
-
-
-class _KnownGradient(Rule):
-    """B's results that are known. Tensors: x (6), out, lse, their tangents (absent), w (2), w' (absent), results."""
-
-    @staticmethod
-    def forward(form: Form, *there: Any) -> Any:
-        return tuple(t.view_as(t) for t in there[-_KnownGradient.count(form) :])
-
-    @staticmethod
-    def count(form: Form) -> int:
-        """How many results there are."""
-        return 3 + form.static[1]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        form, n = inputs[0], _KnownGradient.count(inputs[0])
-        Rule.keep(ctx, Form(form.static, form.there[:-n]), inputs[1:-n])
-
-    @staticmethod
-    def backward(ctx: Any, *a_parts: Tensor | None) -> Any:
-        return *_Gradient.backward(ctx, *a_parts), *(None,) * _KnownGradient.count(ctx.form)
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, *moved: Tensor | None) -> Any:
-        return tuple(None if t is None else t.view_as(t) for t in moved[-_KnownGradient.count(ctx.form) :])
 
 
 class _GradientTangent(Rule):

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import current_backend
-from ._replay import precision
+from ._replay import surroundings
 from ._strangers import closure
 
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, range)
@@ -49,8 +48,7 @@ def source_of(*things: Any) -> Source:
     walk = _Walk()
     for thing in things:
         walk.on(thing, 1)
-    around = (current_backend(), torch.get_default_dtype(), str(precision({"cpu", "cuda"})))
-    key = (tuple(walk.key), around)
+    key = (tuple(walk.key), surroundings())
     return Source(key, tuple(walk.held), key)
 
 

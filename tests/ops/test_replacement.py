@@ -7,8 +7,10 @@ import torch
 from torch.func import grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+import metaattn
 from metaattn.meta import checkpoint
 from metaattn.ops._replacement import Replacement
+from metaattn.ops._replay import surroundings
 
 X = torch.linspace(0.1, 1.2, 6, dtype=torch.float64)
 
@@ -71,3 +73,17 @@ def test_compiled_equals_eager():
     f = torch.compile(lambda x: jvp(function, (x,), (x,))[1], fullgraph=True, backend="aot_eager")
     with replaced():
         torch.testing.assert_close(f(X), want(X) * X)
+
+
+def test_surroundings_are_those_of_what_is_replaced():
+    """By these a compiled or captured step is found again."""
+    outside = surroundings()
+    seen = []
+    for block in (metaattn.replace_sdpa(), metaattn.replace_sdpa(), metaattn.replace_sdpa(backend="reference")):
+        with block:
+            seen.append(surroundings())
+    assert surroundings() == outside
+    assert seen[0] == seen[1]
+    assert len({outside, *seen}) == 3
+    with metaattn.use_backend("reference"):
+        assert surroundings() != outside
