@@ -431,8 +431,9 @@ def plot_speed(path: Path, rows: list[dict[str, Any]], machine: dict[str, Any]) 
         axis.grid(axis="y", alpha=0.3)
     for row in axes:
         row[0].set_ylabel("TFLOP/s")
-    handles = [Rectangle((0, 0), 1, 1, color=colours[n]) for n in names]
-    figure.legend(handles, names, ncols=len(names), loc="lower center", fontsize=8, frameon=False)
+    shown = [n for n in names if any(r["who"] == n and "tflops" in r for r in rows)]
+    handles = [Rectangle((0, 0), 1, 1, color=colours[n]) for n in shown]
+    figure.legend(handles, shown, ncols=len(shown), loc="lower center", fontsize=8, frameon=False)
     figure.suptitle(
         f"{machine['device']}, bfloat16; matrix products reach {machine['matrix_product_tflops']:.0f} TFLOP/s"
     )
