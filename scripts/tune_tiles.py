@@ -2,9 +2,10 @@
 
     python scripts/tune_tiles.py [--head-sizes 64 128] [--dtypes bfloat16 float32] [--primitives second_keys]
 
-Candidates compile side by side in as many processes as there are cores; then each is timed alone, and the best few again
-for longer, without a band and with one (a causal mask); with --bands full alone, what is best without one serves both. All times go to --out as JSON,
-beside those of other primitives, sizes and dtypes; ``metaattn/backends/triton/tiles.json`` is updated in place.
+Candidates compile side by side in as many processes as there are cores; then each is timed alone, and the best few
+again for longer, without a band and with one (a causal mask); with --bands full alone, what is best without one serves
+both. All times go to --out as JSON, beside those of other primitives, sizes and dtypes;
+``metaattn/backends/triton/tiles.json`` is updated in place.
 """
 
 from __future__ import annotations
