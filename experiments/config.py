@@ -15,6 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -47,11 +48,26 @@ class TaskName(Enum):
 
 
 class Precision(Enum):
-    """The dtype of parameters and data."""
+    """The dtype of what is computed; parameters and their updates, inner and outer, are in float32 or wider.
+
+    ``bfloat16``: the whole network is in it; ``autocast``: the network under ``torch.autocast`` to bfloat16, by which
+    norms and sums stay in float32.
+    """
 
     float32 = "float32"
     float64 = "float64"
     bfloat16 = "bfloat16"
+    autocast = "autocast"
+
+    @property
+    def parameters(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return torch.float64 if self is Precision.float64 else torch.float32
+
+    @property
+    def network(self) -> torch.dtype:
+        """The dtype of the attention."""
+        return torch.bfloat16 if self in (Precision.bfloat16, Precision.autocast) else self.parameters
 
 
 class Schedule(Enum):

@@ -27,7 +27,9 @@ from metaattn.meta import (
     sgd,
 )
 
-from .config import AlgorithmConfig, Config, GradientName, InnerName, Kind, TaskName
+from .config import AlgorithmConfig, Config, GradientName, InnerName, Kind, Precision, TaskName
+
+Network = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 OPTIMIZERS: dict[InnerName, Callable[[], InnerOptimizer]] = {
     InnerName.sgd: sgd,
@@ -44,9 +46,10 @@ def build_learner(config: Config, model: metaattn.Transformer) -> GradientBased:
     """
     a = config.algorithm
     regression = config.task.name is TaskName.sinusoid
+    call = network(model, config.precision)
 
     def loss(params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        out = functional_call(model, params, (inputs,))
+        out = call(params, inputs)
         if regression:
             return F.mse_loss(out, targets), {}
         return F.cross_entropy(out, targets), {"accuracy": (out.argmax(-1) == targets).to(out.dtype).mean()}
@@ -72,7 +75,7 @@ def build_learner(config: Config, model: metaattn.Transformer) -> GradientBased:
     if a.kind is Kind.prototypical:
         if regression:
             raise ValueError(f"algorithm={a.name} is for classification; use task=glyphs or task=omniglot")
-        return Prototypical(loss, embed=_features(model), way=config.task.way, **settings)
+        return Prototypical(loss, embed=_features(model, call), way=config.task.way, **settings)
     return GradientBased(loss, **settings)
 
 
@@ -86,13 +89,30 @@ def _gradient(a: AlgorithmConfig) -> str | Gradient:
     return a.gradient.value
 
 
-def _features(model: metaattn.Transformer) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+def network(model: metaattn.Transformer, precision: Precision) -> Network:
+    """The model as a function of its parameters and inputs, at a precision; its result has the parameters' dtype."""
+
+    def call(params: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        return functional_call(model, params, (inputs,))
+
+    def narrow(params: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        low = {k: p.to(precision.network) for k, p in params.items()}
+        return call(low, inputs.to(precision.network)).to(precision.parameters)
+
+    def autocast(params: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        with torch.autocast(inputs.device.type, precision.network):
+            return call(params, inputs).to(precision.parameters)
+
+    return {Precision.bfloat16: narrow, Precision.autocast: autocast}.get(precision, call)
+
+
+def _features(model: metaattn.Transformer, call: Network) -> Network:
     """What the model's head takes: the model with the identity for a head."""
 
     def embed(params: dict[str, Tensor], inputs: Tensor) -> Tensor:
         like, dim = next(iter(params.values())), model.config.dim
         eye = torch.eye(dim, dtype=like.dtype, device=like.device)
         head = {"head.weight": eye, "head.bias": eye.new_zeros(dim)}
-        return functional_call(model, {**params, **head}, (inputs,))
+        return call({**params, **head}, inputs)
 
     return embed

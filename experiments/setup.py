@@ -62,13 +62,13 @@ def setup(config: Config) -> Setup:
             "backend=triton needs a CUDA GPU and there is none here; use backend=auto, or run on a machine with a GPU"
         )
     device = find_device(distributed.device(config.device))
-    dtype: torch.dtype = getattr(torch, config.precision.value)
+    dtype = config.precision.parameters
     seed_everything(config.seed)
     try:
         model = _model(config).to(device, dtype)
         learner = build_learner(config, model)
         learner.init(dict(model.named_parameters()))
-        _probe(model)
+        _probe(model, config.precision.network)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(str(error)) from error
     chance = None if config.task.name is TaskName.sinusoid else 1 / config.task.way
@@ -135,9 +135,9 @@ def _model(config: Config) -> metaattn.Transformer:
     )
 
 
-def _probe(model: metaattn.Transformer) -> None:
+def _probe(model: metaattn.Transformer, dtype: torch.dtype) -> None:
     """One call of the operator on an empty batch: what the backend cannot serve, it says here."""
     p = next(model.parameters())
     c = model.config
-    x = torch.empty(0, c.heads, 1, c.dim // c.heads, device=p.device, dtype=p.dtype)
+    x = torch.empty(0, c.heads, 1, c.dim // c.heads, device=p.device, dtype=dtype)
     metaattn.sdpa(x, x, x, backend=c.backend)

@@ -316,7 +316,8 @@ def test_every_algorithm_is_tried():
 
 
 @pytest.mark.parametrize(
-    "options", [["precision=float64"], ["precision=bfloat16"], ["backend=reference"], ["model.norm=rms"]]
+    "options",
+    [[f"precision={p}"] for p in ("float64", "bfloat16", "autocast")] + [["backend=reference"], ["model.norm=rms"]],
 )
 def test_options(command, options):
     assert command(*SMOKE, *options, "train.steps=2", "test.tasks=2")[0] == 0
