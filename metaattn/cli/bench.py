@@ -64,8 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print; 1 if one of our results is wrong."""
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
+    busy = options.threads is None and load > cores / 2
+    if busy or options.threads is not None:
+        torch.set_num_threads(options.threads or 1)
     device = options.device or _options.default_device()
     dtype = options.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     shapes = options.shape or SHAPES[device.type]
@@ -73,10 +75,9 @@ def run(options: argparse.Namespace) -> int:
     print(
         f"{device}, {str(dtype)[6:]}, {'causal' if options.causal else 'full'}; times in ms, ratios of theirs to ours"
     )
-    cores, load = os.cpu_count() or 1, os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
-    if load > cores / 2 and torch.get_num_threads() > 1:
+    if busy:
         print(
-            f"the machine is busy (load {load:.1f} on {cores} cores), threads will wait for each other: try --threads 1"
+            f"on one thread: the machine is busy (load {load:.1f} on {cores} cores), and more would wait for each other"
         )
     print(HEADER)
     rows: list[Row] = []
@@ -85,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
             rows.append(row)
             bar.update()
             tqdm.write(line(row))
+    print(LEGEND)
     if options.json is not None:
         setting = {"device": str(device), "dtype": str(dtype)[6:], "causal": options.causal}
         options.json.write_text(json.dumps({"machine": facts(), "setting": setting, "rows": rows}, indent=1) + "\n")
@@ -159,6 +161,11 @@ def _cell(
 HEADER = (
     f"{'shape':<16}{'rule':<6}{'ours':>9}{'torch':>9}{'ratio':>8}{'math':>9}{'ratio':>8}{'MiB ours':>10}{'math':>8}"
 )
+
+
+LEGEND = """fwd: value; bwd: gradient alone; jvp: value and directional derivative; hvp: Hessian product; dbl: double backward.
+torch: PyTorch's own choice, which has the first two alone; math: its math attention, whose memory is quadratic in tokens.
+A ratio above 1 is in our favour; below some 500 tokens on a CPU it is not: docs/benchmarks/cpu.md."""
 
 
 def line(row: Row) -> str:
