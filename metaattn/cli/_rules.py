@@ -11,16 +11,15 @@ from torch.func import jvp, vjp, vmap
 
 Attention = Callable[..., Tensor]
 
-# The primitives that each asks for, besides F.
 RULES = {
-    "fwd": "the value: F",
-    "bwd": "the gradient, its forward done before: B",
-    "grad": "the value and its gradient: B",
-    "jvp": "the value and its directional derivative: T",
-    "hvp": "Hessian product, forward over reverse (jvp of vjp): B, T, S",
-    "rof": "Hessian product, reverse over forward (vjp of jvp): B, T, S",
-    "dbl": "double backward, by all inputs and the cotangent: B, T, S",
-    "vmap": "Hessian products for two queries, mapped: B, T, S",
+    "fwd": "the value",
+    "bwd": "the gradient, its forward done before",
+    "grad": "the value and its gradient",
+    "jvp": "the value and its directional derivative",
+    "hvp": "Hessian product, forward over reverse (jvp of vjp)",
+    "rof": "Hessian product, reverse over forward (vjp of jvp)",
+    "dbl": "double backward, by all inputs and the cotangent",
+    "vmap": "Hessian products for two queries, mapped",
 }
 
 

@@ -1,4 +1,4 @@
-"""How fast attention and its derivatives are here and now, ours beside PyTorch's, in some seconds.
+"""How fast attention and its derivatives are here and now, ours beside PyTorch's, in a minute or so.
 
 Ours is by backend='auto'. "torch" is what PyTorch's scaled_dot_product_attention takes by itself, which has a value and
 a gradient alone; "math" is its math attention, which has every derivative and stores the matrix of scores. Times are
@@ -163,9 +163,9 @@ HEADER = (
 )
 
 
-LEGEND = """fwd: value; bwd: gradient alone; jvp: value and directional derivative; hvp: Hessian product; dbl: double backward.
-torch: PyTorch's own choice, which has the first two alone; math: its math attention, whose memory is quadratic in tokens.
-A ratio above 1 is in our favour; below some 500 tokens on a CPU it is not: docs/benchmarks/cpu.md."""
+LEGEND = """fwd: value; bwd: gradient alone; jvp: value and directional derivative; hvp: Hessian product; dbl: double backward
+torch: PyTorch's own choice, which has the first two alone; math: its math attention, of memory quadratic in tokens
+ratios above 1 are in our favour; below some 500 tokens on a CPU they are not: docs/benchmarks/cpu.md"""
 
 
 def line(row: Row) -> str:
