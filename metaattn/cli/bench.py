@@ -163,7 +163,7 @@ HEADER = (
 )
 
 
-LEGEND = """fwd: value; bwd: gradient alone; jvp: value and directional derivative; hvp: Hessian product; dbl: backward twice
+LEGEND = """fwd: value; bwd: gradient alone; jvp: value and tangent; hvp: Hessian product; dbl: double backward
 torch: PyTorch's own choice, which has the first two alone; math: its math attention, of memory quadratic in tokens
 ratios above 1 are in our favour; below some 500 tokens on a CPU they are not: docs/benchmarks/cpu.md"""
 
