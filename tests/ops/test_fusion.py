@@ -6,6 +6,7 @@ from torch.func import grad, jvp, vjp, vmap
 
 import metaattn
 from metaattn.backends import reference
+from tests.helpers import assert_close, dense
 
 X = tuple(torch.randn(1, 2, 4, 3, dtype=torch.float64) for _ in range(3))
 T = tuple(torch.randn(1, 2, 4, 3, dtype=torch.float64) for _ in range(3))
@@ -57,3 +58,33 @@ def calls(monkeypatch):
 def test_one_call(calls, nesting, expected):
     nesting()
     assert calls == expected
+
+
+def _value_and_tangent(f, how):
+    """A scalar of a gradient and of its tangent, where the cotangent moves with x and has parts in out and lse."""
+
+    def pulled(*x):
+        (out, lse), pull = vjp(f, *x)
+        return pull((out.sin() * x[0], lse.cos()))
+
+    def both(*x):
+        g, g_t = jvp(pulled if how == "vjp" else grad(lambda *x: f(*x)[0].sin().sum(), (0, 1, 2)), x, T)
+        return sum((a * b.cos()).sum() for a, b in zip(g, g_t, strict=True))
+
+    return both
+
+
+@pytest.mark.parametrize("how", ["vjp", "grad"])
+@pytest.mark.parametrize(
+    "outer",
+    [
+        lambda f: grad(f, (0, 1, 2))(*X),
+        lambda f: jvp(f, X, T)[1],
+        lambda f: vmap(lambda x: grad(f)(x, *X[1:]))(torch.stack([X[0], X[1]])),
+    ],
+    ids=["grad", "jvp", "vmap_grad"],
+)
+def test_derivatives_of_what_is_computed_at_once(outer, how):
+    """Of B's results beside S's, which one call returns."""
+    ours, oracle = (lambda *x: metaattn.sdpa(*x, backend="reference", return_lse=True)), dense
+    assert_close(outer(_value_and_tangent(ours, how)), outer(_value_and_tangent(oracle, how)))
