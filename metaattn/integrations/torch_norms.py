@@ -32,7 +32,8 @@ def replace_norms() -> Replacement:
         A context manager.
 
     Raises:
-        NotImplementedError: In the block: a norm that takes a batch's statistics and trains running ones.
+        NotImplementedError: In the block: a norm that takes a batch's statistics and trains running ones; a
+            higher-order operator (a checkpoint, ``torch.cond``) within one graph of :func:`torch.compile`.
 
     Source:
         Ba, Kiros and Hinton 2016 (arXiv 1607.06450), eq. 4. What is wrong: PyTorch's issues 196699, 196700, 198017.
@@ -49,7 +50,7 @@ def replace_norms() -> Replacement:
         >>> bool((grad(along)(x) - right).norm() > 0.01 * right.norm())  # PyTorch's own is not
         True
     """
-    return Replacement(_WRITTEN_OUT)
+    return Replacement(_WRITTEN_OUT, "replace_norms")
 
 
 def _layer_norm(
