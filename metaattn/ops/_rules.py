@@ -305,7 +305,7 @@ class _GradientTangent(Rule):
     def backward(ctx: Any, *parts: Tensor | None) -> Any:
         call, need, n = ctx.form.static[0], Rule.needed(ctx), len(parts) // 2
         second = _State.of(Rule.kept(ctx)[0])
-        of_first = second.first().pulled(call, Tangent(*parts[:n]), need[:14])
+        of_first = second.first().pulled(call, Tangent(*parts[:n]), [*need[:12], False, False])  # B has no w'
         of_second = second.pulled(call, Tangent(*parts[n:]), need)
         both = zip((*of_first, *(None,) * 4), of_second, strict=True)
         return None, *ctx.form.pick([b if a is None else a if b is None else a + b for a, b in both])

@@ -6,6 +6,7 @@ from torch.func import grad, jvp, vjp, vmap
 
 import metaattn
 from metaattn.backends import reference
+from tests.helpers import assert_close, dense
 
 X = tuple(torch.randn(1, 2, 4, 3, dtype=torch.float64) for _ in range(3))
 T = tuple(torch.randn(1, 2, 4, 3, dtype=torch.float64) for _ in range(3))
@@ -57,3 +58,19 @@ def calls(monkeypatch):
 def test_one_call(calls, nesting, expected):
     nesting()
     assert calls == expected
+
+
+def test_gradients_of_a_gradient_and_its_tangent():
+    """Of all arguments, the cotangent's own tangent too, which one of the two does not depend on."""
+    arguments = (*X, *T, X[0].cos(), T[0].cos())
+
+    def total(f):
+        def both(*a):
+            pull = lambda *x: vjp(f, *x[:3])[1](x[3])
+            results = jvp(pull, (*a[:3], a[6]), (*a[3:6], a[7]))
+            return sum(t.sin().sum() for t in (*results[0], *results[1]))
+
+        return both
+
+    got, want = (grad(total(f), tuple(range(8)))(*arguments) for f in (attention, lambda *x: dense(*x)[0]))
+    assert_close(got, want)
