@@ -10,12 +10,14 @@ import torch
 
 from metaattn.backends import reference
 from metaattn.backends._protocol import Operands, Problem, Rows, Tangent
+from tests.conftest import NO_KERNELS
 from tests.helpers import assert_close
 
 triton = pytest.importorskip("metaattn.backends.triton", exc_type=ImportError)
 from metaattn.backends.triton import _launch, _tiles, _views  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and NO_KERNELS is not None, reason=NO_KERNELS or "")
 
 # Lengths, head sizes, and what else of the contract is used.
 CALLS = {
