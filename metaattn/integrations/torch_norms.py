@@ -1,8 +1,8 @@
 """PyTorch's norms with the derivatives of their formulas.
 
-Of :func:`torch.nn.functional.layer_norm`, ``instance_norm`` and ``batch_norm`` (of a batch's statistics) PyTorch (2.13;
-held by ``tests/boundaries``) has silently wrong derivatives in ``grad`` of ``jvp``, in ``jvp`` of ``jvp`` and from the
-third order on, and wrong meta-gradients under :func:`torch.func.vmap`. Models of other libraries have them inside.
+Of :func:`torch.nn.functional.layer_norm`, ``instance_norm`` and ``batch_norm`` (of a batch's statistics) PyTorch (2.11,
+2.13; held by ``tests/boundaries``) has silently wrong derivatives in ``grad`` of ``jvp``, in ``jvp`` of ``jvp`` and at
+third and higher order, and wrong meta-gradients under :func:`torch.func.vmap`. Models of other libraries have them.
 """
 
 from __future__ import annotations
