@@ -37,7 +37,8 @@ def peak_bytes(call: Callable[[], Any], device: torch.device | None = None) -> i
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+    # Without acc_events torch 2.11 warns that events go between cycles, of which there is one.
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as p:
         call()
     live = peak = 0
     for event in sorted(p.profiler.kineto_results.events(), key=lambda e: e.start_ns()):

@@ -7,8 +7,7 @@ function is Python, or a model's code runs in it, it is called with the mode on.
 from __future__ import annotations
 
 import contextlib
-import types
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..ops import sdpa
-from ..ops._replacement import Replacement
+from ..ops._replacement import BACKWARD, Replacement, unshown
 
 with contextlib.suppress(ImportError):  # not in every version
     import torch.nn.attention.varlen  # declares its operator
@@ -68,8 +67,7 @@ _REPLACED = {TORCH_SDPA, installed, *_called_as("scaled_dot_product_attention")}
 # The last is a custom operator: forward mode takes it for constant (tests/boundaries).
 _FUSED = set[Any]().union(*map(_called_as, _FUSED_NAMES), _called_as("_varlen_attn", torch.ops.torch_attn))
 _FLEX = getattr(torch.ops.higher_order, "flex_attention", None)
-_BACKWARD = {torch.autograd.backward, torch.autograd.grad, Tensor.backward}  # checkpoints recompute inside
-_SPECIAL = {*_REPLACED, *_FUSED, *_BACKWARD, F.multi_head_attention_forward}
+_SPECIAL = {*_REPLACED, *_FUSED, *BACKWARD, F.multi_head_attention_forward}
 
 
 def _check_padding(mask: Tensor, length: int, batch: int) -> None:
@@ -77,19 +75,9 @@ def _check_padding(mask: Tensor, length: int, batch: int) -> None:
         raise ValueError(f"key_padding_mask must be {[batch, length]}; got {list(mask.shape)}")
 
 
-def _with_globals(function: Any, **changed: Any) -> Callable[..., Any]:
-    """A Python function for which some global names are others."""
-    names = {**function.__globals__, **changed}
-    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
 # PyTorch's own without its test for modes, so that it runs with ours on and Dynamo traces it (the original is one node
 # to it). What else Dynamo cannot trace is the formatted message of the check of a mask.
-_multi_head_attention = _with_globals(
-    F.multi_head_attention_forward, has_torch_function=lambda _: False, _check_key_padding_mask=_check_padding
-)
+_multi_head_attention = unshown(F.multi_head_attention_forward, _check_key_padding_mask=_check_padding)
 
 
 class Mode(Replacement):
@@ -103,7 +91,7 @@ class Mode(Replacement):
     """
 
     def __init__(self, backend: str | None) -> None:
-        super().__init__({})
+        super().__init__({}, "replace_sdpa")
         self.backend = backend
 
     @property
@@ -128,21 +116,9 @@ class Mode(Replacement):
                 f"replace_sdpa cannot replace {func.__name__}: it is one fused kernel, without forward mode and second "
                 f"derivatives; {_INSTEAD}"
             )
-        return self._run_a_model(func, types, args, kwargs)
-
-    def _run_a_model(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        """Call what may call attention in its turn, with the mode on."""
         if func is _FLEX:
             raise NotImplementedError(
                 "replace_sdpa cannot replace flex_attention: functions change its scores. Pass attn_mask, or window to "
                 f"metaattn.sdpa: {_INSTEAD}"
             )
-        if not torch.compiler.is_compiling():
-            with self:
-                return torch.overrides.redispatch_function(func, types, args, kwargs)
-        if func in _BACKWARD:
-            return func(*args, **kwargs)
-        raise NotImplementedError(
-            "torch.compile cannot keep replace_sdpa on inside of a higher-order operator (a checkpoint, torch.cond); "
-            "without fullgraph=True it runs that uncompiled"
-        )
+        return self._run_a_model(func, types, args, kwargs)

@@ -1,8 +1,8 @@
 """PyTorch's norms with the derivatives of their formulas.
 
-Of :func:`torch.nn.functional.layer_norm`, ``instance_norm`` and ``batch_norm`` (of a batch's statistics) PyTorch (2.13;
-held by ``tests/boundaries``) has silently wrong derivatives in ``grad`` of ``jvp``, in ``jvp`` of ``jvp`` and from the
-third order on, and wrong meta-gradients under :func:`torch.func.vmap`. Models of other libraries have them inside.
+Of :func:`torch.nn.functional.layer_norm`, ``instance_norm`` and ``batch_norm`` (of a batch's statistics) PyTorch (2.11,
+2.13; held by ``tests/boundaries``) has silently wrong derivatives in ``grad`` of ``jvp``, in ``jvp`` of ``jvp`` and at
+third and higher order, and wrong meta-gradients under :func:`torch.func.vmap`. Models of other libraries have them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def replace_norms() -> Replacement:
         A context manager.
 
     Raises:
-        NotImplementedError: In the block: a norm that takes a batch's statistics and trains running ones.
+        NotImplementedError: In the block: a norm that takes a batch's statistics and trains running ones; a
+            higher-order operator (a checkpoint, ``torch.cond``) within one graph of :func:`torch.compile`.
 
     Source:
         Ba, Kiros and Hinton 2016 (arXiv 1607.06450), eq. 4. What is wrong: PyTorch's issues 196699, 196700, 198017.
@@ -49,7 +50,7 @@ def replace_norms() -> Replacement:
         >>> bool((grad(along)(x) - right).norm() > 0.01 * right.norm())  # PyTorch's own is not
         True
     """
-    return Replacement(_WRITTEN_OUT)
+    return Replacement(_WRITTEN_OUT, "replace_norms")
 
 
 def _layer_norm(

@@ -44,8 +44,8 @@ class replace_sdpa:  # noqa: N801 - a context manager, named like those of torch
     Raises:
         ValueError: No backend has this name; inside, as :func:`metaattn.sdpa`.
         TypeError: What is decorated is a generator or coroutine function.
-        NotImplementedError: This PyTorch cannot keep a mode on; inside, at a call that cannot be replaced: of one
-            fused kernel by its own name, or of ``flex_attention``.
+        NotImplementedError: Inside, at a call that cannot be replaced: of one fused kernel by its own name, or of
+            ``flex_attention``; of a higher-order operator within one graph of :func:`torch.compile`.
 
     Example:
         >>> import torch, metaattn
@@ -102,7 +102,6 @@ class replace_sdpa:  # noqa: N801 - a context manager, named like those of torch
 
         Raises:
             ValueError: No backend has this name.
-            NotImplementedError: As for a block.
         """
         _check(backend)
         Installed.backend = backend
@@ -126,10 +125,6 @@ class replace_sdpa:  # noqa: N801 - a context manager, named like those of torch
 def _check(backend: str | None) -> None:
     if backend is not None:
         check_backend(backend)
-    if not hasattr(torch.overrides, "redispatch_function"):
-        raise NotImplementedError(
-            f"replace_sdpa needs torch.overrides.redispatch_function, which torch 2.13 has; got {torch.__version__}"
-        )
 
 
 _names: list[tuple[dict[str, Any], str]] = []  # where PyTorch's function is replaced: namespaces, and the name in each

@@ -25,8 +25,8 @@ def gradient_along(
 ) -> Vector:
     """The derivative of the gradient of ``objective(*x)`` in the tensors ``wrt``, along directions of those ``at``.
 
-    From the place ``still`` on, other floating-point tensors get a tangent of zeros. Without one PyTorch (2.13; held by
-    ``tests/boundaries``) refuses the gradient of :func:`torch.nn.functional.mse_loss`, whose target has none.
+    From the place ``still`` on, other floating-point tensors get a tangent of zeros. Without one PyTorch (2.11, 2.13;
+    held by ``tests/boundaries``) refuses the gradient of :func:`torch.nn.functional.mse_loss`, whose target has none.
     """
 
     def gradients(*here: Tensor) -> Vector:

@@ -1,6 +1,6 @@
 """Norms whose every derivative is right, and stays in the dtype.
 
-They are written out. PyTorch's own ``layer_norm`` is silently wrong (2.13; held by ``tests/boundaries``): with a
+They are written out. PyTorch's own ``layer_norm`` is silently wrong (2.11, 2.13; held by ``tests/boundaries``): with a
 weight, in the derivative of its weight's gradient with respect to its input under :func:`torch.func.vmap`, that is in
 the meta-gradient of every Transformer whose tasks are vectorised; with or without one, in ``grad`` of ``jvp``, ``jvp``
 of ``jvp`` and all third derivatives.

@@ -8,7 +8,7 @@ or differentiated past the rules. The names are private: only :mod:`metaattn.ops
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +38,10 @@ class Call:
         """The problem alone."""
         return Problem(self.scale, self.left, self.right, self.dropout_p)
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.scale, self.left, self.right, self.dropout_p, self.backend))
+    @property
+    def flat(self) -> tuple[Any, ...]:
+        """As the operators take it. No ``__iter__``: Dynamo of torch 2.11 cannot unpack an object by its own."""
+        return self.scale, self.left, self.right, self.dropout_p, self.backend
 
 
 _LIBRARY = Library("metaattn", "FRAGMENT")

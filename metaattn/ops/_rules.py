@@ -58,14 +58,14 @@ ZERO = Rows()
 
 def forward(call: Call, x: Operands) -> Values:
     """F."""
-    return Values(*_forward(*call, *x))
+    return Values(*_forward(*call.flat, *x))
 
 
 def forward_tangent(call: Call, x: Operands, tangent: Tangent) -> tuple[Values, Rows]:
     """F and ``D_1`` at once; the latter zero (absent) if the tangent is."""
     if tangent.is_zero:
         return forward(call, x), ZERO
-    parts = _forward_tangent(*call, *x, *tangent)
+    parts = _forward_tangent(*call.flat, *x, *tangent)
     return Values(*parts[:2]), Rows(*parts[2:])
 
 
@@ -73,7 +73,7 @@ def directional(call: Call, x: Operands, values: Values, tangents: Sequence[Tang
     """``D_n`` for ``n >= 1``; zero (absent) if any of the tangents is."""
     if any(t.is_zero for t in tangents):
         return ZERO
-    return Rows(*_directional(*call, *x, *values, *flat(tangents)))
+    return Rows(*_directional(*call.flat, *x, *values, *flat(tangents)))
 
 
 def gradient(
@@ -98,7 +98,7 @@ def gradient(
     elif None in values_tangent:
         values_tangent = directional(call, x, values, tangents)
     rows = (*values, *values_tangent, *w, *w_tangent)
-    return Tangent(*_gradient(*call, bias_grad, *x, *rows, *flat(tangents)))
+    return Tangent(*_gradient(*call.flat, bias_grad, *x, *rows, *flat(tangents)))
 
 
 # torch.compile puts these calls into its graph as they are and runs the rules when it traces that graph,
@@ -146,7 +146,7 @@ class _Forward(Rule):
 
     @staticmethod
     def forward(form: Form, *there: Any) -> Any:
-        return leaves.forward(*form.static, *form.fill(there))
+        return leaves.forward(*form.static.flat, *form.fill(there))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -170,7 +170,7 @@ class _ForwardTangent(Rule):
 
     @staticmethod
     def forward(form: Form, *there: Any) -> Any:
-        return leaves.forward_tangent(*form.static, *form.fill(there))
+        return leaves.forward_tangent(*form.static.flat, *form.fill(there))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -210,7 +210,7 @@ class _Directional(Rule):
     @staticmethod
     def forward(form: Form, *there: Any) -> Any:
         args = form.fill(there)
-        return leaves.directional(*form.static, *args[:8], *leaves.flat(unflatten(args[8:])))
+        return leaves.directional(*form.static.flat, *args[:8], *leaves.flat(unflatten(args[8:])))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -270,7 +270,7 @@ class _Gradient(Rule):
     @staticmethod
     def forward(form: Form, *there: Any) -> Any:
         (call, bias_grad), args = form.static, form.fill(there)
-        grads = leaves.gradient(*call, *args[:6], bias_grad, *args[6:14], *leaves.flat(unflatten(args[14:])))
+        grads = leaves.gradient(*call.flat, *args[:6], bias_grad, *args[6:14], *leaves.flat(unflatten(args[14:])))
         return grads if bias_grad else grads[:3]
 
     @staticmethod
@@ -294,7 +294,7 @@ class _GradientTangent(Rule):
     @staticmethod
     def forward(form: Form, *there: Any) -> Any:
         (call, bias_grad), args = form.static, form.fill(there)
-        parts = leaves.gradient_tangent(*call, *args[:6], bias_grad, *args[6:])
+        parts = leaves.gradient_tangent(*call.flat, *args[:6], bias_grad, *args[6:])
         return parts if bias_grad else (*parts[:3], *parts[4:7])
 
     @staticmethod

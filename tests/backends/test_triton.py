@@ -10,12 +10,14 @@ import torch
 
 from metaattn.backends import reference
 from metaattn.backends._protocol import Operands, Problem, Rows, Tangent
+from tests.conftest import NO_KERNELS
 from tests.helpers import assert_close
 
 triton = pytest.importorskip("metaattn.backends.triton", exc_type=ImportError)
 from metaattn.backends.triton import _launch, _tiles, _views  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and NO_KERNELS is not None, reason=NO_KERNELS or "")
 
 # Lengths, head sizes, and what else of the contract is used.
 CALLS = {
@@ -41,7 +43,14 @@ CALLS = {
     "query_tangent": {"rows": 20, "keys": 40, "tangents": (1, 0, 0, 0)},
     "key_tangent": {"rows": 20, "keys": 40, "tangents": (0, 1, 0, 0), "moving": False},
     "value_tangent": {"rows": 20, "keys": 9, "tangents": (0, 0, 1, 0), "moving": False},
-    "bias_tangent": {"heads": 2, "rows": 20, "keys": 40, "bias": (2, 2, 20, 40), "tangents": (0, 0, 0, 1), "moving": False},
+    "bias_tangent": {
+        "heads": 2,
+        "rows": 20,
+        "keys": 40,
+        "bias": (2, 2, 20, 40),
+        "tangents": (0, 0, 0, 1),
+        "moving": False,
+    },
     "lse_alone": {"rows": 20, "keys": 40, "out": False},
     "three_batches": {"batch": (2, 2, 2), "rows": 9, "keys": 10, "bias": (2, 1, 2, 1, 9, 10)},
     "expanded": {"heads": 2, "rows": 20, "keys": 40, "expanded": True},

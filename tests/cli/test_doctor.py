@@ -7,6 +7,7 @@ import torch
 
 from metaattn.backends import blockwise
 from metaattn.cli import _facts, _selfcheck, main
+from tests.conftest import NO_KERNELS
 
 CPU = torch.device("cpu")
 
@@ -27,7 +28,7 @@ def _spoilt(result):
     return (first, *others) if type(result) is tuple else type(result)(first, *others)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels' interpreter is for machines without a GPU")
+@pytest.mark.skipif(NO_KERNELS is not None, reason=NO_KERNELS or "")
 def test_all_is_well(monkeypatch, capsys):
     """Every backend that works on a CPU, the kernels in Triton's interpreter among them: with one call, it is slow."""
     monkeypatch.setattr(_selfcheck, "INTERPRETED", _selfcheck.CALLS[3:4])

@@ -62,4 +62,5 @@ def test_as_a_module(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "triton      backend='triton' needs a CUDA device" in done.stdout
-    assert done.stderr == ""
+    # A PyTorch for CUDA says on some machines that there is no driver.
+    assert [line for line in done.stderr.splitlines() if "torch/utils/cpp_extension.py" not in line] == []

@@ -72,14 +72,6 @@ def test_a_mask_of_a_wrong_shape_is_an_error():
         model.layers[0].self_attn(*[torch.randn(2, 4, 8, **F64)] * 3, key_padding_mask=padding)
 
 
-def test_an_older_pytorch_is_told(monkeypatch):
-    monkeypatch.delattr(torch.overrides, "redispatch_function")
-    with pytest.raises(
-        NotImplementedError, match=r"needs torch\.overrides\.redispatch_function, which torch 2\.13 has"
-    ):
-        metaattn.replace_sdpa()
-
-
 def _scriptable(x: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(x, x, x)
 

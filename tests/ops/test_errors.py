@@ -94,3 +94,12 @@ def test_an_error_is_the_same_under_transforms():
         torch.func.vmap(lambda q: metaattn.sdpa(q, X[0], X[0]))(_x(3, 4, 5, 7))
     with pytest.raises(ValueError, match="one head size"):
         torch.func.jvp(lambda q: metaattn.sdpa(q, X, X), (_x(2, 4, 5, 7),), (_x(2, 4, 5, 7),))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels' interpreter is for machines without a GPU")
+def test_an_interpreter_that_fails_with_this_numpy(monkeypatch):
+    primitives = pytest.importorskip("metaattn.backends.triton._primitives", exc_type=ImportError)
+    monkeypatch.setattr(primitives, "UNINTERPRETABLE", True)
+    monkeypatch.setattr(_leaves, "forward", None)
+    with pytest.raises(NotImplementedError, match=r"needs a numpy below 2\.4, or Triton 3\.7; got .*blockwise"):
+        metaattn.sdpa(*[X.float()] * 3, backend="triton")

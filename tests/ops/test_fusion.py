@@ -88,3 +88,19 @@ def test_derivatives_of_what_is_computed_at_once(outer, how):
     """Of B's results beside S's, which one call returns."""
     ours, oracle = (lambda *x: metaattn.sdpa(*x, backend="reference", return_lse=True)), dense
     assert_close(outer(_value_and_tangent(ours, how)), outer(_value_and_tangent(oracle, how)))
+
+
+def test_gradients_of_a_gradient_and_its_tangent():
+    """Of all arguments, the cotangent's own tangent too, which one of the two does not depend on."""
+    arguments = (*X, *T, X[0].cos(), T[0].cos())
+
+    def total(f):
+        def both(*a):
+            pull = lambda *x: vjp(f, *x[:3])[1](x[3])
+            results = jvp(pull, (*a[:3], a[6]), (*a[3:6], a[7]))
+            return sum(t.sin().sum() for t in (*results[0], *results[1]))
+
+        return both
+
+    got, want = (grad(total(f), tuple(range(8)))(*arguments) for f in (attention, lambda *x: dense(*x)[0]))
+    assert_close(got, want)

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from torch.func import grad, jvp, vmap
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import metaattn
@@ -17,7 +18,7 @@ X = torch.linspace(0.1, 1.2, 6, dtype=torch.float64)
 
 def replaced():
     """sin for exp, of which each derivative tells which of the two ran."""
-    return Replacement({torch.exp: torch.sin})
+    return Replacement({torch.exp: torch.sin}, "replaced")
 
 
 def function(x):
@@ -67,6 +68,42 @@ def test_other_threads_are_not_touched():
         thread.start()
         thread.join()
     assert torch.equal(results[0], X.exp())
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_in_a_branch_of_a_higher_order_operator(shown):
+    """PyTorch takes a mode off for the operator's time, and so for what its branches call."""
+    x = X.clone().requires_grad_()
+    with replaced():
+        cond = torch.ops.higher_order.cond
+        (out,) = cond(torch.tensor(shown), lambda x: (function(x),), lambda x: (3 * function(x),), (x,))
+        (g,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(out, (1 if shown else 3) * X.sin().square())
+    torch.testing.assert_close(g, (1 if shown else 3) * want(X))
+
+
+def test_a_higher_order_operator_in_one_compiled_graph_is_an_error():
+    f = lambda x: torch_checkpoint(function, x, use_reentrant=False)
+    with replaced(), pytest.raises(Exception, match="cannot keep replaced on inside of a higher-order operator"):
+        torch.compile(f, fullgraph=True, backend="aot_eager")(X)
+
+
+def test_other_modes_are_not_shown_what_is_called_unshown():
+    """A function is shown to the innermost mode alone: what it calls in its turn goes through all of them, once."""
+    shown = []
+
+    class Outer(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            shown.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = X.clone().requires_grad_()
+    with Outer(), replaced():
+        y = function(x).sum()
+        shown.clear()
+        y.backward()
+    assert torch.Tensor.backward not in shown
+    torch.testing.assert_close(x.grad, want(X))
 
 
 def test_compiled_equals_eager():

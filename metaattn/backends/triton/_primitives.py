@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -18,6 +19,10 @@ from ._tiles import Tile, fit, known
 from ._views import Batch, Share, align, align_rows, align_tangent
 
 INTERPRETED = triton.knobs.runtime.interpret
+# Its interpreter takes a bound of a loop, an array of one element, for a number, which numpy no longer does.
+UNINTERPRETABLE = (
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
+)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
 
@@ -29,6 +34,11 @@ def refuses(problem: Problem, x: Operands) -> str | None:
         return (
             f"backend='triton' needs a CUDA device; the tensors are on {device}. Move them to a GPU, or ask for "
             "backend='blockwise' or 'auto'"
+        )
+    if device.type == "cpu" and UNINTERPRETABLE:
+        return (
+            f"backend='triton' on a CPU needs a numpy below 2.4, or Triton 3.7; got numpy {np.__version__} and Triton "
+            f"{triton.__version__}, whose interpreter fails with it. Install one, or ask for backend='blockwise'"
         )
     if x.query.dtype not in DTYPES:
         return (
