@@ -31,7 +31,7 @@ def facts() -> dict[str, str]:
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         lines[f"GPU {i}"] = f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.1f} GiB"
-    lines["cache"] = f"{directory()} ({'there' if directory().is_dir() else 'made when it is first needed'})"
+    lines["cache"] = f"{directory()} ({'exists' if directory().is_dir() else 'made when it is first needed'})"
     return lines | {f"extra {name}": ", ".join(_installed(names)) for name, names in extras().items()}
 
 
