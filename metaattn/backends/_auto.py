@@ -11,12 +11,12 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from . import blockwise
-from ._protocol import Gradients, Operands, Problem, Rows, Tangent, Values
+from ._protocol import Gradients, Operands, Pair, Problem, Rows, Tangent, Values, in_turn
 
 name = "auto"
 PATH = Path(__file__).with_name("auto.json")
@@ -132,39 +132,12 @@ def second(
     return grads
 
 
-def backward_second(
-    problem: Problem,
-    x: Operands,
-    values: Values,
-    values_tangent: Values,
-    cotangent: Rows,
-    tangent: Tangent,
-    *,
-    cotangent_tangent: Rows,
-    bias_grad: bool,
-) -> tuple[Gradients, Gradients]:
+_in_turn = in_turn(backward, second)
+
+
+def backward_second(problem: Problem, x: Operands, *rest: Any, bias_grad: bool, **options: Any) -> Pair:
     """B and S at once where our kernels are one for both; the fastest of each otherwise."""
     backend = choose("second", problem, x).backend
-    if backend.name == "triton" and backend.fuses(x, bias_grad):
-        both: tuple[Gradients, Gradients] = backend.backward_second(
-            problem,
-            x,
-            values,
-            values_tangent,
-            cotangent,
-            tangent,
-            cotangent_tangent=cotangent_tangent,
-            bias_grad=bias_grad,
-        )
-        return both
-    first = backward(problem, x, values, cotangent, bias_grad=bias_grad)
-    return first, second(
-        problem,
-        x,
-        values,
-        values_tangent,
-        cotangent,
-        tangent,
-        cotangent_tangent=cotangent_tangent,
-        bias_grad=bias_grad,
-    )
+    both = backend.backward_second if backend.name == "triton" and backend.fuses(x, bias_grad) else _in_turn
+    pair: Pair = both(problem, x, *rest, bias_grad=bias_grad, **options)
+    return pair

@@ -15,8 +15,9 @@ Backends see plain tensors: no autograd, no ``torch.func`` wrappers. :mod:`metaa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -98,6 +99,9 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
+Pair = tuple[Gradients, Gradients]
+
+
 class Backend(Protocol):
     """Four pure functions of plain tensors. Results are new tensors with full batch dimensions.
 
@@ -156,9 +160,27 @@ class Backend(Protocol):
         *,
         cotangent_tangent: Rows,
         bias_grad: bool,
-    ) -> tuple[Gradients, Gradients]:
+    ) -> Pair:
         """B and S at once."""
         ...
+
+
+def in_turn(backward: Callable[..., Gradients], second: Callable[..., Gradients]) -> Callable[..., Pair]:
+    """``backward_second`` of a backend that has no kernel for both: B, then S."""
+
+    def backward_second(
+        problem: Problem,
+        x: Operands,
+        values: Values,
+        values_tangent: Values,
+        cotangent: Rows,
+        *rest: Any,
+        **options: Any,
+    ) -> Pair:
+        first = backward(problem, x, values, cotangent, bias_grad=options["bias_grad"])
+        return first, second(problem, x, values, values_tangent, cotangent, *rest, **options)
+
+    return backward_second
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

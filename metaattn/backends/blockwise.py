@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _jets as jets
 from ._jets import Jet
-from ._protocol import Gradients, Operands, Problem, Rows, Tangent, Values, accumulator
+from ._protocol import Gradients, Operands, Problem, Rows, Tangent, Values, accumulator, in_turn
 from ._scores import NEG_INF, finite
 from ._tiles import ByKey, ByRow, ByScore, Part, key_sum, parts, row_key, weighted
 
@@ -75,29 +75,7 @@ def second(
     return _gradient(problem, x, residuals, w, [tangent], bias_grad)
 
 
-def backward_second(
-    problem: Problem,
-    x: Operands,
-    values: Values,
-    values_tangent: Values,
-    cotangent: Rows,
-    tangent: Tangent,
-    *,
-    cotangent_tangent: Rows,
-    bias_grad: bool,
-) -> tuple[Gradients, Gradients]:
-    """B, then S."""
-    first = backward(problem, x, values, cotangent, bias_grad=bias_grad)
-    return first, second(
-        problem,
-        x,
-        values,
-        values_tangent,
-        cotangent,
-        tangent,
-        cotangent_tangent=cotangent_tangent,
-        bias_grad=bias_grad,
-    )
+backward_second = in_turn(backward, second)
 
 
 def directional(problem: Problem, x: Operands, values: Values, tangents: Sequence[Tangent]) -> Values:

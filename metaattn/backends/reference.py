@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._protocol import Gradients, Operands, Problem, Rows, Tangent, Values, accumulator
+from ._protocol import Gradients, Operands, Problem, Rows, Tangent, Values, accumulator, in_turn
 from ._scores import NEG_INF, barrier, dropout_weight, group, key_sum, row_key, row_sum, split_heads, ungroup
 
 name = "reference"
@@ -161,29 +161,7 @@ def second(
     )
 
 
-def backward_second(
-    problem: Problem,
-    x: Operands,
-    values: Values,
-    values_tangent: Values,
-    cotangent: Rows,
-    tangent: Tangent,
-    *,
-    cotangent_tangent: Rows,
-    bias_grad: bool,
-) -> tuple[Gradients, Gradients]:
-    """B, then S."""
-    first = backward(problem, x, values, cotangent, bias_grad=bias_grad)
-    return first, second(
-        problem,
-        x,
-        values,
-        values_tangent,
-        cotangent,
-        tangent,
-        cotangent_tangent=cotangent_tangent,
-        bias_grad=bias_grad,
-    )
+backward_second = in_turn(backward, second)
 
 
 def _gradients(x: Operands, query: Tensor, key: Tensor, value: Tensor, scores: Tensor | None) -> Gradients:

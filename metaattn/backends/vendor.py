@@ -6,11 +6,13 @@ cuDNN's. It knows neither forward mode nor second derivatives, and no cotangent 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import triton
-from ._protocol import Gradients, Operands, Problem, Rows, Tangent, Values
+from ._protocol import Gradients, Operands, Pair, Problem, Rows, Values, in_turn
 
 name = "vendor"
 DTYPES = (torch.float16, torch.bfloat16)
@@ -75,40 +77,13 @@ def backward(problem: Problem, x: Operands, values: Values, cotangent: Rows, *, 
     return Gradients(query_bar, key_bar, value_bar, None)
 
 
-def backward_second(
-    problem: Problem,
-    x: Operands,
-    values: Values,
-    values_tangent: Values,
-    cotangent: Rows,
-    tangent: Tangent,
-    *,
-    cotangent_tangent: Rows,
-    bias_grad: bool,
-) -> tuple[Gradients, Gradients]:
+_in_turn = in_turn(backward, second)
+
+
+def backward_second(problem: Problem, x: Operands, *rest: Any, bias_grad: bool, **options: Any) -> Pair:
     """B and S at once where our kernels are one for both."""
-    if triton.fuses(x, bias_grad):
-        return triton.backward_second(
-            problem,
-            x,
-            values,
-            values_tangent,
-            cotangent,
-            tangent,
-            cotangent_tangent=cotangent_tangent,
-            bias_grad=bias_grad,
-        )
-    first = backward(problem, x, values, cotangent, bias_grad=bias_grad)
-    return first, second(
-        problem,
-        x,
-        values,
-        values_tangent,
-        cotangent,
-        tangent,
-        cotangent_tangent=cotangent_tangent,
-        bias_grad=bias_grad,
-    )
+    both = triton.backward_second if triton.fuses(x, bias_grad) else _in_turn
+    return both(problem, x, *rest, bias_grad=bias_grad, **options)
 
 
 def _four(t: Tensor) -> Tensor:

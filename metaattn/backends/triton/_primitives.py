@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._protocol import Gradients, Operands, Problem, Rows, Tangent, Values
+from .._protocol import Gradients, Operands, Pair, Problem, Rows, Tangent, Values, in_turn
 from . import _bias, _values
 from . import _gradients as gradients
 from ._launch import constants, run, tile_for
@@ -100,6 +100,9 @@ def second(
     return _gradients("second", problem, x, values, values_t, cotangent, cotangent_tangent, tangent, bias_grad)[0]
 
 
+_in_turn = in_turn(backward, second)
+
+
 def backward_second(
     problem: Problem,
     x: Operands,
@@ -110,20 +113,11 @@ def backward_second(
     *,
     cotangent_tangent: Rows,
     bias_grad: bool,
-) -> tuple[Gradients, Gradients]:
+) -> Pair:
     """B and S at once: S computes all that B does but three products."""
     if not fuses(x, bias_grad):
-        first = backward(problem, x, values, cotangent, bias_grad=bias_grad)
-        return first, second(
-            problem,
-            x,
-            values,
-            values_tangent,
-            cotangent,
-            tangent,
-            cotangent_tangent=cotangent_tangent,
-            bias_grad=bias_grad,
-        )
+        options = {"cotangent_tangent": cotangent_tangent, "bias_grad": bias_grad}
+        return _in_turn(problem, x, values, values_tangent, cotangent, tangent, **options)
     rows_t = Rows(*values_tangent)
     second_grads, first_grads = _gradients(
         "backward_second", problem, x, values, rows_t, cotangent, cotangent_tangent, tangent, bias_grad
