@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -165,8 +166,8 @@ class Backend(Protocol):
         ...
 
 
-def in_turn(backward: Callable[..., Gradients], second: Callable[..., Gradients]) -> Callable[..., Pair]:
-    """``backward_second`` of a backend that has no kernel for both: B, then S."""
+def in_turn(backend: ModuleType) -> Callable[..., Pair]:
+    """``backward_second`` of a backend that has no kernel for both: its B, then its S, each as the call finds it."""
 
     def backward_second(
         problem: Problem,
@@ -177,8 +178,8 @@ def in_turn(backward: Callable[..., Gradients], second: Callable[..., Gradients]
         *rest: Any,
         **options: Any,
     ) -> Pair:
-        first = backward(problem, x, values, cotangent, bias_grad=options["bias_grad"])
-        return first, second(problem, x, values, values_tangent, cotangent, *rest, **options)
+        first = backend.backward(problem, x, values, cotangent, bias_grad=options["bias_grad"])
+        return first, backend.second(problem, x, values, values_tangent, cotangent, *rest, **options)
 
     return backward_second
 
