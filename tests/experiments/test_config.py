@@ -3,13 +3,17 @@
 import dataclasses
 import math
 import re
+from datetime import datetime
+from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError
 
 from experiments import config
 from experiments.errors import UserError
+from experiments.main import CONF
 
 
 def _raw(*overrides):
@@ -36,6 +40,13 @@ def test_every_number_has_a_limit_that_its_default_keeps():
     assert config.checked(_raw()) == config.Config(
         config.TaskConfig(config.TaskName.glyphs), algorithm=config.AlgorithmConfig("maml")
     )
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (Path(CONF) / "experiment").glob("*.yaml")))
+def test_every_experiment_is_a_config(name):
+    config.register(datetime(2026, 1, 1))
+    with initialize_config_dir(CONF, version_base="1.3"):
+        assert config.checked(compose("config", [f"experiment={name}"])).task.name in config.TaskName
 
 
 @pytest.mark.parametrize("key", config.LIMITS)
