@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import triton
+from _dtypes import DTYPES, arithmetic
 from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,12 +39,6 @@ import metaattn
 from metaattn.cli._measure import relative_error
 from metaattn.cli._rules import Attention, derivative
 
-DTYPES = {
-    "bfloat16": (torch.bfloat16, "highest"),
-    "float16": (torch.float16, "highest"),
-    "float32": (torch.float32, "highest"),
-    "tf32": (torch.float32, "high"),
-}
 TF32_ERROR = 3 * 2.0**-11
 RULES = ("fwd", "bwd", "jvp", "hvp", "dbl")
 
@@ -159,7 +154,7 @@ def check(c: Case) -> dict[str, Any] | None:
     """
     if _lost:
         return None
-    torch.set_float32_matmul_precision(DTYPES[c.dtype][1])
+    arithmetic(c.dtype)
     # New memory is NaN: what a kernel forgets to write shows.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
@@ -273,7 +268,7 @@ def other_conditions() -> dict[str, str]:
 def launch(cases: list[Case]) -> None:
     """Every rule of our kernels and nothing else: what the sanitizer looks at."""
     for c in cases:
-        torch.set_float32_matmul_precision(DTYPES[c.dtype][1])
+        arithmetic(c.dtype)
         x, mask, options = inputs(c)
         t = [torch.randn_like(a) for a in x]
         w = torch.randn(c.batch, *x[0].shape[1:-1], c.value_size, device="cuda").to(x[0].dtype)

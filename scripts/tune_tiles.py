@@ -1,6 +1,6 @@
 """Find the fastest block sizes of each Triton kernel on this GPU, and write them into the backend's table.
 
-    python scripts/tune_tiles.py [--head-sizes 64 128] [--dtypes bfloat16 float32] [--primitives second_keys]
+    python scripts/tune_tiles.py [--head-sizes 64 128] [--dtypes bfloat16 tf32 float32] [--primitives second_keys]
 
 Candidates compile side by side in as many processes as there are cores; then each is timed alone, and the best few
 again for longer, without a band and with one (a causal mask); with --bands full alone, what is best without one serves
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from _dtypes import DTYPES, arithmetic
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,7 +46,6 @@ PRIMITIVES = (
 )
 TOKENS = 2048
 FINALISTS = 6
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Trial(NamedTuple):
@@ -64,18 +64,20 @@ def candidates(primitive: str, dtype: str, head_size: int, causal: bool) -> Iter
     at_once = primitive in ("forward_tangent", "backward_second_rows", "backward_second_keys")
     accumulators = (1 if keeps_rows else 2) * (2 if at_once else 1)
     scores = 1 if primitive == "forward" else 4 if "second" in primitive else 2
-    few = dtype == "float32" or head_size > 128 or primitive == "backward_second_keys"
+    wide = dtype != "bfloat16"
+    few = wide or head_size > 128 or primitive == "backward_second_keys"
     others = (16, 32, 64) if few else (32, 64, 128)
     splits = (True, False) if causal else (True,)
-    holds = (False, True) if dtype != "float32" and head_size <= 128 else (False,)
+    holds = (False, True) if not wide and head_size <= 128 else (False,)
+    keeps = (32, 64, 128) if dtype == "float32" else (64, 128)
     for kept, other, warps, stages, split, hold in itertools.product(
-        (64, 128), others, (4, 8), (1, 2, 3, 4), splits, holds
+        keeps, others, (4, 8), (1, 2, 3, 4), splits, holds
     ):
         # 32-bit registers of a thread for the accumulators and for the tiles alive at once.
         registers = kept * (accumulators * head_size + scores * other) / (32 * warps)
-        deep = stages == 3 and (dtype == "float32" or head_size > 128)
+        deep = stages == 3 and (wide or head_size > 128)
         deep |= stages == 4 and not hold
-        shallow = stages == 1 and dtype != "float32" and head_size <= 128
+        shallow = stages == 1 and not wide and head_size <= 128
         if 32 <= registers <= 300 and kept >= 16 * warps and not deep and not shallow:
             rows, keys = (kept, other) if keeps_rows else (other, kept)
             yield Trial(primitive, dtype, head_size, causal, Tile(rows, keys, warps, stages, split, hold))
@@ -83,17 +85,14 @@ def candidates(primitive: str, dtype: str, head_size: int, causal: bool) -> Iter
 
 def force(trial: Trial) -> None:
     """Put a candidate into the table in memory."""
-    itemsize = DTYPES[trial.dtype].itemsize
-    column = _tiles._device(0).setdefault((trial.primitive, itemsize), {})
+    column = _tiles._device(0).setdefault((trial.primitive, arithmetic(trial.dtype)), {})
     full, banded = column.get(trial.head_size, (trial.tile, trial.tile))
     column[trial.head_size] = (full, trial.tile) if trial.causal else (trial.tile, banded)
 
 
 def call(trial: Trial) -> Callable[[], Any]:
     """The primitive of a trial on random tensors."""
-    dtype, heads = DTYPES[trial.dtype], max(1, 128 * 64 // trial.head_size)
-    if dtype == torch.float32:
-        torch.set_float32_matmul_precision("high")
+    dtype, heads = DTYPES[trial.dtype][0], max(1, 128 * 64 // trial.head_size)
 
     def tensor() -> Tensor:
         return torch.randn(1, heads, TOKENS, trial.head_size, device="cuda", dtype=dtype)
@@ -149,7 +148,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--primitives", nargs="+", default=PRIMITIVES, choices=PRIMITIVES)
     p.add_argument("--head-sizes", type=int, nargs="+", default=[64, 128])
-    p.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
+    p.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=("bfloat16", "tf32", "float32"))
     p.add_argument("--bands", nargs="+", default=["full", "causal"], choices=("full", "causal"))
     p.add_argument("--out", type=Path, default=Path("docs/benchmarks/tiles.json"))
     a = p.parse_args()
@@ -176,9 +175,9 @@ def main() -> None:
         best = timed[0][1]
         for band in {causal, causal or True not in bands}:
             force(best._replace(causal=band))  # what follows is timed beside the best
-        itemsize = DTYPES[dtype].itemsize
-        column = content.setdefault(capability, {}).setdefault(primitive, {}).setdefault(str(itemsize), {})
-        column[str(size)] = [list(map(int, tile)) for tile in _tiles._device(0)[primitive, itemsize][size]]
+        kind = arithmetic(dtype)
+        column = content.setdefault(capability, {}).setdefault(primitive, {}).setdefault(kind, {})
+        column[str(size)] = [list(map(int, tile)) for tile in _tiles._device(0)[primitive, kind][size]]
         write(content)
         top = ", ".join(f"{(*map(int, t.tile),)} {ms:.3f}" for ms, t in timed[:5])
         print(f"{primitive} {dtype} {size} {'causal' if causal else 'full'}: {top}", flush=True)

@@ -14,7 +14,7 @@ from tests.conftest import NO_KERNELS
 from tests.helpers import assert_close
 
 triton = pytest.importorskip("metaattn.backends.triton", exc_type=ImportError)
-from metaattn.backends.triton import _launch, _tiles, _views  # noqa: E402
+from metaattn.backends.triton import _launch, _primitives, _tiles, _views  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and NO_KERNELS is not None, reason=NO_KERNELS or "")
@@ -253,8 +253,8 @@ def test_table_has_no_more_warps_than_rows():
 def test_table_holds_16_bits_alone():
     """A product with the identity is not exact in tf32."""
     for primitives in _tiles.table().values():
-        for (_, itemsize), column in primitives.items():
-            assert itemsize == 2 or not any(tile.hold for tile in itertools.chain(*column.values()))
+        for (_, arithmetic), column in primitives.items():
+            assert arithmetic == "half" or not any(tile.hold for tile in itertools.chain(*column.values()))
 
 
 def test_refusals():
@@ -269,3 +269,41 @@ def test_refusals():
         problem, operands(8, torch.float64)
     )
     assert "needs a CUDA device; the tensors are on meta" in triton.refuses(problem, operands(8, device="meta"))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Operands on a GPU that is not here, of a given capability and shared memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def make(size, dtype, capability, kib):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(_primitives, "shared_bytes", lambda _: kib * 1024)
+        with FakeTensorMode():
+            return Operands(*(torch.empty(1, 1, 4, size, dtype=dtype, device="cuda:0"),) * 3)
+
+    return make
+
+
+def test_a_gpu_too_old_is_refused(gpu):
+    assert "needs a GPU of compute capability 8.0 or newer; got 7.5" in triton.refuses(
+        Problem(1.0), gpu(64, torch.float16, (7, 5), 64)
+    )
+
+
+def test_large_heads_in_float32_need_shared_memory(gpu):
+    problem, small = Problem(1.0), ((8, 9), 99)
+    reason = triton.refuses(problem, gpu(200, torch.float32, *small))
+    assert "head sizes above 128 on GPUs with 112 KiB" in reason
+    assert "got head size 200 on one with 99" in reason
+    assert triton.refuses(problem, gpu(128, torch.float32, *small)) is None
+    assert triton.refuses(problem, gpu(200, torch.bfloat16, *small)) is None
+    assert triton.refuses(problem, gpu(200, torch.float32, (8, 0), 163)) is None
+
+
+def test_what_the_refusal_offers_is_served(gpu):
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert triton.refuses(Problem(1.0), gpu(200, torch.float32, (8, 9), 99)) is None
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -7,11 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 from triton.runtime.errors import OutOfResources
 
 from .._protocol import Operands, Problem
-from ._tiles import Tile, fit, tile
+from ._tiles import Tile, arithmetic, fit, tile
 from ._views import Batch
+
+# Six products of bfloat16 parts, three of each operand, are as exact as one in float32. Three of tf32 parts would take
+# as long, lose a digit and need more registers. Triton's interpreter has neither.
+FLOAT32 = "ieee" if triton.knobs.runtime.interpret else "bf16x6"
 
 # What did not fit, by all that a kernel's size depends on: found when it first happens, not tried again. ``None``:
 # nothing smaller is left.
@@ -21,13 +26,11 @@ _smaller: dict[tuple[Any, ...], Tile | None] = {}
 def constants(problem: Problem, x: Operands) -> dict[str, Any]:
     """The compile-time arguments that all kernels share."""
     d, dv = x.query.shape[-1], x.value.shape[-1]
-    rounded = x.query.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return {
         "D": d,
         "DV": dv,
         "FOLD": x.bias is not None or problem.scale <= 0.0,
-        # Three products of tf32 parts are as exact as a float32 product, and run on the tensor cores.
-        "PRECISION": "tf32" if rounded else "tf32x3",
+        "PRECISION": FLOAT32 if arithmetic(x.query.dtype) == "float32" else "tf32",
     }
 
 
@@ -74,6 +77,9 @@ def run(
     while smaller is not None and (count := programs(smaller)):
         t = smaller
         sizes: dict[str, Any] = {"BM": t.rows, "BN": t.keys, "num_warps": t.warps, "num_stages": t.stages}
+        if x.query.dtype == torch.float32:
+            # Told no limit, ptxas may give a kernel of many products 32 registers, and it a stack of 24 KB.
+            sizes["maxnreg"] = 255
         if even:
             sizes |= {
                 "SPLIT": t.split,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from . import _bias, _values
 from . import _gradients as gradients
 from ._launch import constants, run, tile_for
 from ._scores import MANY
-from ._tiles import Tile, fit, known
+from ._tiles import Tile, arithmetic, fit, known
 from ._views import Batch, Share, align, align_rows, align_tangent
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -26,6 +27,8 @@ UNINTERPRETABLE = (
 )
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
+OLDEST = (8, 0)  # compute capability
+LARGEST_FLOAT32_HEAD, ROOM = 128, 112 * 1024  # in float32 S of larger heads takes so many bytes of shared memory
 
 
 def refuses(problem: Problem, x: Operands) -> str | None:
@@ -51,7 +54,33 @@ def refuses(problem: Problem, x: Operands) -> str | None:
             f"backend='triton' serves head sizes up to {LARGEST_HEAD}; got {x.query.shape[-1]} for query and key and "
             f"{x.value.shape[-1]} for value. Ask for backend='blockwise' or 'auto'"
         )
+    return _device_refuses(x) if device.type == "cuda" else None
+
+
+def _device_refuses(x: Operands) -> str | None:
+    """What this GPU has too little for."""
+    device, head_size = x.query.device, max(x.query.shape[-1], x.value.shape[-1])
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        return (
+            "backend='triton' needs a GPU of compute capability {}.{} or newer; got {}.{}. Ask for "
+            "backend='blockwise' or 'auto'"
+        ).format(*OLDEST, *capability)
+    if head_size > LARGEST_FLOAT32_HEAD and arithmetic(x.query.dtype) == "float32" and shared_bytes(device) < ROOM:
+        return (
+            f"backend='triton' serves float32 with head sizes above {LARGEST_FLOAT32_HEAD} on GPUs with "
+            f"{ROOM // 1024} KiB of shared memory for a block; got head size {head_size} on one with "
+            f"{shared_bytes(device) // 1024}. Call torch.set_float32_matmul_precision('high'), or ask for "
+            "backend='blockwise' or 'auto'"
+        )
     return None
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """The shared memory that a block can ask for."""
+    properties: dict[str, int] = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return properties["max_shared_mem"]
 
 
 def forward(problem: Problem, x: Operands) -> Values:

@@ -1,7 +1,7 @@
 """Block sizes: rows and keys of a tile, warps, stages of the pipeline, and two choices of how the loop is made.
 
-``tiles.json`` holds what ``scripts/tune_tiles.py`` found fastest, by compute capability, primitive, bytes of an
-element and head size; without a band (a causal mask, a window) and with one. A device without a row of its own
+``tiles.json`` holds what ``scripts/tune_tiles.py`` found fastest, by compute capability, primitive, arithmetic of the
+products and head size; without a band (a causal mask, a window) and with one. A device without a row of its own
 has that of the newest one before it; a head size without one has that of the next larger. B and S are computed at once
 (``backward_second``) only for the head sizes in the table: the results of larger ones have no room in registers.
 """
@@ -36,49 +36,59 @@ class Tile(NamedTuple):
 
 
 # What a device with 99 KiB of shared memory can run; where tiles.json has nothing.
-_SAFE: dict[int, Column] = {
-    2: {64: (Tile(64, 32, 4, 2),) * 2, 128: (Tile(32, 32, 4, 1),) * 2, 256: (Tile(16, 16, 4, 1),) * 2},
-    4: {64: (Tile(32, 16, 4, 1),) * 2, 128: (Tile(16, 16, 4, 1),) * 2, 256: (Tile(16, 16, 8, 1),) * 2},
+_SAFE: dict[str, Column] = {
+    "half": {64: (Tile(64, 32, 4, 2),) * 2, 128: (Tile(32, 32, 4, 1),) * 2, 256: (Tile(16, 16, 4, 1),) * 2},
+    "tf32": {64: (Tile(32, 16, 4, 1),) * 2, 128: (Tile(16, 16, 4, 1),) * 2, 256: (Tile(16, 16, 8, 1),) * 2},
+    "float32": {64: (Tile(32, 16, 4, 1),) * 2, 128: (Tile(16, 16, 4, 1),) * 2, 256: (Tile(16, 16, 4, 1),) * 2},
 }
 
 PATH = Path(__file__).with_name("tiles.json")
 
 
+def arithmetic(dtype: torch.dtype) -> str:
+    """How products are computed: in ``half`` (16 bits), in ``tf32``, or in ``float32`` by parts of 16 bits."""
+    if dtype != torch.float32:
+        return "half"
+    return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 @functools.cache
-def table() -> dict[tuple[int, int], dict[tuple[str, int], Column]]:
-    """The measured table: by capability, then by primitive and bytes of an element."""
+def table() -> dict[tuple[int, int], dict[tuple[str, str], Column]]:
+    """The measured table: by capability, then by primitive and arithmetic."""
     content = json.loads(PATH.read_text())
     return {
         (int(capability.split(".")[0]), int(capability.split(".")[1])): {
-            (primitive, int(itemsize)): {
-                int(size): (Tile(*full), Tile(*banded)) for size, (full, banded) in column.items()
-            }
-            for primitive, by_itemsize in primitives.items()
-            for itemsize, column in by_itemsize.items()
+            (primitive, kind): {int(size): (Tile(*full), Tile(*banded)) for size, (full, banded) in column.items()}
+            for primitive, by_arithmetic in primitives.items()
+            for kind, column in by_arithmetic.items()
         }
         for capability, primitives in content.items()
     }
 
 
 @functools.cache
-def _device(index: int | None) -> dict[tuple[str, int], Column]:
+def _device(index: int | None) -> dict[tuple[str, str], Column]:
     """The part of the table for a device: by its index, or ``None`` for the interpreter."""
-    capability = (9, 0) if index is None else torch.cuda.get_device_capability(index)
+    return for_capability((9, 0) if index is None else torch.cuda.get_device_capability(index))
+
+
+def for_capability(capability: tuple[int, int]) -> dict[tuple[str, str], Column]:
+    """The part of the table for devices of a compute capability."""
     known = [c for c in table() if c <= capability]
     return table()[max(known)] if known else {}
 
 
 def tile(primitive: str, x: torch.Tensor, head_size: int, rows: int, keys: int, *, banded: bool) -> Tile:
     """The block sizes for a primitive on tensors like ``x``; no larger than the problem."""
-    itemsize = x.element_size()
-    column = _device(x.device.index).get((primitive, itemsize)) or _SAFE[itemsize]
+    kind = arithmetic(x.dtype)
+    column = _device(x.device.index).get((primitive, kind)) or _SAFE[kind]
     best = column[min(size for size in column if size >= head_size)][banded]
     return fit(primitive, best._replace(rows=min(best.rows, block(rows)), keys=min(best.keys, block(keys))))
 
 
 def known(primitive: str, x: torch.Tensor, head_size: int) -> bool:
     """Whether the table has block sizes for a primitive on tensors like ``x``: some kernels are for few head sizes."""
-    return any(size >= head_size for size in _device(x.device.index).get((primitive, x.element_size()), {}))
+    return any(size >= head_size for size in _device(x.device.index).get((primitive, arithmetic(x.dtype)), {}))
 
 
 def fit(primitive: str, t: Tile) -> Tile:

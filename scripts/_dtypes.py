@@ -1,0 +1,19 @@
+"""The dtypes that the kernels are checked, tuned and compiled in: each with PyTorch's precision of float32 products."""
+
+import torch
+
+from metaattn.backends.triton import _tiles
+
+DTYPES = {
+    "bfloat16": (torch.bfloat16, "highest"),
+    "float16": (torch.float16, "highest"),
+    "float32": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+}
+
+
+def arithmetic(name: str) -> str:
+    """How the kernels compute products of that dtype, in this process from now on."""
+    dtype, precision = DTYPES[name]
+    torch.set_float32_matmul_precision(precision)
+    return _tiles.arithmetic(dtype)
