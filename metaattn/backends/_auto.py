@@ -63,7 +63,10 @@ def choose(primitive: str, problem: Problem, x: Operands) -> Choice:
         return Choice(triton, reason.split(";")[0])
     if primitive == "backward" and torch.are_deterministic_algorithms_enabled():
         return Choice(triton, "deterministic algorithms are asked for, and ours is one")
-    tokens = _from_tokens(primitive, problem, x)
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(x.query.device))
+    if capability not in _table():
+        return Choice(triton, f"our kernel; PyTorch's own is not measured on compute capability {capability}")
+    tokens = _from_tokens(_table()[capability].get(primitive, {}), problem, x)
     if tokens is None:
         return Choice(triton, "measured faster than PyTorch's own")
     if x.query.shape[-2] >= tokens:
@@ -71,9 +74,7 @@ def choose(primitive: str, problem: Problem, x: Operands) -> Choice:
     return Choice(triton, f"measured faster than PyTorch's own below {tokens} tokens")
 
 
-def _from_tokens(primitive: str, problem: Problem, x: Operands) -> int | None:
-    capability = "{}.{}".format(*torch.cuda.get_device_capability(x.query.device))
-    column = _table().get(capability, {}).get(primitive, {})
+def _from_tokens(column: dict[str, list[int | None]], problem: Problem, x: Operands) -> int | None:
     sizes = [int(size) for size in column if int(size) >= x.query.shape[-1]]
     return column[str(min(sizes))][problem.right == 0] if sizes else None
 

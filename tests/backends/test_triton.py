@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from metaattn.backends import reference
+from metaattn.backends import _auto, reference
 from metaattn.backends._protocol import Operands, Problem, Rows, Tangent
 from tests.conftest import NO_KERNELS
 from tests.helpers import assert_close
@@ -307,3 +307,17 @@ def test_what_the_refusal_offers_is_served(gpu):
         assert triton.refuses(Problem(1.0), gpu(200, torch.float32, (8, 9), 99)) is None
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_auto_on_a_gpu_that_was_never_measured(gpu):
+    choice = _auto.choose("forward", Problem(1.0), gpu(64, torch.float16, (8, 0), 163))
+    assert choice.backend.name == "triton"
+    assert choice.why == "our kernel; PyTorch's own is not measured on compute capability 8.0"
+    measured = _auto.choose("forward", Problem(1.0), gpu(64, torch.float16, (9, 0), 227))
+    assert "measured faster" in measured.why
+
+
+def test_auto_on_a_gpu_that_is_too_old(gpu):
+    choice = _auto.choose("second", Problem(1.0), gpu(64, torch.float16, (7, 5), 64))
+    assert choice.backend.name == "blockwise"
+    assert "needs a GPU of compute capability 8.0" in choice.why
