@@ -21,8 +21,12 @@ OF_FUSED = (
     "gqa_uneven",
     "mask",
     "bias",
+    "bias_hides",
     "window_causal",
+    "value_size",
     "everything",
+    "five_dims",
+    "strided",
     "one",
     "empty",
 )
