@@ -15,6 +15,7 @@ OTHER = re.compile(r"^(?:import|from) (transformers|diffusers|curvlinops|learn2l
 
 def test_python_examples(tmp_path, monkeypatch):
     """One after the other, in one session, as a reader would type them."""
+    assert len(BLOCKS) >= 6
     session = {}
     for block in BLOCKS:
         if not OTHER.search(block):
