@@ -41,7 +41,14 @@ from metaattn.cli._rules import Attention, derivative
 
 TF32_ERROR = 3 * 2.0**-11
 # Lengths that share kernels: those compile for blocks that a length fills or does not, and for multiples of 16.
-LENGTHS = {"one": range(1, 2), "short": range(17, 32, 2), "long": range(129, 700, 2), "even": range(128, 641, 128)}
+LENGTHS = {
+    "one": range(1, 2),
+    "short": range(17, 32, 2),
+    "middle": range(33, 128, 2),
+    "block": range(64, 65),
+    "long": range(129, 700, 2),
+    "even": range(128, 641, 128),
+}
 SHAPES = 4
 RULES = ("fwd", "bwd", "jvp", "hvp", "dbl")
 
@@ -327,10 +334,17 @@ def main() -> None:
     }
     rows = check_all(cases)
     conditions: dict[str, str] = {}
-    for more in (dict, other_conditions, lambda: sanitize(a.sanitize) if a.sanitize else {}):
-        conditions |= more()
-        # After each part: what is killed in the next has this one on disk.
+
+    def save() -> None:
+        """After each part: what is killed in the next has this one on disk."""
         a.out.with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": rows, "conditions": conditions}))
+
+    save()
+    conditions |= other_conditions()
+    save()
+    if a.sanitize:
+        conditions |= sanitize(a.sanitize)
+        save()
     sys.exit(1 if report(rows, conditions) else 0)
 
 

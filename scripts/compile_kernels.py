@@ -104,7 +104,7 @@ class Dry:
         return list(GPUS.values()).index(self.gpu)
 
     def get_current_stream(self, _: Any = None) -> int:
-        """None."""
+        """There are no streams."""
         return 0
 
     def get_device_properties(self, _: int) -> dict[str, int]:
