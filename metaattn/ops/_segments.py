@@ -6,6 +6,7 @@ the first and the last: it is lowered once, so that the time to compile does not
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -21,6 +22,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from ._record import Recording
 from ._trees import Tensors
 
+DEPTH = 8  # operations in a row that are done again rather than their result kept
+_CHEAP = (torch.ops.aten._to_copy.default, torch.ops.aten.full.default)  # besides pointwise ones and views
 Lower = Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Sequence[Any]]]
 
 
@@ -63,11 +66,13 @@ class Lowered:
         self._given = [n for n in nodes if n.op == "placeholder"]
         self._returned: tuple[fx.Node, ...] = nodes[-1].args[0]
         groups = _cut([n for n in nodes if n.op == "call_function"], whole=not recording.functional)
-        uses = [{a for n in group for a in n.all_input_nodes} for group in groups]
         needed, parts = set(self._returned), []
-        for group, used in zip(reversed(groups), reversed(uses), strict=True):
-            outside = used.difference(group)
-            run = self._leaf(group) if _is_leaf(group[0]) else self._segment(group, [n for n in group if n in needed])
+        for group in reversed(groups):
+            made = [n for n in group if n in needed]
+            if not _is_leaf(group[0]):
+                group = [*_again(group, needed), *group]
+            outside = {a for n in group for a in n.all_input_nodes}.difference(group)
+            run = self._leaf(group) if _is_leaf(group[0]) else self._segment(group, made)
             parts.append(_Part(run, tuple((outside | set(group)) - needed)))
             needed |= outside
         self._parts = parts[::-1]
@@ -130,6 +135,41 @@ def _cut(nodes: list[fx.Node], whole: bool) -> list[list[fx.Node]]:
         else:
             between.append(node)
     return [g for g in (*groups, between) if g]
+
+
+def _again(group: list[fx.Node], alive: set[fx.Node]) -> list[fx.Node]:
+    """What a group from outside had better compute again: results of cheap operations on what is there anyway.
+
+    That is what the group takes from outside besides, or is ``alive`` for a later one. So nothing is kept for it, and
+    less is written and read: half of what a norm's derivatives would keep. (Triton 3.6 does not compile a kernel that
+    both stores and uses three powers of a norm's deviation.)
+    """
+    outside = {a for n in group for a in n.all_input_nodes}.difference(group)
+    depths: dict[fx.Node, float] = dict.fromkeys(alive | outside, 0)
+
+    def depth(node: fx.Node) -> float:
+        """How many operations in a row make a node of what is there; infinity if they are not cheap."""
+        if node not in depths:
+            depths[node] = 0 if node.op == "placeholder" else anew(node)
+        return depths[node]
+
+    def anew(node: fx.Node) -> float:
+        return 1 + max(map(depth, node.all_input_nodes), default=0) if _is_cheap(node) else math.inf
+
+    again = {n for n in outside - alive if n.op != "placeholder" and anew(n) <= DEPTH}
+    wanted = list(again)
+    while wanted:
+        missing = {a for a in wanted.pop().all_input_nodes if depth(a) > 0} - again
+        again |= missing
+        wanted += missing
+    return sorted(again)
+
+
+def _is_cheap(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and (
+        target.is_view or torch.Tag.pointwise in target.tags or target in _CHEAP
+    )
 
 
 def _module(group: list[fx.Node], outputs: list[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node], Hashable]:
