@@ -50,11 +50,12 @@ class TaskName(Enum):
 class Precision(Enum):
     """The dtype of what is computed; parameters and their updates, inner and outer, are in float32 or wider.
 
-    ``bfloat16``: the whole network is in it; ``autocast``: the network under ``torch.autocast`` to bfloat16, by which
-    norms and sums stay in float32.
+    ``tf32``: float32, with matrix products on a GPU in TF32; ``bfloat16``: the whole network is in it; ``autocast``:
+    the network under ``torch.autocast`` to bfloat16, by which norms and sums stay in float32.
     """
 
     float32 = "float32"
+    tf32 = "tf32"
     float64 = "float64"
     bfloat16 = "bfloat16"
     autocast = "autocast"
@@ -68,6 +69,11 @@ class Precision(Enum):
     def network(self) -> torch.dtype:
         """The dtype of the attention."""
         return torch.bfloat16 if self in (Precision.bfloat16, Precision.autocast) else self.parameters
+
+    @property
+    def products(self) -> str:
+        """What :func:`torch.set_float32_matmul_precision` is to be told."""
+        return "high" if self is Precision.tf32 else "highest"
 
 
 class Schedule(Enum):

@@ -137,6 +137,7 @@ def check(s: Settings) -> list[dict[str, Any]]:
     wide = stack(glyphs("train", way=s.way, shot=1, queries=3, seed=s.seed), 0, s.tasks)
     wide = _cast(wide, torch.float64, torch.device("cpu"))
     dtype = s.precision.parameters
+    torch.set_float32_matmul_precision(s.precision.products)
     ours, oracle = _model(s, backend=s.backend.value).to(device, dtype), _model(s, attention=dense)
     # Both start from the same numbers.
     params = {k: p.detach() for k, p in ours.named_parameters()}

@@ -40,12 +40,19 @@ class Setup:
 
     def tasks(self, split: str, start: int, count: int) -> Episode:
         """A batch of tasks, on the device: a function of the seed, the split and the indices alone."""
+        return self.move(self.draw(split, start, count))
+
+    def draw(self, split: str, start: int, count: int) -> Episode:
+        """The same on the CPU."""
         if split not in self._episodes:
             self._episodes[split] = _episodes(self.config.task, split, self.config.seed)
-        support, query = stack(self._episodes[split], start, count)
-        return Episode(*(Batch(*(self._move(t) for t in part)) for part in (support, query)))
+        return stack(self._episodes[split], start, count)
 
-    def _move(self, t: Tensor) -> Tensor:
+    def move(self, tasks: Episode) -> Episode:
+        """Tasks on the device, in the dtype."""
+        return Episode(*(Batch(*(self._moved(t) for t in part)) for part in tasks))
+
+    def _moved(self, t: Tensor) -> Tensor:
         return t.to(self.device, self.dtype if t.is_floating_point() else None)
 
 
@@ -63,6 +70,7 @@ def setup(config: Config) -> Setup:
         )
     device = find_device(distributed.device(config.device))
     dtype = config.precision.parameters
+    torch.set_float32_matmul_precision(config.precision.products)
     seed_everything(config.seed)
     try:
         model = _model(config).to(device, dtype)

@@ -101,6 +101,7 @@ class Trainer:
                 f"is of fixed settings; leave out compile={self.config.compile.value}",
                 stacklevel=2,
             )
+        self._drawn: tuple[int, Any] = (-1, None)  # the tasks of a step, on the CPU
         self.metrics = report.Metrics(out, self.step) if distributed.is_first() else None
 
     def save(self, name: str) -> None:
@@ -165,7 +166,13 @@ class Trainer:
 
     def _batch(self) -> Any:
         """The tasks of the step that are this rank's."""
-        return self.run.tasks("train", self.step * self.config.train.tasks + self.first_task, self.tasks)
+        self._draw(self.step)
+        return self.run.move(self._drawn[1])
+
+    def _draw(self, step: int) -> None:
+        if step != self._drawn[0]:
+            first = step * self.config.train.tasks + self.first_task
+            self._drawn = step, self.run.draw("train", first, self.tasks)
 
     def _log(self, split: str, row: dict[str, float]) -> None:
         if self.metrics is not None:
@@ -189,6 +196,8 @@ class Trainer:
             group["lr"] = rate
         batch = self._batch()
         (losses, metrics), gradient = self._value_and_grad(batch)
+        if self.step + 1 < c.steps:
+            self._draw(self.step + 1)  # while a GPU still works on this one
         means = self._mean("after", {"loss": losses, **metrics})
         gradient = distributed.mean_gradient(gradient, self.tasks / c.tasks)
         for group_name, group in self.meta.items():

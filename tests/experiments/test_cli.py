@@ -317,7 +317,8 @@ def test_every_algorithm_is_tried():
 
 @pytest.mark.parametrize(
     "options",
-    [[f"precision={p}"] for p in ("float64", "bfloat16", "autocast")] + [["backend=reference"], ["model.norm=rms"]],
+    [[f"precision={p}"] for p in ("float64", "tf32", "bfloat16", "autocast")]
+    + [["backend=reference"], ["model.norm=rms"]],
 )
 def test_options(command, options):
     assert command(*SMOKE, *options, "train.steps=2", "test.tasks=2")[0] == 0
