@@ -85,10 +85,10 @@ def row(size: list[int], dtype: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Every size in both dtypes."""
+    """Every size in every dtype."""
     for size in json.loads(sys.argv[1]):
-        for dtype in (jnp.bfloat16, jnp.float32):
-            print(json.dumps(row(size, dtype)), flush=True)
+        for dtype in sys.argv[2:]:
+            print(json.dumps(row(size, jnp.dtype(dtype))), flush=True)
 
 
 if __name__ == "__main__":

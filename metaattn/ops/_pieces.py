@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -93,7 +93,7 @@ class Pieces:
         try:
             return lowered(*inputs, *(source.held[at] if held else at for held, at in found))
         except Exception as error:
-            self.refuse(source, f"it could not be compiled ({_told(error)})")
+            self.refuse(source, f"it could not be run compiled ({_told(error)})")
             return None
 
     def _make(
@@ -105,14 +105,24 @@ class Pieces:
         check_outputs(recording.outputs)
         places = {id(t): i for i, t in enumerate(source.held)}
         found = [(id(t) in places, places.get(id(t), t)) for t in recording.found]
-        return Lowered(recording, self.lower, self._known), found
+        return Lowered(recording, self._lower, self._known), found
+
+    def _lower(self, module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
+        """What is between two leaves, compiled; as it was recorded if that fails, and the rest is compiled still."""
+        try:
+            return self.lower(module, inputs)
+        except Exception as error:
+            self.reasons[module] = f"it could not be compiled ({_told(error)})"
+            self._say(self.reasons[module])
+            return module
 
 
 def _told(error: Exception) -> str:
-    """An error in one line; but out of memory is out of memory."""
+    """An error in one line, with its last line, where a compiler's says the cause; out of memory is out of memory."""
     if isinstance(error, torch.OutOfMemoryError):
         raise error
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    lines = [line.strip()[:200] for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' … '.join(dict.fromkeys((*lines[:1], *lines[-1:])))}"
 
 
 _now: Pieces | None = None  # a backward runs in a thread of its own, which a context variable would not reach

@@ -301,6 +301,26 @@ def test_a_compiler_that_fails_is_told_and_the_step_runs():
     assert_close(got, learner.value_and_grad(meta, *tasks()))
 
 
+def test_one_part_that_the_compiler_refuses_runs_as_it_is_and_the_others_compiled():
+    model, classify = transformer(depth=2)
+    learner = maml(classify, steps=2, learning_rate=0.1, has_aux=True)
+    fast, meta = recorded(learner.value_and_grad), learner.init(dict(model.named_parameters()))
+    lower = fast.pieces.lower
+
+    def second_fails(module, inputs):
+        compiled = lower(module, inputs)
+        if len(fast.lowered) == 2:
+            raise RuntimeError("no registers left\nTraceback of the compiler\n  line 7: too many")
+        return compiled
+
+    fast.pieces.lower = second_fails
+    with pytest.warns(UserWarning, match=r"RuntimeError: no registers left … line 7: too many") as said:
+        got = fast(meta, *sequences())
+    assert_close(got, learner.value_and_grad(meta, *sequences()))
+    assert len(said) == len(fast.pieces.reasons) == 1
+    assert len(fast.lowered) > 2
+
+
 def test_a_differentiable_closure():
     """It is seen by an eager step in reverse mode, and refused by mixed mode."""
     w = torch.ones(3, dtype=torch.float64, requires_grad=True)
