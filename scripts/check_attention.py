@@ -20,6 +20,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -175,6 +176,7 @@ def check(c: Case) -> dict[str, Any] | None:
     if _lost:
         return None
     arithmetic(c.dtype)
+    warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # in the thread of a backward, each time
     # New memory is NaN: what a kernel forgets to write shows.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
@@ -205,18 +207,23 @@ def check(c: Case) -> dict[str, Any] | None:
     return row
 
 
-def check_all(cases: list[Case]) -> list[dict[str, Any]]:
-    """All of them side by side; those that a broken context left undone in new processes."""
+def check_all(cases: list[Case], rows: list[dict[str, Any]], save: Callable[[], None]) -> None:
+    """All of them side by side, into ``rows``; those that a broken context left undone in new processes.
+
+    Saved with every group: what is killed in the next has these on disk.
+    """
     spawn = multiprocessing.get_context("spawn")
-    done: dict[Case, dict[str, Any]] = {}
+    done: set[Case] = set()
     with tqdm(total=len(cases), desc="cases", mininterval=10) as bar:
         while left := [c for c in cases if c not in done]:
             with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=spawn) as pool:
                 for c, row in zip(left, pool.map(check, left, chunksize=SHAPES), strict=True):
                     if row is not None:
-                        done[c] = row
+                        done.add(c)
+                        rows.append(row)
                         bar.update()
-    return [done[c] for c in cases]
+                    if len(rows) % SHAPES == 0:
+                        save()
 
 
 def other_conditions() -> dict[str, str]:
@@ -332,13 +339,13 @@ def main() -> None:
         "torch": str(torch.__version__),
         "triton": triton.__version__,
     }
-    rows = check_all(cases)
+    rows: list[dict[str, Any]] = []
     conditions: dict[str, str] = {}
 
     def save() -> None:
-        """After each part: what is killed in the next has this one on disk."""
         a.out.with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": rows, "conditions": conditions}))
 
+    check_all(cases, rows, save)
     save()
     conditions |= other_conditions()
     save()

@@ -86,3 +86,25 @@ def test_layers_that_do_the_same_are_lowered_once():
         assert_close(f(Y), stack(Y, layers))
         counts[layers] = len(lowered)
     assert counts == {3: 3, 6: 3}  # before the first, between two, after the last
+
+
+def test_cheap_values_are_computed_again_rather_than_kept():
+    """A part that comes later takes ``x`` for them, which it needs besides; what is dear to compute it is given."""
+
+    def f(x):
+        scaled, dear = (2 * x).cos(), x @ x.mT
+        y = metaattn.sdpa(scaled, x, x)
+        return (y * scaled * x * dear.sum(-1, keepdim=True),)
+
+    recording = Recording(f, (X,))
+    parts = []
+
+    def lower(module, inputs):
+        parts.append(module)
+        return module
+
+    lowered = Lowered(recording, lower, {})
+    assert_close(lowered(Y), f(Y))
+    targets = [[str(n.target) for n in m.graph.nodes] for m in parts]
+    assert ["aten.cos.default" in t for t in targets] == [True, True]
+    assert ["aten.mm.default" in t for t in targets] == [True, False]
