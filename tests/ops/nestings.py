@@ -1,5 +1,6 @@
 """Ways to nest derivatives, each a function of (attention, inputs, tangents) that returns tensors to compare."""
 
+import numpy as np
 import torch
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jacrev, jvp, linearize, vjp, vmap
@@ -163,13 +164,19 @@ def grad_grad_jvp(attention, x, ts):
     return _grad(lambda *x: _dot(g(*x), ts[1]), x)(*x)
 
 
+def _linearized(f, x):
+    """PyTorch traces with tangents that it leaves uninitialised: what interpreted kernels warn of there is no matter."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return linearize(f, *x)
+
+
 def linearize_(attention, x, ts):
-    out, tangent_map = linearize(attention, *x)
+    out, tangent_map = _linearized(attention, x)
     return out, tangent_map(*ts[0])
 
 
 def linearize_grad(attention, x, ts):
-    return linearize(_grad(loss_of(attention), x), *x)[1](*ts[0])
+    return _linearized(_grad(loss_of(attention), x), x)[1](*ts[0])
 
 
 def jacrev_(attention, x, ts):
