@@ -165,7 +165,7 @@ def grad_grad_jvp(attention, x, ts):
 
 
 def _linearized(f, x):
-    """PyTorch traces with tangents that it leaves uninitialised: what interpreted kernels warn of there is no matter."""
+    """PyTorch traces with tangents that it leaves uninitialised: what interpreted kernels warn of there is no fault."""
     with np.errstate(over="ignore", invalid="ignore"):
         return linearize(f, *x)
 
