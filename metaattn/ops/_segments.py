@@ -6,7 +6,6 @@ the first and the last: it is lowered once, so that the time to compile does not
 
 from __future__ import annotations
 
-import math
 import operator
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -69,10 +68,11 @@ class Lowered:
         needed, parts = set(self._returned), []
         for group in reversed(groups):
             made = [n for n in group if n in needed]
-            if not _is_leaf(group[0]):
+            is_leaf = _is_leaf(group[0])
+            if not is_leaf:
                 group = [*_again(group, needed), *group]
             outside = {a for n in group for a in n.all_input_nodes}.difference(group)
-            run = self._leaf(group) if _is_leaf(group[0]) else self._segment(group, made)
+            run = self._leaf(group) if is_leaf else self._segment(group, made)
             parts.append(_Part(run, tuple((outside | set(group)) - needed)))
             needed |= outside
         self._parts = parts[::-1]
@@ -141,28 +141,25 @@ def _again(group: list[fx.Node], alive: set[fx.Node]) -> list[fx.Node]:
     """What a group from outside had better compute again: results of cheap operations on what is there anyway.
 
     That is what the group takes from outside besides, or is ``alive`` for a later one. So nothing is kept for it, and
-    less is written and read: half of what a norm's derivatives would keep. (Triton 3.6 does not compile a kernel that
-    both stores and uses three powers of a norm's deviation.)
+    less is written and read. (Triton 3.6 does not compile a kernel that both stores and uses three powers of a norm's
+    deviation.)
     """
     outside = {a for n in group for a in n.all_input_nodes}.difference(group)
-    depths: dict[fx.Node, float] = dict.fromkeys(alive | outside, 0)
 
-    def depth(node: fx.Node) -> float:
-        """How many operations in a row make a node of what is there; infinity if they are not cheap."""
-        if node not in depths:
-            depths[node] = 0 if node.op == "placeholder" else anew(node)
-        return depths[node]
+    def chain(node: fx.Node, most: int) -> set[fx.Node] | None:
+        """The cheap operations, at most so many in a row, that make a node of what is there; ``None`` without such."""
+        if most == 0 or not _is_cheap(node):
+            return None
+        made: set[fx.Node] = {node}
+        for a in node.all_input_nodes:
+            if a.op != "placeholder" and a not in outside and a not in alive:
+                before = chain(a, most - 1)
+                if before is None:
+                    return None
+                made |= before
+        return made
 
-    def anew(node: fx.Node) -> float:
-        return 1 + max(map(depth, node.all_input_nodes), default=0) if _is_cheap(node) else math.inf
-
-    again = {n for n in outside - alive if n.op != "placeholder" and anew(n) <= DEPTH}
-    wanted = list(again)
-    while wanted:
-        missing = {a for a in wanted.pop().all_input_nodes if depth(a) > 0} - again
-        again |= missing
-        wanted += missing
-    return sorted(again)
+    return sorted(set().union(*(chain(n, DEPTH) or () for n in outside - alive)))
 
 
 def _is_cheap(node: fx.Node) -> bool:
