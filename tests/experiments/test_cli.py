@@ -26,6 +26,7 @@ SMOKE = ["experiment=smoke", "threads=1"]
 def command(monkeypatch, tmp_path, capsys):
     """``train_maml.py`` in this process and in an empty directory: exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
+    before = torch.get_float32_matmul_precision()
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["train_maml.py", *arguments])
@@ -37,7 +38,8 @@ def command(monkeypatch, tmp_path, capsys):
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
-    return call
+    yield call
+    torch.set_float32_matmul_precision(before)  # precision=tf32 sets it
 
 
 def _start(cwd, *arguments):
