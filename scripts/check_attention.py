@@ -222,8 +222,8 @@ def check_all(cases: list[Case], rows: list[dict[str, Any]], save: Callable[[], 
                         done.add(c)
                         rows.append(row)
                         bar.update()
-                    if len(rows) % SHAPES == 0:
-                        save()
+                        if len(rows) % SHAPES == 0:
+                            save()
 
 
 def other_conditions() -> dict[str, str]:
