@@ -74,8 +74,8 @@ def flat(tangents: Sequence[Tangent]) -> tuple[Any, ...]:
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of device; some, as meta, have none."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    """Whether autocast is on for a type of device; meta has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)  # Dynamo (2.11) cannot ask which devices have one
 
 
 def _own_precision(leaf: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
@@ -209,4 +209,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @register_fake("metaattn::_gradient_tangent", lib=_LIBRARY)
 def _(*args: Any) -> tuple[Tensor, ...]:
     q, k, v, bias, bias_grad = *args[5:9], args[11]
-    return (_like(q), _like(k), _like(v), _like(bias) if bias_grad else _like(q, shape=(0,))) * 2
+    # Each a tensor of its own: a tracer tells results apart by identity, and would take one given twice for the last.
+    return tuple(
+        t for _ in range(2) for t in (_like(q), _like(k), _like(v), _like(bias) if bias_grad else _like(q, shape=(0,)))
+    )
