@@ -18,7 +18,7 @@ from . import _gradients as gradients
 from ._launch import constants, run, tile_for
 from ._scores import MANY
 from ._tiles import Tile, arithmetic, fit, known
-from ._views import Batch, Share, align, align_rows, align_tangent
+from ._views import Batch, Share, align, align_rows, align_tangent, block
 
 INTERPRETED = triton.knobs.runtime.interpret
 # Its interpreter takes a bound of a loop, an array of one element, for a number, which numpy no longer does.
@@ -85,7 +85,7 @@ def shared_bytes(device: torch.device) -> int:
 
 def forward(problem: Problem, x: Operands) -> Values:
     """F."""
-    batch = Batch(align(x))
+    batch = Batch(align(x, _common_size(x)))
     values = _new_rows(batch)
     _launch_values("forward", problem, batch, values, Tangent(), None)
     return _sliced(values, x)
@@ -93,8 +93,9 @@ def forward(problem: Problem, x: Operands) -> Values:
 
 def tangent(problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
     """T."""
-    tangent, rows = align_tangent(tangent), align_rows(values)
-    batch = Batch(align(x), tangent[:3], (tangent.bias,), (rows.out,))
+    size = _common_size(x)
+    tangent, rows = align_tangent(tangent, size), align_rows(values, size)
+    batch = Batch(align(x, size), tangent[:3], (tangent.bias,), (rows.out,))
     values_t = _new_rows(batch)
     _launch_values("tangent", problem, batch, rows, tangent, values_t)
     return _sliced(values_t, x)
@@ -102,8 +103,9 @@ def tangent(problem: Problem, x: Operands, values: Values, tangent: Tangent) -> 
 
 def forward_tangent(problem: Problem, x: Operands, direction: Tangent) -> tuple[Values, Values]:
     """F and T in one kernel."""
-    direction = align_tangent(direction)
-    batch = Batch(align(x), direction[:3], (direction.bias,))
+    size = _common_size(x)
+    direction = align_tangent(direction, size)
+    batch = Batch(align(x, size), direction[:3], (direction.bias,))
     values, values_t = _new_rows(batch), _new_rows(batch)
     _launch_values("forward_tangent", problem, batch, values, direction, values_t)
     return _sliced(values, x), _sliced(values_t, x)
@@ -198,6 +200,14 @@ def _launch_values(
     run(_values.values, primitive, tile_for(primitive, batch, problem), batch, _row_programs(batch), arguments, options)
 
 
+def _common_size(x: Operands) -> int | None:
+    """The columns of query and value alike, in float32; ``None`` where each may have its own.
+
+    By parts of 16 bits and with different sizes the kernels of Triton 3.6 read past their operands on an H100.
+    """
+    return block(max(x.query.shape[-1], x.value.shape[-1])) if arithmetic(x.query.dtype) == "float32" else None
+
+
 def _sees_few(problem: Problem, batch: Batch) -> bool:
     """Whether some row may see so few keys that the kernels take care of what it loses to rounding."""
     return problem.left is not None or problem.right is not None or batch.keys < MANY.value
@@ -220,9 +230,9 @@ def _gradients(
     bias_grad: bool,
 ) -> list[Gradients]:
     """The gradients of a primitive; of two at once, S and then B."""
-    sizes = [t.shape[-1] for t in x[:3]]
-    x, tangent, w, w_t, values_t = align(x), align_tangent(tangent), *map(align_rows, (w, w_t, values_t))
-    rows = align_rows(values)
+    sizes, size = [t.shape[-1] for t in x[:3]], _common_size(x)
+    x, tangent = align(x, size), align_tangent(tangent, size)
+    rows, values_t, w, w_t = (align_rows(parts, size) for parts in (values, values_t, w, w_t))
     batch = Batch(x, (*tangent[:3], w.out, w_t.out), (tangent.bias,), (rows.out, values_t.out))
     both = primitive == "backward_second"
     results = [[x.query.new_empty(t.shape) for t in x[:3]] for _ in range(1 + both)]

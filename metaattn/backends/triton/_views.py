@@ -262,33 +262,34 @@ class Batch:
         return first, second
 
 
-def aligned(t: Tensor) -> Tensor:
+def aligned(t: Tensor, size: int | None = None) -> Tensor:
     """A tensor whose last dimension is a dense power of two, and whose rows begin at multiples of 16 elements.
 
-    All other dimensions stay as they are, expanded ones as well, unless it must be copied for that.
+    All other dimensions stay as they are, expanded ones as well, unless it must be copied for that. With ``size``
+    columns, or as many as the next power of two.
     """
-    size = t.shape[-1]
-    if size != block(size):
-        return F.pad(t, (0, block(size) - size))
+    size = block(t.shape[-1]) if size is None else size
+    if t.shape[-1] != size:
+        return F.pad(t, (0, size - t.shape[-1]))
     steps = [step for step, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1]
     dense = t.stride(-1) == 1 and all(step % 16 == 0 for step in steps) and t.data_ptr() % 16 == 0
     return t if dense and abs(t.stride(-2)) < 2**23 else t.clone(memory_format=torch.contiguous_format)
 
 
-def align(x: Operands) -> Operands:
-    """Operands whose query, key and value are :func:`aligned`."""
-    return x._replace(query=aligned(x.query), key=aligned(x.key), value=aligned(x.value))
+def align(x: Operands, size: int | None) -> Operands:
+    """Operands whose query, key and value are :func:`aligned`, to ``size`` columns or each to its own."""
+    return x._replace(query=aligned(x.query, size), key=aligned(x.key, size), value=aligned(x.value, size))
 
 
-def align_tangent(t: Tangent) -> Tangent:
+def align_tangent(t: Tangent, size: int | None) -> Tangent:
     """The same for a tangent."""
-    query, key, value = (None if part is None else aligned(part) for part in t[:3])
+    query, key, value = (None if part is None else aligned(part, size) for part in t[:3])
     return Tangent(query, key, value, t.bias)
 
 
-def align_rows(rows: Rows | Values) -> Rows:
+def align_rows(rows: Rows | Values, size: int | None) -> Rows:
     """The same for values, their tangents or their cotangents."""
-    return Rows(None if rows.out is None else aligned(rows.out), rows.lse)
+    return Rows(None if rows.out is None else aligned(rows.out, size), rows.lse)
 
 
 def block(size: int) -> int:
