@@ -173,6 +173,8 @@ class ModelConfig:
     mlp_ratio: float = 2.0
     activation: Activation = Activation.gelu
     norm: Norm = Norm.layer
+    norm_affine: bool = True
+    bias: bool = True
     position: Position = Position.learned
     dropout: float = 0.0
     attention_dropout: float = 0.0

@@ -135,6 +135,8 @@ def _model(config: Config) -> metaattn.Transformer:
         mlp_ratio=m.mlp_ratio,
         activation=m.activation.value,
         norm=m.norm.value,
+        norm_affine=m.norm_affine,
+        bias=m.bias,
         position=m.position.value,
         dropout=m.dropout,
         attention_dropout=m.attention_dropout,

@@ -45,6 +45,7 @@ class SelfAttention(nn.Module):
         causal: Whether a token sees only itself and those before it.
         window: How far a token sees, as in :func:`metaattn.sdpa`.
         dropout: Probability with which an attention weight is dropped in training.
+        bias: Whether the linear layers have biases.
         backend: As in :func:`metaattn.sdpa`.
         attention: What computes it, called as :func:`metaattn.sdpa`.
     """
@@ -58,6 +59,7 @@ class SelfAttention(nn.Module):
         causal: bool,
         window: tuple[int | None, int | None] | None,
         dropout: float,
+        bias: bool,
         backend: str | None,
         attention: Callable[..., Tensor] = sdpa,
     ) -> None:
@@ -65,8 +67,8 @@ class SelfAttention(nn.Module):
         self.attention = attention
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
         self.causal, self.window, self.dropout, self.backend = causal, window, dropout, backend
-        self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim)
-        self.out = nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
 
     def forward(self, x: Tensor, by: Rotation | None = None) -> Tensor:
         """Attend among the tokens ``[…, N, dim]``, rotated ``by`` their positions."""

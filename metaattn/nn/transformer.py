@@ -35,6 +35,8 @@ class TransformerConfig:
         mlp_ratio: Width of the hidden layer over ``dim``.
         activation: ``"gelu"`` or ``"swiglu"`` (Shazeer 2020, arXiv 2002.05202).
         norm: ``"layer"`` or ``"rms"`` (Zhang and Sennrich 2019, arXiv 1910.07467), before each part of a block.
+        norm_affine: Whether norms have weights (and biases, if ``bias``).
+        bias: Whether linear layers, the embedding and layer norms have biases.
         position: ``"rope"``, ``"learned"`` or ``"none"``.
         max_length: Number of learned positions; by default that of the patches or feature tokens.
         rope_base: Base of the rotary frequencies.
@@ -67,6 +69,8 @@ class TransformerConfig:
     mlp_ratio: float = 2.0
     activation: Literal["gelu", "swiglu"] = "gelu"
     norm: Literal["layer", "rms"] = "layer"
+    norm_affine: bool = True
+    bias: bool = True
     position: Literal["rope", "learned", "none"] = "rope"
     max_length: int | None = None
     rope_base: float = 10000.0
@@ -176,7 +180,8 @@ class Transformer(nn.Module):
         self.positions = nn.Parameter(torch.empty(c.length, c.dim)) if c.position == "learned" and c.length else None
         self.blocks = nn.ModuleList(_Block(c, attention) for _ in range(c.depth))
         self.norm = _norm(c)
-        self.head = nn.Linear(c.dim, c.out_features) if c.out_features and c.output != "sequence" else nn.Identity()
+        has_head = c.out_features is not None and c.output != "sequence"
+        self.head = nn.Linear(c.dim, c.out_features or 0, bias=c.bias) if has_head else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -229,9 +234,8 @@ class _Embedding(nn.Module):
         else:
             shape = ((c.in_features or 0) * c.feature_tokens, c.dim)
         self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = None if c.input == "token" else nn.Parameter(torch.empty(shape[0], *shape[2:]))
-        if c.input == "features":
-            self.bias = nn.Parameter(torch.empty(shape))
+        has_bias = c.bias and c.input != "token"
+        self.bias = nn.Parameter(torch.empty(shape if c.input == "features" else shape[:1])) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         c = self.config
@@ -247,8 +251,8 @@ class _Embedding(nn.Module):
             )
         if c.input == "continuous":
             return F.linear(x, self.weight, self.bias)
-        assert self.bias is not None
-        return x.repeat_interleave(c.feature_tokens, -1).unsqueeze(-1) * self.weight + self.bias
+        tokens = x.repeat_interleave(c.feature_tokens, -1).unsqueeze(-1) * self.weight
+        return tokens if self.bias is None else tokens + self.bias
 
     def _patches(self, x: Tensor) -> Tensor:
         """Images to rows of pixels, ``[…, patches, channels * patch_size^2]``."""
@@ -265,15 +269,17 @@ class _Embedding(nn.Module):
 
 
 def _norm(c: TransformerConfig) -> nn.Module:
-    return LayerNorm(c.dim) if c.norm == "layer" else RMSNorm(c.dim)
+    if c.norm == "layer":
+        return LayerNorm(c.dim, elementwise_affine=c.norm_affine, bias=c.bias)
+    return RMSNorm(c.dim, elementwise_affine=c.norm_affine)
 
 
 class _Mlp(nn.Module):
     def __init__(self, c: TransformerConfig) -> None:
         super().__init__()
         self.gated = c.activation == "swiglu"
-        self.up = nn.Linear(c.dim, 2 * c.hidden if self.gated else c.hidden)
-        self.down = nn.Linear(c.hidden, c.dim)
+        self.up = nn.Linear(c.dim, 2 * c.hidden if self.gated else c.hidden, bias=c.bias)
+        self.down = nn.Linear(c.hidden, c.dim, bias=c.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
@@ -298,6 +304,7 @@ class _Block(nn.Module):
             causal=c.causal,
             window=c.window,
             dropout=c.attention_dropout,
+            bias=c.bias,
             backend=c.backend,
             attention=attention,
         )

@@ -40,6 +40,11 @@ MODELS = {
         },
         VECTORS,
     ),
+    "plain": (
+        {"input": "continuous", "in_features": 3, "bias": False, "norm_affine": False, "output": "per_token"}
+        | {"out_features": 2},
+        VECTORS,
+    ),
     "gqa": (
         {"input": "continuous", "in_features": 3, "heads": 4, "kv_heads": 2, "window": (2, 0), "output": "pooled"}
         | {"out_features": 2, "causal": True},
@@ -261,6 +266,15 @@ def test_dropout_is_consistent_across_modes():
 
 def test_the_head_starts_at_zero():
     assert (Transformer(input="token", vocab_size=7, output="pooled", out_features=3)(TOKENS) == 0).all()
+
+
+def test_biases_and_norm_weights_are_optional():
+    plain = Transformer(input="features", in_features=3, bias=False, norm_affine=False)
+    assert {p.dim() for p in plain.parameters()} == {2}
+    torch.testing.assert_close(plain(torch.zeros(2, 3)), torch.zeros(2, 3, 64))
+    names = [name for name, _ in Transformer(input="token", vocab_size=3, depth=1, bias=False).named_parameters()]
+    assert "norm.weight" in names
+    assert not [name for name in names if "bias" in name]
 
 
 def test_config_and_changes():
