@@ -4,7 +4,7 @@
 
 A causal Transformer on random sequences, without biases and with plain norms, as JAX's program has it; ``tasks,
 sequences, tokens, layers, width, heads, inner steps``. Ours by reverse and mixed mode, eager and as a replayed CUDA
-graph, mixed mode compiled by Inductor besides; torch.func with PyTorch's math attention in the same model, eager and
+graph, mixed mode compiled by Inductor besides, and with rematerialised blocks; torch.func with PyTorch's math attention in the same model, eager and
 as a graph; a loop over tasks with the same; JAX jit by a second process. Time, peak memory above what there was, and
 the seconds until the first step is done, with what it compiles (but kernels that an earlier row compiled, or a run
 before). Who errs on a small problem more than the dtype's bound against float64, and more than twice as much as math
@@ -92,6 +92,7 @@ WHO = [
     "metaattn reverse, graph",
     "metaattn mixed, graph",
     "metaattn mixed, captured+inductor",
+    "metaattn mixed, remat, captured+inductor",
     "torch.func, math",
     "torch.func, math, graph",
     "loop over tasks, math",
@@ -124,6 +125,7 @@ def build(p: Problem, who: str, device: torch.device) -> Step:
         causal=True,
         position="learned",
         max_length=p.tokens,
+        remat="remat" in who,
         backend="reference" if who == "oracle" else None,
         attention=attention,
     )

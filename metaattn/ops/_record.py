@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._functorch.compile_utils import fx_graph_cse
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -50,9 +50,25 @@ class Recording:
         self.outputs, self.found, self.functional = outputs, recorder.found, recorder.functional
         if self.functional:  # else two equal calls may see different numbers
             self.graph = fx_graph_cse(recorder.graph)
-            self.graph.eliminate_dead_code()
         else:
             self.graph = recorder.graph
+        for node in self.graph.find_nodes(op="call_function", target=_apart):
+            node.replace_all_uses_with(node.args[0])
+        self.graph.eliminate_dead_code()
+
+
+def apart(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors: of what is made of them, a recording at work merges nothing with what is made elsewhere.
+
+    For what is computed again lest it be kept, and would be kept if it were taken for what was computed first.
+    """
+    mode = _get_current_dispatch_mode()
+    return mode.apart(tensors) if isinstance(mode, _Recorder) else list(tensors)
+
+
+def _apart(x: Tensor, number: int) -> Tensor:
+    """In a graph until equal operations are merged: those on differently numbered results are not equal."""
+    return x
 
 
 class _Recorder(TorchDispatchMode):
@@ -64,7 +80,7 @@ class _Recorder(TorchDispatchMode):
         self._nodes = WeakTensorKeyDictionary()
         self._given = {_storage(t) for t in inputs}
         self._last: fx.Node | None = None
-        self._count = 0
+        self._count = self._number = 0
         for t in inputs:
             self._place(t)
 
@@ -75,10 +91,16 @@ class _Recorder(TorchDispatchMode):
             # A literal of Python's: its tensor is made where no mode sees it.
             self._place(args[0], found=True)
         node_args, node_kwargs = tree_map_only(Tensor, self.node, (tuple(args), kwargs))
+        elsewhere = self._functional_of(func, args) if func._schema.is_mutable else None
         out = func(*args, **kwargs)
+        if elsewhere is not None:
+            self._nodes[args[0]] = self._nodes[out] = self.graph.call_function(elsewhere, node_args, node_kwargs)
+            return out
         if func in _VIEWS and out.shape == args[0].shape and out.stride() == args[0].stride():
             self._nodes[out] = self.node(args[0])  # the same view again
             return out
+        if func._schema.is_mutable:
+            self.functional = False
         node = self.graph.call_function(func, node_args, node_kwargs)
         if isinstance(out, Tensor):
             self._nodes[out] = node
@@ -95,6 +117,15 @@ class _Recorder(TorchDispatchMode):
         node: fx.Node = self._nodes[t]
         return node
 
+    def apart(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """See :func:`apart`."""
+        self._number += 1
+        out = []
+        for t in tensors:
+            out.append(t.view_as(t))
+            self._nodes[out[-1]] = self.graph.call_function(_apart, (self.node(t), self._number))
+        return out
+
     def _place(self, t: Tensor, found: bool = False) -> None:
         at = self.graph.inserting_after(self._last) if self._last else self.graph.inserting_before()
         with at:
@@ -109,11 +140,26 @@ class _Recorder(TorchDispatchMode):
             if tag in func.tags and not _plain_index(func, args):
                 raise UnrecordableError(reason.format(func))
         if func._schema.is_mutable:
-            self.functional = False
             for argument, a in zip(func._schema.arguments, args, strict=False):
                 written = argument.alias_info is not None and argument.alias_info.is_write
                 if written and isinstance(a, Tensor) and (a not in self._nodes or _storage(a) in self._given):
                     raise UnrecordableError(f"changes in place a tensor that it did not make ({func})")
+
+    def _functional_of(self, func: Any, args: Any) -> Any:
+        """What makes as a new tensor what an operation makes of its first argument in place.
+
+        ``None`` if its dtype or strides may be others, or if a tensor that is still there shares the memory.
+        """
+        packet = getattr(torch.ops.aten, str(func.overloadpacket).removeprefix("aten.").removesuffix("_"), None)
+        new = getattr(packet, func._overloadname, None)
+        if new is None or new._schema.is_mutable or not args or not isinstance(args[0], Tensor):
+            return None
+        written, *others = args
+        alike = all(t.dtype == written.dtype for t in others if isinstance(t, Tensor))
+        if not alike or not written.is_contiguous():
+            return None
+        storage = _storage(written)
+        return None if any(t is not written and _storage(t) == storage for t in self._nodes) else new
 
 
 def _storage(t: Tensor) -> int:

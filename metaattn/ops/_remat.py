@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from ._function import Form, Rule, in_forward_mode, tangent_at_hand
 from ._pieces import pieces_at_work
 from ._program import differentiable
+from ._record import apart
 from ._strangers import check_outputs
 from ._trees import Tensors
 
@@ -50,6 +51,7 @@ class Remat(Rule):
             compiled = pieces.run(source, form.static.first, inputs)
             if compiled is not None:
                 return compiled
+        inputs = apart(inputs)
         before = [t._version for t in inputs]
         with torch.enable_grad():  # no graph comes of it, but for a tensor that is not given
             outputs = form.static.first(*inputs)

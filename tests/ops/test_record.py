@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import fx, nn
-from torch.func import grad, jvp, vmap
+from torch.func import grad, grad_and_value, jvp, vmap
 
 import metaattn
+from metaattn.meta import checkpoint
 from metaattn.ops._record import Recording, UnrecordableError
 from metaattn.ops._segments import Lowered
 from tests.helpers import assert_close
@@ -18,6 +19,13 @@ def graph_of(function, *inputs):
     return fx.GraphModule(nn.Module(), recording.graph), recording
 
 
+def seen_by_a_view(x):
+    y = x.exp()
+    z = y.view(-1)
+    y.mul_(2)
+    return y, z.sin()
+
+
 FUNCTIONS = {
     "value": lambda x: (x.sin() @ x.mT, x.sum()),
     "grad": lambda x: (grad(lambda x: x.square().tanh().sum())(x),),
@@ -25,6 +33,8 @@ FUNCTIONS = {
     "hvp under vmap": lambda x: (vmap(lambda x: jvp(grad(lambda x: x.sin().prod()), (x,), (x.cos(),))[1])(x),),
     "literal": lambda x: (x * torch.tensor([1.0, 2.0, 3.0, 4.0]),),
     "in place on its own": lambda x: (x.new_zeros(4).index_add_(0, torch.tensor([2]), x[:1, 0]).add_(1) * x,),
+    "in place on what nothing else shows": lambda x: (x.exp().div_(x.exp().sum()).mul_(2),),
+    "in place on what a view shows": seen_by_a_view,
     "the same result twice": lambda x: (x, x.sin(), x.sin()),
     "attention": lambda x: (grad(lambda x: metaattn.sdpa(x, x, x.cos()).sin().sum())(x),),
 }
@@ -37,6 +47,29 @@ def test_does_the_same_on_other_numbers(name):
     assert_close(graph(Y, *recording.found), f(Y.clone()))
     lowered = Lowered(recording, lambda module, inputs: module, {})
     assert_close(lowered(Y, *recording.found), f(Y.clone()))
+
+
+def test_what_is_done_in_place_on_what_nothing_else_shows_is_cut_at_the_leaves():
+    def f(x):
+        return (metaattn.sdpa(x, x, x).exp().div_(x.sum()) * metaattn.sdpa(x, x, x.sin()),)
+
+    recording = Recording(f, (X,))
+    assert recording.functional
+    lowered = []
+    assert_close(Lowered(recording, lambda m, inputs: lowered.append(m) or m, {})(Y), f(Y))
+    assert not [n for m in lowered for n in m.graph.nodes if "metaattn" in str(n.target)]
+
+
+def test_what_is_computed_again_is_not_taken_for_what_was_computed_first():
+    def exponentials(block):
+        recording = Recording(lambda x: grad_and_value(lambda x: block(block(x)).sum())(x), (X,))
+        return sum(str(n.target) == "aten.exp.default" for n in recording.graph.nodes)
+
+    def block(x):
+        return x.exp().square()
+
+    assert exponentials(block) == 2
+    assert exponentials(checkpoint(block)) == 4
 
 
 def test_each_primitive_is_one_operation():

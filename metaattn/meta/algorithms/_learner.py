@@ -108,14 +108,16 @@ class Learner(ABC):
         leaves = [meta[group][k].detach().requires_grad_() for group, k in names]
         fresh = _grouped(meta, names, leaves)
         each = vmap(self.objective, (None, 0, 0), randomness="different")
-        outputs, total = [], [torch.zeros_like(leaf) for leaf in leaves]
+        outputs: list[Any] = []
+        total: list[Tensor | None] = [None] * len(leaves)
         for start in range(0, tasks, size):
             part = slice(start, start + size)
             objective, out = each(fresh, *(tuple(t[part] for t in data) for data in (support, query)))
             grads = torch.autograd.grad(objective.sum() / tasks, leaves, allow_unused=True)
-            total = [t if g is None else t + g for t, g in zip(total, grads, strict=True)]
+            total = [g if t is None else t if g is None else t + g for t, g in zip(total, grads, strict=True)]
             outputs.append(tree_map(torch.Tensor.detach, out))
-        return tree_map(lambda *parts: torch.cat(parts), *outputs), _grouped(meta, names, total)
+        gradients = [torch.zeros_like(leaf) if t is None else t for leaf, t in zip(leaves, total, strict=True)]
+        return tree_map(lambda *parts: torch.cat(parts), *outputs), _grouped(meta, names, gradients)
 
 
 def _grouped(meta: MetaParams, names: Sequence[tuple[str, str]], tensors: Sequence[Tensor]) -> MetaParams:
