@@ -4,14 +4,14 @@
 
 A causal Transformer on random sequences, without biases and with plain norms, as JAX's program has it; ``tasks,
 sequences, tokens, layers, width, heads, inner steps``. Ours by reverse and mixed mode, eager and as a replayed CUDA
-graph, mixed mode compiled by Inductor besides, and with rematerialised blocks; torch.func with PyTorch's math attention in the same model, eager and
-as a graph; a loop over tasks with the same; JAX jit by a second process. Time, peak memory above what there was, and
-the seconds until the first step is done, with what it compiles (but kernels that an earlier row compiled, or a run
-before). Who errs on a small problem more than the dtype's bound against float64, and more than twice as much as math
-attention does in the same dtype, is reported as wrong, without a time. ``--profile`` adds what the kernels of a step
-are: their number and time, by kind. Parts: table, jax, and the plots of time and memory against inner steps (1 to 64)
-and tokens (64 to 16,384); ``--who``, ``--sizes`` and ``--dtypes`` leave out others. Writes JSON, a table (Markdown)
-and plots.
+graph, mixed mode compiled by Inductor besides, and with rematerialised blocks; torch.func with PyTorch's math
+attention in the same model, eager and as a graph; a loop over tasks with the same; JAX jit by a second process. Time,
+peak memory above what there was, and the seconds until the first step is done, with what it compiles (but kernels that
+an earlier row compiled, or a run before). Who errs on a small problem more than the dtype's bound against float64, and
+more than twice as much as math attention does in the same dtype, is reported as wrong, without a time. ``--profile``
+adds what the kernels of a step are: their number and time, by kind. Parts: table, jax, and the plots of time and
+memory against inner steps (1 to 64) and tokens (64 to 16,384); ``--who``, ``--sizes`` and ``--dtypes`` leave out
+others. Writes JSON, a table (Markdown) and plots.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def wait(device: torch.device) -> None:
 
 
 def kernels(step: Step, device: torch.device) -> dict[str, Any]:
-    """The kernels of a step: number and milliseconds by kind, and of the ten that take most by name."""
+    """The kernels of a step: number and milliseconds by kind, and of the twenty that take most by name."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         step()
         wait(device)
@@ -226,7 +226,7 @@ def kernels(step: Step, device: torch.device) -> dict[str, Any]:
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "others")
         total = kinds.setdefault(kind, [0, 0.0])
         total[:] = [total[0] + count, total[1] + ms]
-    most = sorted(names.items(), key=lambda item: -item[1][1])[:10]
+    most = sorted(names.items(), key=lambda item: -item[1][1])[:20]
     return {"kinds": kinds, "most": dict(most)}
 
 
