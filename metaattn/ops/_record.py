@@ -1,7 +1,7 @@
 """A function as the graph of the operations that it runs on given tensors.
 
-What ``make_fx`` does, and less: it records below autograd and all transforms, without stacks, fake tensors and symbols,
-in a third of the time; and it refuses what a graph could not repeat.
+What ``make_fx`` does, and less: it records below autograd and all transforms, without stacks and symbols, in less time;
+and it refuses what a graph could not repeat. On fake tensors: what runs only to be recorded takes no memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._functorch.compile_utils import fx_graph_cse
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -42,9 +43,11 @@ class Recording:
     """
 
     def __init__(self, function: Callable[..., Tensors], inputs: Sequence[Tensor]) -> None:
-        recorder = _Recorder(inputs)
-        with recorder:
-            outputs = function(*inputs)
+        with FakeTensorMode(allow_non_fake_inputs=True) as without_memory:
+            inputs = [without_memory.from_tensor(t, static_shapes=True) for t in inputs]
+            recorder = _Recorder(inputs)
+            with recorder:
+                outputs = function(*inputs)
         recorder.graph.output(tuple(recorder.node(t) for t in outputs))
         recorder.graph.eliminate_dead_code()
         self.outputs, self.found, self.functional = outputs, recorder.found, recorder.functional

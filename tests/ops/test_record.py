@@ -141,3 +141,18 @@ def test_cheap_values_are_computed_again_rather_than_kept():
     targets = [[str(n.target) for n in m.graph.nodes] for m in parts]
     assert ["aten.cos.default" in t for t in targets] == [True, True]
     assert ["aten.mm.default" in t for t in targets] == [True, False]
+
+
+def test_recording_takes_no_memory():
+    """What runs only to be recorded holds no numbers: 128 tebibytes of them would not fit."""
+    x = torch.ones(1).expand(2**45)
+    recording = Recording(lambda x: ((x * 2).sin() + X.sum(),), (x,))
+    assert [str(n.target) for n in recording.graph.nodes if n.op == "call_function"] == [
+        "aten.mul.Tensor",
+        "aten.sin.default",
+        "aten.sum.default",
+        "aten.add.Tensor",
+    ]
+    assert recording.outputs[0].shape == x.shape
+    assert len(recording.found) == 1
+    assert recording.found[0] is X
