@@ -118,6 +118,7 @@ class Captured:
                         returned = self.step(*pytree.tree_unflatten(inputs, spec))
                 torch.cuda.current_stream().wait_stream(stream)
         except Exception as error:
+            _let_draw_again(device)
             return f"its capture failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         finally:
             with torch.no_grad():
@@ -130,6 +131,15 @@ class Captured:
 def _compiled(pieces: Pieces, step: Callable[..., Any], *args: Any) -> Any:
     with pieces.at_work():
         return step(*args)
+
+
+def _let_draw_again(device: torch.device) -> None:
+    """After a capture that failed: the generator goes on as if in it (PyTorch 2.11), until one that succeeds ends.
+
+    Else nothing draws random numbers on the device any more, and no graph is replayed.
+    """
+    with contextlib.suppress(RuntimeError), torch.cuda.device(device), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros((), device=device)
 
 
 def _described(leaf: Any) -> Any:

@@ -113,6 +113,17 @@ def test_a_step_that_waits_for_the_gpu_runs_eagerly():
     assert got.tolist() == [2.0, 2.0]
 
 
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:the step runs eagerly")
+def test_a_failed_capture_leaves_graphs_and_generators_as_they_were():
+    drop, x = capture(lambda x: torch.nn.functional.dropout(x)), torch.ones(64, device="cuda")
+    first = drop(x)
+    capture(lambda x: x * x.sum().item())(x)
+    assert not torch.equal(drop(x), first)
+    assert drop.reason is None
+    assert torch.rand(64, device="cuda").unique().numel() > 1
+
+
 def test_says_once_why_it_runs_eagerly(learner):
     m = values(meta(learner, "cpu"))
     fast = capture(learner.value_and_grad)
