@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -276,17 +276,18 @@ def jax_rows(sizes: list[tuple[int, ...]], dtypes: list[str]) -> list[dict[str, 
     return rows
 
 
-def sweep(name: str, values: list[int], start: Problem, device: torch.device, seconds: float) -> list[dict[str, Any]]:
-    """Ours and torch.func over a range of one size."""
-    rows = []
+def sweep(
+    name: str, values: list[int], start: Problem, device: torch.device, seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Ours and torch.func over a range of one size, row by row."""
     failed: set[str] = set()
     for value in tqdm(values, desc=name, mininterval=5):
         p = start._replace(steps=value) if name == "steps" else start._replace(tokens=value)
         for who in ("metaattn reverse", "metaattn mixed", "torch.func, math"):
             if who not in failed:  # what ran out of memory will do so at the next size as well
-                rows.append({name: value, **measure(p, who, device, seconds)})
-                failed |= {who} if "failed" in rows[-1] else set()
-    return rows
+                row = {name: value, **measure(p, who, device, seconds)}
+                failed |= {who} if "failed" in row else set()
+                yield row
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -363,16 +364,18 @@ def main() -> None:
         save()
     start = Problem(*TINY[0], torch.float32) if options.tiny else Problem(4, 2, 256, 4, 256, 4, 1, torch.bfloat16)
     top = 2 if options.tiny else 64
-    if "steps" in options.parts:
-        counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= top]
-        content["steps"] = sweep("steps", counts, start, device, seconds)
-        save()
-        plot(options.out.with_name(options.out.name + "_steps.png"), "steps", content["steps"], machine["device"])
-    if "tokens" in options.parts:
-        lengths = [16, 32] if options.tiny else [2**n for n in range(6, 15)]
-        content["tokens"] = sweep("tokens", lengths, start._replace(tasks=2, sequences=1), device, seconds)
-        save()
-        plot(options.out.with_name(options.out.name + "_tokens.png"), "tokens", content["tokens"], machine["device"])
+    counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= top]
+    lengths = [16, 32] if options.tiny else [2**n for n in range(6, 15)]
+    for name, values, first in (
+        ("steps", counts, start),
+        ("tokens", lengths, start._replace(tasks=2, sequences=1)),
+    ):
+        if name in options.parts:
+            for row in sweep(name, values, first, device, seconds):
+                content[name].append(row)
+                save()  # what was measured is not lost where the time is over
+            path = options.out.with_name(f"{options.out.name}_{name}.png")
+            plot(path, name, content[name], machine["device"])
 
 
 if __name__ == "__main__":
