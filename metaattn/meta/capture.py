@@ -138,7 +138,8 @@ def _let_draw_again(device: torch.device) -> None:
 
     Else nothing draws random numbers on the device any more, and no graph is replayed.
     """
-    with contextlib.suppress(RuntimeError), torch.cuda.device(device), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # the default stream may be another device's
+    with contextlib.suppress(RuntimeError), torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
         torch.zeros((), device=device)
 
 
