@@ -56,7 +56,7 @@ GPUS = {
     "rtx5090": Gpu((12, 0), 99 * 1024),
 }
 PRIMITIVES = ("forward", "tangent", "forward_tangent", "backward", "second", "backward_second")
-KINDS = ("full", "causal", "mask", "bias", "dropout", "short")
+KINDS = ("full", "causal", "mask", "bias", "dropout", "short", "one_query")
 
 
 class Job(NamedTuple):
@@ -143,6 +143,7 @@ def call(job: Job) -> None:
     arithmetic(job.dtype)
     dtype = DTYPES[job.dtype][0]
     heads, n, d = 4, 64 if job.kind == "short" else 1024, job.head_size
+    rows = 1 if job.kind == "one_query" else n
 
     def tensor(*shape: int) -> Tensor:
         return torch.empty(1, heads, *shape, dtype=dtype)
@@ -150,10 +151,10 @@ def call(job: Job) -> None:
     bias = tensor(n, n) if job.kind == "bias" else None
     mask = torch.empty(1, 1, n, n, dtype=torch.bool) if job.kind == "mask" else None
     seeds = torch.empty(1, heads, 1, 1, dtype=torch.int64) if job.kind == "dropout" else None
-    x = Operands(tensor(n, d), tensor(n, d), tensor(n, d), bias, mask, seeds)
+    x = Operands(tensor(rows, d), tensor(n, d), tensor(n, d), bias, mask, seeds)
     problem = Problem(d**-0.5, None, 0 if job.kind == "causal" else None, 0.1 if seeds is not None else 0.0)
-    t = Tangent(tensor(n, d), tensor(n, d), tensor(n, d), None if bias is None else tensor(n, n))
-    w, values = Rows(tensor(n, d)), Values(tensor(n, d), torch.empty(1, heads, n))
+    t = Tangent(tensor(rows, d), tensor(n, d), tensor(n, d), None if bias is None else tensor(n, n))
+    w, values = Rows(tensor(rows, d)), Values(tensor(rows, d), torch.empty(1, heads, rows))
     options: dict[str, Any] = {"bias_grad": bias is not None}
     if job.primitive == "forward":
         backend.forward(problem, x)

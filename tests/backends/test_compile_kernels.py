@@ -23,7 +23,7 @@ def compile_kernels(tmp_path, *arguments):
     [
         ("h100", "bfloat16", "64", ["causal", "bias"]),
         ("h100", "float32", "32", ["dropout"]),
-        ("a100", "float16", "128", ["mask"]),
+        ("a100", "float16", "128", ["mask", "one_query"]),
         ("rtx4090", "float32", "64", ["short"]),
         ("b200", "bfloat16", "128", ["full"]),
     ],

@@ -22,6 +22,7 @@ def by_bias(
     BN: tl.constexpr,
     SECOND: tl.constexpr,
     FOLD: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The gradient of one tile of a bias, over one share of the heads, rows and keys that it is broadcast to."""
@@ -78,6 +79,7 @@ def by_bias(
             delta_t = load_stat(w.delta_t, flat, i, NQ, 0.0) if SECOND else delta
             mu = load_stat(w.lse_value_t, flat, i, NQ, 0.0)[:, None] if SECOND else delta
             lse = load_lse(w.lse_value, flat, i, NQ)[:, None]
+            gain = load_stat(w.gain, flat, i, NQ, 1.0)[:, None] if EXACT else None
             for n in range(first_key, last_key):
                 k = load_key(x.key, shared, problem, n * BN, c, d, False)
                 v = load_key(x.value, shared, problem, n * BN, c, dv, False)
@@ -85,8 +87,8 @@ def by_bias(
                 v_t = load_key(x_t.value, shared, problem, n * BN, c, dv, False) if x_t.value.ptr is not None else None
                 s, s_t, dp, dp_t = products(q, q_t, e, e_t, k, k_t, v, v_t, PRECISION)
                 p, _, dp, p_t, _, dp_t = probabilities(
-                    s, s_t, dp, dp_t, lse, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,
-                    i[:, None], (n * BN + c)[None, :], SECOND, FOLD, True,
+                    s, s_t, dp, dp_t, lse, gain, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,
+                    i[:, None], (n * BN + c)[None, :], SECOND, FOLD, True, False,
                 )  # fmt: skip
                 _, ds_t = score_gradient(p, dp, p_t, dp_t, delta[:, None], delta_t[:, None], SECOND, False)
                 total += ds_t

@@ -24,10 +24,13 @@ from ._scores import (
     locate,
     part_of,
     product,
+    product_of,
+    rounded,
     row_range,
     schedule,
     sees_few,
     store_rows,
+    transposed,
 )
 
 
@@ -58,6 +61,7 @@ def probabilities(
     dp,
     dp_t,
     lse,
+    gain,
     mu,
     x_t,
     problem,
@@ -70,11 +74,21 @@ def probabilities(
     SECOND: tl.constexpr,
     FOLD: tl.constexpr,
     EDGE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """``P``, ``P Z`` and the cotangents ``dP`` of one tile from its products, then the tangents of all three."""
+    """``P``, ``P Z`` and the cotangents ``dP`` of one tile from its products, then the tangents of all three.
+
+    The ``P`` of a row sum to one but for the rounding of its lse: exactly with ``gain``; or with WHOLE, where the tile,
+    ``[keys, rows]``, holds whole rows.
+    """
     s = hide(s, problem, bias_at, mask_at, i, j, FOLD, EDGE)
     factor = 1.0 if FOLD else problem.scale * LOG2E
     p = tl.exp2(s * factor - lse)
+    if gain is not None:
+        p = p * gain
+    if WHOLE:
+        weight = tl.sum(p, 0)
+        p = p / tl.where(weight == 0.0, 1.0, weight)[None, :]
     p_t = p
     if SECOND:
         s_t = s_t * problem.scale
@@ -127,6 +141,7 @@ def by_row(
     SECOND: tl.constexpr,
     FOLD: tl.constexpr,
     FEW: tl.constexpr,
+    EXACT: tl.constexpr,
     SPLIT: tl.constexpr,
     HOLD: tl.constexpr,
     EVEN_M: tl.constexpr,
@@ -136,7 +151,8 @@ def by_row(
     """The gradient of rows ``[row, row + BM)`` of one query head; and their deltas, for :func:`by_key`.
 
     FEW: some rows of the problem see few keys. Rounding ``out`` to 16 bits takes most from their deltas, which are
-    summed from the scores instead, in a walk over the keys of their own.
+    summed from the scores instead, in a walk over the keys of their own. EXACT: there are few rows, and all are taken
+    for such; what the rounding of their lse makes of their ``P`` is set right.
     """
     NQ = problem.NQ
     blocks = tl.cdiv(NQ, BM)
@@ -170,8 +186,9 @@ def by_row(
     walk = key_range(problem, row, BM, BN)
 
     delta, delta_t = deltas(e, e_t, o, o_t, SECOND)
-    if FEW:
-        if sees_few(problem, row, BM):
+    weight = tl.zeros_like(delta)
+    if FEW or EXACT:
+        if EXACT or sees_few(problem, row, BM):
             delta = tl.zeros_like(delta)
             delta_t = tl.zeros_like(delta_t)
             for n in tl.range(walk[0], walk[3], BN, num_stages=1):
@@ -181,12 +198,21 @@ def by_row(
                 v_t = load_key(x_t.value, shared, problem, n, c, dv, False) if x_t.value.ptr is not None else None
                 s, s_t, dp, dp_t = products(q, q_t, e, e_t, k, k_t, v, v_t, PRECISION)
                 p, _, dp, p_t, _, dp_t = probabilities(
-                    s, s_t, dp, dp_t, lse, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,
-                    i[:, None], (n + c)[None, :], SECOND, FOLD, True,
+                    s, s_t, dp, dp_t, lse, None, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,
+                    i[:, None], (n + c)[None, :], SECOND, FOLD, True, False,
                 )  # fmt: skip
+                if EXACT:
+                    weight += tl.sum(p, 1)
                 delta += tl.sum(p * dp, 1)
                 if SECOND:
                     delta_t += tl.sum(p_t * dp + p * dp_t, 1)
+    gain = None
+    if EXACT:
+        gain = 1.0 / tl.where(weight == 0.0, 1.0, weight)
+        delta = delta * gain
+        delta_t = delta_t * gain
+        tl.store(w.gain + flat * NQ + i, gain, mask=i < NQ)
+        gain = gain[:, None]
     delta += minus_lse_bar(w.lse, w.lse_value, flat, i, NQ)
     tl.store(w.delta + flat * NQ + i, delta, mask=i < NQ)
     if SECOND:
@@ -210,18 +236,19 @@ def by_row(
                 v_t = load_key(x_t.value, shared, problem, n, c, dv, even) if x_t.value.ptr is not None else None
                 s, s_t, dp, dp_t = products(q, q_t, e, e_t, k, k_t, v, v_t, PRECISION)
                 p, _, dp, p_t, _, dp_t = probabilities(
-                    s, s_t, dp, dp_t, lse, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,
-                    i[:, None], (n + c)[None, :], SECOND, FOLD, segment != 1,
+                    s, s_t, dp, dp_t, lse, gain, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,
+                    i[:, None], (n + c)[None, :], SECOND, FOLD, segment != 1, False,
                 )  # fmt: skip
                 ds, ds_t = score_gradient(p, dp, p_t, dp_t, delta[:, None], delta_t[:, None], SECOND, False)
+                ds = rounded(ds, dtype, EXACT)
                 if SECOND:
-                    grad = product(ds_t.to(dtype), k, grad, PRECISION)
+                    grad = product_of(rounded(ds_t, dtype, EXACT), k, grad, EXACT, PRECISION)
                     if k_t is not None:
-                        grad = product(ds.to(dtype), k_t, grad, PRECISION)
+                        grad = product_of(ds, k_t, grad, EXACT, PRECISION)
                     if first_query is not None:
-                        first_grad = product(ds.to(dtype), k, first_grad, PRECISION)
+                        first_grad = product_of(ds, k, first_grad, EXACT, PRECISION)
                 else:
-                    grad = product(ds.to(dtype), k, grad, PRECISION)
+                    grad = product_of(ds, k, grad, EXACT, PRECISION)
     store_rows(grad_query + flat * NQ * D, grad * problem.scale, row, r, d, NQ, D)
     if first_query is not None:
         store_rows(first_query + flat * NQ * D, first_grad * problem.scale, row, r, d, NQ, D)
@@ -246,6 +273,7 @@ def by_key(
     SECOND: tl.constexpr,
     ALONE: tl.constexpr,
     FOLD: tl.constexpr,
+    EXACT: tl.constexpr,
     SPLIT: tl.constexpr,
     HOLD: tl.constexpr,
     EVEN_M: tl.constexpr,
@@ -320,34 +348,36 @@ def by_key(
                         delta_t = load_stat(w.delta_t, flat, i, NQ, 0.0) if SECOND else delta
                     lse = load_lse(w.lse_value, flat, i, NQ)[None, :]
                     mu = load_stat(w.lse_value_t, flat, i, NQ, 0.0)[None, :] if SECOND else lse
+                    gain = load_stat(w.gain, flat, i, NQ, 1.0)[None, :] if EXACT and not ALONE else None
                     s, s_t, dp, dp_t = products(k, k_t, v, v_t, q, q_t, e, e_t, PRECISION)
                     p, pz, dp, p_t, pz_t, dp_t = probabilities(
-                        s, s_t, dp, dp_t, lse, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,
-                        i[None, :], j[:, None], SECOND, FOLD, segment != 1 or (ALONE and not EVEN_N),
+                        s, s_t, dp, dp_t, lse, gain, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,
+                        i[None, :], j[:, None], SECOND, FOLD, segment != 1 or (ALONE and not EVEN_N), EXACT and ALONE,
                     )  # fmt: skip
                     ds, ds_t = score_gradient(p, dp, p_t, dp_t, delta[None, :], delta_t[None, :], SECOND, ALONE)
-                    ds = ds.to(dtype)
-                    ds_t = ds_t.to(dtype)
+                    pz = rounded(pz, dtype, EXACT)
+                    ds = rounded(ds, dtype, EXACT)
+                    ds_t = rounded(ds_t, dtype, EXACT)
                     if SECOND:
-                        grad_v = product(pz_t.to(dtype), e, grad_v, PRECISION)
+                        grad_v = product_of(rounded(pz_t, dtype, EXACT), e, grad_v, EXACT, PRECISION)
                         if e_t is not None:
-                            grad_v = product(pz.to(dtype), e_t, grad_v, PRECISION)
-                        grad_k = product(ds_t, q, grad_k, PRECISION)
+                            grad_v = product_of(pz, e_t, grad_v, EXACT, PRECISION)
+                        grad_k = product_of(ds_t, q, grad_k, EXACT, PRECISION)
                         if q_t is not None:
-                            grad_k = product(ds, q_t, grad_k, PRECISION)
+                            grad_k = product_of(ds, q_t, grad_k, EXACT, PRECISION)
                         if first_key is not None:
-                            first_v = product(pz.to(dtype), e, first_v, PRECISION)
-                            first_k = product(ds, q, first_k, PRECISION)
+                            first_v = product_of(pz, e, first_v, EXACT, PRECISION)
+                            first_k = product_of(ds, q, first_k, EXACT, PRECISION)
                     else:
-                        grad_v = product(pz.to(dtype), e, grad_v, PRECISION)
-                        grad_k = product(ds, q, grad_k, PRECISION)
+                        grad_v = product_of(pz, e, grad_v, EXACT, PRECISION)
+                        grad_k = product_of(ds, q, grad_k, EXACT, PRECISION)
                     if ALONE:
-                        grad_q = product(tl.trans(ds_t), k, None, PRECISION)
+                        grad_q = product_of(transposed(ds_t), k, None, EXACT, PRECISION)
                         if k_t is not None:
-                            grad_q = product(tl.trans(ds), k_t, grad_q, PRECISION)
+                            grad_q = product_of(transposed(ds), k_t, grad_q, EXACT, PRECISION)
                         store_rows(grad_query + flat * NQ * D, grad_q * problem.scale, m, r, d, NQ, D)
                         if first_query is not None:
-                            first_q = product(tl.trans(ds), k, None, PRECISION)
+                            first_q = product_of(transposed(ds), k, None, EXACT, PRECISION)
                             store_rows(first_query + flat * NQ * D, first_q * problem.scale, m, r, d, NQ, D)
     store_rows(grad_key + flat_key * NK * D, grad_k * problem.scale, key, c, d, NK, D)
     store_rows(grad_value + flat_key * NK * DV, grad_v, key, c, dv, NK, DV)

@@ -195,7 +195,8 @@ def _launch_values(
         **constants(problem, batch.x),
         "VALUE": primitive != "tangent",
         "TANGENT": primitive != "forward",
-        "FEW": primitive != "forward" and _sees_few(problem, batch),
+        "FEW": primitive != "forward" and _sees_few(problem, batch, MANY.value - 1),
+        "EXACT": batch.exact,
     }
     run(_values.values, primitive, tile_for(primitive, batch, problem), batch, _row_programs(batch), arguments, options)
 
@@ -208,9 +209,9 @@ def _common_size(x: Operands) -> int | None:
     return block(max(x.query.shape[-1], x.value.shape[-1])) if arithmetic(x.query.dtype) == "float32" else None
 
 
-def _sees_few(problem: Problem, batch: Batch) -> bool:
-    """Whether some row may see so few keys that the kernels take care of what it loses to rounding."""
-    return problem.left is not None or problem.right is not None or batch.keys < MANY.value
+def _sees_few(problem: Problem, batch: Batch, most: int) -> bool:
+    """Whether some row may see so few keys, at ``most``, that kernels take care of what it loses to rounding."""
+    return problem.left is not None or problem.right is not None or batch.keys <= most
 
 
 def _row_programs(batch: Batch) -> Callable[[Tile], int]:
@@ -240,7 +241,7 @@ def _gradients(
     query, key, value = (parts if both else (*parts, None) for parts in zip(*results, strict=True))
     scores = batch.scores(problem)
     arguments = (batch.inputs(x), batch.inputs(tangent), scores, batch.cotangents(rows, values_t, w, w_t))
-    options = {**constants(problem, x), "SECOND": primitive != "backward"}
+    options = {**constants(problem, x), "SECOND": primitive != "backward", "EXACT": batch.exact}
 
     t = tile_for(f"{primitive}_keys", batch, problem)
 
@@ -266,7 +267,7 @@ def _gradients(
             batch,
             _row_programs(batch),
             (*arguments, *query),
-            {**options, "FEW": _sees_few(problem, batch)},
+            {**options, "FEW": _sees_few(problem, batch, MANY.value)},
         )
         by_key(t, alone=False)
     bias = _bias_gradient(batch, t, arguments, options) if bias_grad else None

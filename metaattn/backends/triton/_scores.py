@@ -10,7 +10,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-MANY = tl.constexpr(64)  # keys of a row, from which on what it loses to rounding averages out
+MANY = tl.constexpr(64)  # keys of a row, above which what it loses to rounding averages out
 
 
 @triton.jit
@@ -31,6 +31,36 @@ def product(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a, b, input_precision=PRECISION)
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(p, dtype: tl.constexpr, EXACT: tl.constexpr):
+    """``p``, in float32, as a factor of products: rounded; and with EXACT, in 16 bits, what rounding took from it.
+
+    Where a result sums over few rows that shows: it does not average out.
+    """
+    high = p.to(dtype)
+    low = high
+    if EXACT and dtype != tl.float32:
+        low = (p - high.to(tl.float32)).to(dtype)
+    return high, low
+
+
+@triton.jit
+def product_of(p, b, acc, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """``p b + acc`` of what :func:`rounded` made."""
+    high, low = p
+    acc = product(high, b, acc, PRECISION)
+    if EXACT and b.dtype != tl.float32:
+        acc = product(low, b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def transposed(p):
+    """The transpose of what :func:`rounded` made."""
+    high, low = p
+    return tl.trans(high), tl.trans(low)
 
 
 @triton.jit
@@ -191,7 +221,7 @@ def key_range(problem, row, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def sees_few(problem, row, BM: tl.constexpr):
-    """Whether one of the rows ``[row, row + BM)`` sees fewer than MANY keys: the first or the last one then does."""
+    """Whether one of the rows ``[row, row + BM)`` sees no more than MANY keys: the first or the last one then does."""
     first = row
     last = tl.minimum(row + BM, problem.NQ) - 1
     fewest_first = problem.NK
@@ -202,7 +232,7 @@ def sees_few(problem, row, BM: tl.constexpr):
     if problem.left is not None:
         fewest_first -= tl.maximum(first - problem.left, 0)
         fewest_last -= tl.maximum(last - problem.left, 0)
-    return tl.minimum(fewest_first, fewest_last) < MANY
+    return tl.minimum(fewest_first, fewest_last) <= MANY
 
 
 @triton.jit

@@ -23,6 +23,8 @@ from ._scores import (
     locate,
     part_of,
     product,
+    product_of,
+    rounded,
     schedule,
     sees_few,
     store_rows,
@@ -80,6 +82,7 @@ def values(
     TANGENT: tl.constexpr,
     FOLD: tl.constexpr,
     FEW: tl.constexpr,
+    EXACT: tl.constexpr,
     SPLIT: tl.constexpr,
     HOLD: tl.constexpr,
     EVEN_M: tl.constexpr,
@@ -193,13 +196,14 @@ def values(
                     if TANGENT:
                         p_t = tl.where(keep, p_t, 0.0)
                 v = load_key(x.value, shared, problem, n, c, dv, even)
+                pz = rounded(p, dtype, EXACT)
                 if VALUE:
-                    acc = product(p.to(dtype), v, acc, PRECISION)
+                    acc = product_of(pz, v, acc, EXACT, PRECISION)
                 if TANGENT:
-                    acc_t = product(p_t.to(dtype), v, acc_t, PRECISION)
+                    acc_t = product_of(rounded(p_t, dtype, EXACT), v, acc_t, EXACT, PRECISION)
                     if x_t.value.ptr is not None:
                         v_t = load_key(x_t.value, shared, problem, n, c, dv, even)
-                        acc_t = product(p.to(dtype), v_t, acc_t, PRECISION)
+                        acc_t = product_of(pz, v_t, acc_t, EXACT, PRECISION)
 
     if VALUE:
         empty = total == 0.0  # a row without keys

@@ -18,6 +18,7 @@ from torch import Tensor
 from .._protocol import Operands, Problem, Rows, Tangent, Values
 
 WAVE_BYTES = 2**24  # half the L2 cache of a large GPU is more
+FEW_ROWS = 16  # fill the smallest block that a product takes
 
 
 class View(NamedTuple):
@@ -75,7 +76,7 @@ class Scores(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """Cotangents of out and lse with their tangents, the values with theirs, and the deltas."""
+    """Cotangents of out and lse with their tangents, the values with theirs; room for the deltas, and for gains."""
 
     out: View
     out_t: View
@@ -87,6 +88,7 @@ class Cotangents(NamedTuple):
     lse_value_t: Tensor | None
     delta: Tensor | None
     delta_t: Tensor | None
+    gain: Tensor | None
 
 
 class Share(NamedTuple):
@@ -141,6 +143,11 @@ class Batch:
     def batch1(self) -> int:
         """The size of the second of the two batch dimensions."""
         return math.prod(self.sizes[d] for d in self.groups[-1]) if self.groups else 1
+
+    @property
+    def exact(self) -> bool:
+        """Whether the rows are so few that what products lose to rounding does not average out, nor costs time."""
+        return self.rows <= FEW_ROWS
 
     @property
     def wave(self) -> int:
@@ -207,11 +214,11 @@ class Batch:
         return Inputs(self.view(t.query), self.view(t.key), self.view(t.value), bias)
 
     def cotangents(self, values: Rows, values_t: Rows, w: Rows, w_t: Rows) -> Cotangents:
-        """Cotangents, values and room for the deltas."""
+        """Cotangents, values and room for what kernels tell one another."""
         assert values.out is not None
         assert values.lse is not None
         second = values_t.out is not None
-        room = self.x.query.new_empty(2 if second else 1, self.lanes, self.rows, dtype=torch.float32)
+        room = self.x.query.new_empty(1 + second + self.exact, self.lanes, self.rows, dtype=torch.float32)
         # A row of zeros for all rows stands for an absent cotangent.
         out = values.out.new_zeros(values.out.shape[-1]).expand_as(values.out) if w.out is None else w.out
         return Cotangents(
@@ -225,6 +232,7 @@ class Batch:
             self.lane(values_t.lse),
             room[0],
             room[1] if second else None,
+            room[-1] if self.exact else None,
         )
 
     def share(self, bias: Tensor, splits: int) -> tuple[Share, tuple[int, ...]]:
