@@ -25,7 +25,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,8 +52,10 @@ from matplotlib.patches import Rectangle
 PRODUCTS = {"fwd": 2, "bwd": 5, "jvp": 6, "hvp": 20, "dbl": 21}
 SHAPES = [(32, 16, 512, 64), (8, 16, 2048, 64), (2, 16, 8192, 64), (4, 16, 2048, 128), (1, 16, 8192, 128)]
 SMALL = [(512, 4, 64, 32), (1024, 8, 64, 64), (256, 8, 197, 64)]
-FOR_AUTO = [(512, 16, 128, 32), (256, 16, 128, 64), (64, 16, 512, 32), (8, 16, 2048, 32), (128, 16, 128, 128)]
-FOR_AUTO += [(16, 16, 512, 128)]  # where auto.json needs more lengths: F and B alone
+# Where auto.json needs more lengths: F and B alone.
+FOR_AUTO = [(512, 16, 128, 32), (64, 16, 512, 32), (8, 16, 2048, 32)]
+FOR_AUTO += [(256, 16, 128, 64), (64, 16, 256, 64), (64, 16, 333, 64), (16, 16, 1024, 64)]
+FOR_AUTO += [(256, 16, 64, 128), (128, 16, 128, 128), (64, 16, 197, 128), (16, 16, 512, 128), (8, 16, 1024, 128)]
 PARTS = ("auto", "large", "small", "other", "jax", "lengths")
 GRAPH_BELOW = 2**14  # MiB: a call with more memory takes longer than its launches, and a graph keeps the memory
 BOUND = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-3}
@@ -212,14 +214,12 @@ def measure(who: str, name: str, s: Setting, quick: bool) -> dict[str, Any]:
     return row
 
 
-def jax_rows(shapes: list[tuple[int, int, int, int]]) -> list[dict[str, Any]]:
-    """JAX's XLA attention under jit, by a second process."""
-    program = Path(__file__).with_name("_bench_jax.py")
-    done = subprocess.run([sys.executable, str(program), json.dumps(shapes)], capture_output=True, text=True)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if not lines:
-        print("JAX did not run:", done.stderr[-300:])
-    return lines
+def jax_rows(shapes: list[tuple[int, int, int, int]]) -> Iterator[dict[str, Any]]:
+    """JAX's XLA attention under jit, by a second process, row by row."""
+    program = [sys.executable, str(Path(__file__).with_name("_bench_jax.py")), json.dumps(shapes)]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        yield from (json.loads(line) for line in running.stdout if line.startswith("{"))
 
 
 def length_rows(quick: bool) -> list[dict[str, Any]]:
@@ -282,7 +282,9 @@ def main() -> None:
     if {"large", "small", "other"} & set(a.parts):
         setting_rows(rows, a, save)
     if "jax" in a.parts and importlib.util.find_spec("jax"):
-        rows += jax_rows(SHAPES[:2] + SHAPES[3:4])
+        for row in jax_rows(SHAPES[:2] + SHAPES[3:4]):
+            rows.append(row)
+            save(rows)  # what was measured is not lost where the time is over
     if rows:
         every = save(rows)
         plot_speed(a.out.with_suffix(".png"), every, machine)
@@ -326,33 +328,29 @@ def choose_automatically(quick: bool) -> None:
     trials = itertools.product(settings, ("metaattn triton", "SDPA cuDNN"), ("fwd", "bwd"))
     rows = [measure(who, name, s, quick) for s, who, name in tqdm(list(trials), desc="auto", mininterval=10)]
     capability = "{}.{}".format(*torch.cuda.get_device_capability())
-    content = json.loads(_auto.PATH.read_text()) | {capability: thresholds(rows)}
-    text = ",\n".join(f"  {json.dumps(c)}: {json.dumps(columns)}" for c, columns in content.items())
-    _auto.PATH.write_text(f"{{\n{text}\n}}\n")
+    content = json.loads(_auto.PATH.read_text()) | {capability: ratios(rows)}
+    _auto.PATH.write_text(json.dumps(content, indent=1) + "\n")
     _auto._table.cache_clear()
-    print(text)
+    print(json.dumps(content))
 
 
-def thresholds(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[int | None]]]:
-    """By primitive and head size, without a band and causal: tokens from which on cuDNN is faster than our kernels."""
-    chosen: dict[str, dict[str, list[int | None]]] = {}
-    times: dict[tuple[str, int, bool], dict[int, dict[str, float]]] = {}
+def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """By primitive, head size, band and tokens: our kernels' time over cuDNN's."""
+    times: dict[tuple[str, str, str], dict[int, dict[str, float]]] = {}
     for r in rows:
-        if "ms" in r and r["setting"].split(" ", 1)[1] == f"bfloat16, {'causal' if r['causal'] else 'full'}":
-            column = times.setdefault((r["rule"], r["shape"][3], r["causal"]), {})
-            column.setdefault(r["shape"][2], {})[r["who"]] = r["ms"]
-    for primitive, rule_name in (("forward", "fwd"), ("backward", "bwd")):
-        for size in sorted({size for name, size, _ in times if name == rule_name}):
-            pair: list[int | None] = []
-            for causal in (False, True):
-                start = None
-                for tokens, by in sorted(times.get((rule_name, size, causal), {}).items(), reverse=True):
-                    if by.get("SDPA cuDNN", math.inf) >= by["metaattn triton"]:
-                        break
-                    start = tokens
-                pair.append(start)
-            chosen.setdefault(primitive, {})[str(size)] = pair
-    return chosen
+        if "ms" in r:
+            key = (r["rule"], str(r["shape"][3]), "causal" if r["causal"] else "full")
+            times.setdefault(key, {}).setdefault(r["shape"][2], {})[r["who"]] = r["ms"]
+    found: dict[str, dict[str, dict[str, dict[str, float]]]] = {"forward": {}, "backward": {}}
+    for (rule_name, size, band), by_tokens in sorted(times.items()):
+        column = {
+            str(tokens): round(by["metaattn triton"] / by["SDPA cuDNN"], 3)
+            for tokens, by in sorted(by_tokens.items())
+            if len(by) == 2
+        }
+        if column:
+            found[{"fwd": "forward", "bwd": "backward"}[rule_name]].setdefault(size, {})[band] = column
+    return found
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
@@ -366,11 +364,11 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
             continue
         parts = [" ".join(f"{by[who, n]['tflops']:.0f}" if (who, n) in by else "-" for n in PRODUCTS) for who in OURS]
         for who, peers in (("metaattn auto", list(SDPA)), ("metaattn triton", ["SDPA flash"])):
-            ratios = []
+            times = []
             for name in ("fwd", "bwd"):
                 best = min((by[peer, name]["ms"] for peer in peers if (peer, name) in by), default=math.nan)
-                ratios.append(f"{by[who, name]['ms'] / best:.2f}" if (who, name) in by else "-")
-            parts.append(" ".join(ratios))
+                times.append(f"{by[who, name]['ms'] / best:.2f}" if (who, name) in by else "-")
+            parts.append(" ".join(times))
         lines.append(" | ".join([label, *parts]))
     return lines
 

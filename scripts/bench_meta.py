@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -266,14 +266,12 @@ def measure(p: Problem, who: str, device: torch.device, seconds: float, profile:
     return row
 
 
-def jax_rows(sizes: list[tuple[int, ...]], dtypes: list[str]) -> list[dict[str, Any]]:
-    """JAX jit, by a second process."""
-    program = Path(__file__).with_name("_bench_meta_jax.py")
-    done = subprocess.run([sys.executable, str(program), json.dumps(sizes), *dtypes], capture_output=True, text=True)
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if not rows:
-        print("JAX did not run:", done.stderr[-300:])
-    return rows
+def jax_rows(sizes: Sequence[tuple[int, ...]], dtypes: list[str]) -> Iterator[dict[str, Any]]:
+    """JAX jit, by a second process, row by row."""
+    program = [sys.executable, str(Path(__file__).with_name("_bench_meta_jax.py")), json.dumps(sizes), *dtypes]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        yield from (json.loads(line) for line in running.stdout if line.startswith("{"))
 
 
 def sweep(
@@ -360,8 +358,9 @@ def main() -> None:
                     print(json.dumps(content["rows"][-1]["kernels"], indent=1), flush=True)
                 save()
     if "jax" in options.parts and importlib.util.find_spec("jax"):
-        content["rows"] += jax_rows([list(size) for size in sizes], options.dtypes)  # type: ignore[misc]
-        save()
+        for row in jax_rows(sizes, options.dtypes):
+            content["rows"].append(row)
+            save()
     start = Problem(*TINY[0], torch.float32) if options.tiny else Problem(4, 2, 256, 4, 256, 4, 1, torch.bfloat16)
     top = 2 if options.tiny else 64
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= top]

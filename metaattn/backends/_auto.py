@@ -1,7 +1,7 @@
 """``auto``: for each primitive the fastest backend that serves the call.
 
 On a CPU, and for whatever the kernels do not serve, blockwise. On a GPU our kernels, but PyTorch's own F and
-B where ``auto.json``, measured by ``scripts/bench_attention.py``, has them faster.
+B where ``auto.json``, measured by ``scripts/bench_attention.py``, has them faster at the nearest length.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -40,9 +41,9 @@ def load(backend: str) -> ModuleType | str:
 
 
 @functools.cache
-def _table() -> dict[str, dict[str, dict[str, list[int | None]]]]:
-    """By capability, primitive and head size: tokens from which the vendor is faster, full and causal."""
-    table: dict[str, dict[str, dict[str, list[int | None]]]] = json.loads(PATH.read_text())
+def _table() -> dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]:
+    """By capability, primitive, head size and band: our kernels' time over the vendor's, by tokens."""
+    table: dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]] = json.loads(PATH.read_text())
     return table
 
 
@@ -66,17 +67,24 @@ def choose(primitive: str, problem: Problem, x: Operands) -> Choice:
     capability = "{}.{}".format(*torch.cuda.get_device_capability(x.query.device))
     if capability not in _table():
         return Choice(triton, f"our kernel; PyTorch's own is not measured on compute capability {capability}")
-    tokens = _from_tokens(_table()[capability].get(primitive, {}), problem, x)
-    if tokens is None:
-        return Choice(triton, "measured faster than PyTorch's own")
-    if x.query.shape[-2] >= tokens:
-        return Choice(vendor, f"PyTorch's own is measured faster from {tokens} tokens")
-    return Choice(triton, f"measured faster than PyTorch's own below {tokens} tokens")
+    tokens, ratio = _measured(_table()[capability].get(primitive, {}), problem, x)
+    if ratio is None:
+        return Choice(triton, f"our kernel; PyTorch's own is not measured at head size {x.query.shape[-1]}")
+    if ratio > 1.0:
+        return Choice(vendor, f"PyTorch's own is measured {ratio:.2f} times as fast as ours at {tokens} tokens")
+    return Choice(triton, f"measured {1.0 / ratio:.2f} times as fast as PyTorch's own at {tokens} tokens")
 
 
-def _from_tokens(column: dict[str, list[int | None]], problem: Problem, x: Operands) -> int | None:
+def _measured(
+    column: dict[str, dict[str, dict[str, float]]], problem: Problem, x: Operands
+) -> tuple[int, float | None]:
+    """The measured number of tokens that is next to the call's, at its head size or the next, and the ratio there."""
     sizes = [int(size) for size in column if int(size) >= x.query.shape[-1]]
-    return column[str(min(sizes))][problem.right == 0] if sizes else None
+    if not sizes:
+        return 0, None
+    ratios = column[str(min(sizes))]["causal" if problem.right == 0 else "full"]
+    nearest = min(ratios, key=lambda tokens: abs(math.log(int(tokens) / x.query.shape[-2])))
+    return int(nearest), ratios[nearest]
 
 
 def refuses(problem: Problem, x: Operands) -> str | None:

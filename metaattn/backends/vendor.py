@@ -41,8 +41,6 @@ def refuses(problem: Problem, x: Operands) -> str | None:
         return f"backend='vendor' serves no window{instead}"
     if d != dv or d % 8 or d > LARGEST_HEAD:
         return f"backend='vendor' serves one head size, a multiple of 8 up to {LARGEST_HEAD}; got {d} and {dv}{instead}"
-    if x.query.shape[-3] != x.key.shape[-3]:
-        return f"backend='vendor' serves no grouped-query attention{instead}"
     if x.query.shape[-2] != x.key.shape[-2]:
         return f"backend='vendor' serves one length of query and key{instead}"
     if x.query.numel() == 0:
