@@ -26,6 +26,7 @@ from ._scores import (
     product,
     product_of,
     rounded,
+    row_block,
     row_range,
     schedule,
     sees_few,
@@ -157,7 +158,7 @@ def by_row(
     NQ = problem.NQ
     blocks = tl.cdiv(NQ, BM)
     block, flat = schedule(blocks, problem.LANES, problem.WAVE)
-    row = (blocks - 1 - block) * BM
+    row = row_block(block, blocks, FEW) * BM
     where = batch_of(flat, problem.BATCH1, problem.HEADS)
     shared = key_head(where, problem)
     r = tl.arange(0, BM)

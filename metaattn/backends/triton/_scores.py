@@ -123,6 +123,18 @@ def schedule(BLOCKS, LANES, WAVE):
 
 
 @triton.jit
+def row_block(block, blocks, FEW: tl.constexpr):
+    """Which block of rows a program has: under a causal mask the last rows have the most keys, and come first.
+
+    With FEW those that see few keys are before them: they walk twice, and at the end would work alone.
+    """
+    if FEW:
+        return (blocks - block) % blocks
+    else:
+        return blocks - 1 - block
+
+
+@triton.jit
 def load_rows(at, stride, start, r, d, limit, EVEN: tl.constexpr):
     """Rows ``start + r`` of a matrix; zeros past row ``limit``, unless EVEN says that there are none."""
     start = tl.cast(start, tl.int64)

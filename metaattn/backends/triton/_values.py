@@ -25,6 +25,7 @@ from ._scores import (
     product,
     product_of,
     rounded,
+    row_block,
     schedule,
     sees_few,
     store_rows,
@@ -97,7 +98,7 @@ def values(
     NQ = problem.NQ
     blocks = tl.cdiv(NQ, BM)
     block, flat = schedule(blocks, problem.LANES, problem.WAVE)
-    row = (blocks - 1 - block) * BM  # under a causal mask the last rows have the most keys
+    row = row_block(block, blocks, FEW) * BM
     where = batch_of(flat, problem.BATCH1, problem.HEADS)
     shared = key_head(where, problem)
     r = tl.arange(0, BM)
