@@ -37,7 +37,8 @@ from triton.backends.compiler import GPUTarget
 
 from metaattn.backends import triton as backend
 from metaattn.backends._protocol import Operands, Problem, Rows, Tangent, Values
-from metaattn.backends.triton import _launch, _tiles
+from metaattn.backends.products import Product
+from metaattn.backends.triton import _launch, _linear, _tiles
 
 
 class Gpu(NamedTuple):
@@ -55,7 +56,7 @@ GPUS = {
     "b200": Gpu((10, 0), 227 * 1024),
     "rtx5090": Gpu((12, 0), 99 * 1024),
 }
-PRIMITIVES = ("forward", "tangent", "forward_tangent", "backward", "second", "backward_second")
+PRIMITIVES = ("forward", "tangent", "forward_tangent", "backward", "second", "backward_second", "products")
 KINDS = ("full", "causal", "mask", "bias", "dropout", "short", "one_query")
 
 
@@ -156,7 +157,12 @@ def call(job: Job) -> None:
     t = Tangent(tensor(rows, d), tensor(n, d), tensor(n, d), None if bias is None else tensor(n, n))
     w, values = Rows(tensor(rows, d)), Values(tensor(rows, d), torch.empty(1, heads, rows))
     options: dict[str, Any] = {"bias_grad": bias is not None}
-    if job.primitive == "forward":
+    if job.primitive == "products":
+        both = Product(x.query[0], x.key[0].mT, x.query[0], x.key[0].mT)
+        backend.multiply([both])
+        backend.multiply([both, both._replace(value=False)])
+        backend.multiply([Product(x.query[0], x.key[0].mT)] * 2)
+    elif job.primitive == "forward":
         backend.forward(problem, x)
     elif job.primitive == "tangent":
         backend.tangent(problem, x, values, t)
@@ -183,6 +189,7 @@ def compile_one(job: Job) -> tuple[list[Loaded], str | None]:
     dry.use(GPUS[job.gpu])
     dry.loaded.clear()
     _launch._smaller.clear()
+    _linear._stages.clear()
     try:
         call(job)
     except Exception as problem:
@@ -191,11 +198,14 @@ def compile_one(job: Job) -> tuple[list[Loaded], str | None]:
 
 
 def jobs(a: argparse.Namespace) -> Iterator[Job]:
-    """All that was asked for. B and S at once are a kernel of their own for some sizes, and no more than those."""
+    """All that was asked for and is served: B and S at once for some sizes, products for some dtypes and no masks."""
     for job in itertools.starmap(Job, itertools.product(a.gpus, a.dtypes, a.head_sizes, a.kinds, a.primitives)):
         fused = _tiles.for_capability(GPUS[job.gpu].capability).get(("backward_second_keys", arithmetic(job.dtype)), {})
-        if job.primitive != "backward_second" or (job.head_size <= max(fused, default=0) and job.kind != "bias"):
-            yield job
+        if job.primitive == "backward_second" and (job.head_size > max(fused, default=0) or job.kind == "bias"):
+            continue
+        if job.primitive == "products" and (job.dtype == "float32" or job.kind != "full"):
+            continue
+        yield job
 
 
 def main() -> None:

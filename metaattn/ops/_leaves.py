@@ -44,7 +44,7 @@ class Call:
         return self.scale, self.left, self.right, self.dropout_p, self.backend
 
 
-_LIBRARY = Library("metaattn", "FRAGMENT")
+LIBRARY = Library("metaattn", "FRAGMENT")
 _CALL = "float scale, int? left, int? right, float dropout_p, str backend"
 _X = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? seeds"
 _ROWS = (
@@ -101,8 +101,8 @@ def _leaf(schema: str) -> Callable[[Callable[..., tuple[Tensor, ...]]], Callable
 
     def register(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
         name = f"_{function.__name__}"
-        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, _own_precision(function), "CompositeExplicitAutograd")
+        LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, _own_precision(function), "CompositeExplicitAutograd")
         return getattr(torch.ops.metaattn, name).default
 
     return register
@@ -180,14 +180,14 @@ def _like(t: Tensor, *, shape: Sequence[Any] | None = None, dtype: torch.dtype |
     return t.new_empty(t.shape if shape is None else tuple(shape), dtype=dtype)
 
 
-@register_fake("metaattn::_forward", lib=_LIBRARY)
+@register_fake("metaattn::_forward", lib=LIBRARY)
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     q, v = args[5], args[7]
     out = _like(q, shape=(*q.shape[:-1], v.shape[-1]))
     return out, _like(q, shape=q.shape[:-1], dtype=accumulator(q.dtype))
 
 
-@register_fake("metaattn::_forward_tangent", lib=_LIBRARY)
+@register_fake("metaattn::_forward_tangent", lib=LIBRARY)
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, v = args[5], args[7]
     out = _like(q, shape=(*q.shape[:-1], v.shape[-1]))
@@ -195,18 +195,18 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return out, lse, torch.empty_like(out), torch.empty_like(lse)
 
 
-@register_fake("metaattn::_directional", lib=_LIBRARY)
+@register_fake("metaattn::_directional", lib=LIBRARY)
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     return _like(args[11]), _like(args[12])
 
 
-@register_fake("metaattn::_gradient", lib=_LIBRARY)
+@register_fake("metaattn::_gradient", lib=LIBRARY)
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, bias, bias_grad = *args[5:9], args[11]
     return _like(q), _like(k), _like(v), _like(bias) if bias_grad else _like(q, shape=(0,))
 
 
-@register_fake("metaattn::_gradient_tangent", lib=_LIBRARY)
+@register_fake("metaattn::_gradient_tangent", lib=LIBRARY)
 def _(*args: Any) -> tuple[Tensor, ...]:
     q, k, v, bias, bias_grad = *args[5:9], args[11]
     # Each a tensor of its own: a tracer tells results apart by identity, and would take one given twice for the last.

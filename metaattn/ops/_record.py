@@ -38,7 +38,8 @@ class Recording:
     """A function's graph on given tensors.
 
     Attributes:
-        graph: Takes the inputs and then the tensors ``found``, returns a tuple.
+        graph: Takes the inputs and then the tensors ``found``, returns a tuple. Operations have the ``shapes`` of the
+            tensors that they are given in their ``meta``.
         found: Tensors that the function uses and was not given: as they are, not copies.
     """
 
@@ -105,6 +106,7 @@ class _Recorder(TorchDispatchMode):
         if func._schema.is_mutable:
             self.functional = False
         node = self.graph.call_function(func, node_args, node_kwargs)
+        node.meta["shapes"] = [t.shape for t in args if isinstance(t, Tensor)]
         if isinstance(out, Tensor):
             self._nodes[out] = node
         elif isinstance(out, (tuple, list)):

@@ -18,12 +18,18 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from ._products import is_leaf, joined
 from ._record import Recording
 from ._trees import Tensors
 
 DEPTH = 8  # operations in a row that are done again rather than their result kept
 _CHEAP = (torch.ops.aten._to_copy.default, torch.ops.aten.full.default)  # besides pointwise ones and views
 Lower = Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Sequence[Any]]]
+
+
+# Kernels that do not need each other become one, of Inductor's own; on an H100 a small meta-step took a tenth less, and
+# its first one a fifth less. Its CPU kernels have no such thing.
+_ON_GPU = {"combo_kernels": True}
 
 
 def inductor(options: Mapping[str, Any]) -> Lower:
@@ -36,7 +42,8 @@ def inductor(options: Mapping[str, Any]) -> Lower:
         context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
         with warnings.catch_warnings(), tracing(context):
             warnings.simplefilter("ignore")  # it warns of itself
-            compiled: Any = compile_fx(module, list(inputs), config_patches=dict(options), ignore_shape_env=True)
+            patches = {**(_ON_GPU if any(t.is_cuda for t in inputs) else {}), **options}
+            compiled: Any = compile_fx(module, list(inputs), config_patches=patches, ignore_shape_env=True)
         return compiled
 
     return lower
@@ -61,18 +68,18 @@ class Lowered:
 
     def __init__(self, recording: Recording, lower: Lower, known: dict[Hashable, Callable[..., Any]]) -> None:
         self._lower, self._known = lower, known
-        nodes = list(recording.graph.nodes)
+        nodes = list((joined(recording.graph) if recording.functional else recording.graph).nodes)
         self._given = [n for n in nodes if n.op == "placeholder"]
         self._returned: tuple[fx.Node, ...] = nodes[-1].args[0]
         groups = _cut([n for n in nodes if n.op == "call_function"], whole=not recording.functional)
         needed, parts = set(self._returned), []
         for group in reversed(groups):
             made = [n for n in group if n in needed]
-            is_leaf = _is_leaf(group[0])
-            if not is_leaf:
+            of_leaf = is_leaf(group[0])
+            if not of_leaf:
                 group = [*_again(group, needed), *group]
             outside = {a for n in group for a in n.all_input_nodes}.difference(group)
-            run = self._leaf(group) if is_leaf else self._segment(group, made)
+            run = self._leaf(group) if of_leaf else self._segment(group, made)
             parts.append(_Part(run, tuple((outside | set(group)) - needed)))
             needed |= outside
         self._parts = parts[::-1]
@@ -115,10 +122,6 @@ class Lowered:
         return run
 
 
-def _is_leaf(node: fx.Node) -> bool:
-    return getattr(node.target, "namespace", None) == "metaattn"
-
-
 def _cut(nodes: list[fx.Node], whole: bool) -> list[list[fx.Node]]:
     """The nodes in groups, each to be run in one go: a leaf and its results, or what is between two."""
     if whole:
@@ -127,7 +130,7 @@ def _cut(nodes: list[fx.Node], whole: bool) -> list[list[fx.Node]]:
     of_leaf: dict[fx.Node, list[fx.Node]] = {}
     between: list[fx.Node] = []
     for node in nodes:
-        if _is_leaf(node):
+        if is_leaf(node):
             groups += [between, [node]]
             of_leaf[node], between = groups[-1], []
         elif node.target is operator.getitem and node.args[0] in of_leaf:

@@ -4,8 +4,20 @@ Runs on CUDA devices; on a CPU only in Triton's interpreter (``TRITON_INTERPRET=
 know no autograd, and nothing above this package knows Triton.
 """
 
+from ._linear import multiplies, multiply
 from ._primitives import backward, backward_second, forward, forward_tangent, fuses, refuses, second, tangent
 
 name = "triton"
 
-__all__ = ["backward", "backward_second", "forward", "forward_tangent", "fuses", "refuses", "second", "tangent"]
+__all__ = [
+    "backward",
+    "backward_second",
+    "forward",
+    "forward_tangent",
+    "fuses",
+    "multiplies",
+    "multiply",
+    "refuses",
+    "second",
+    "tangent",
+]

@@ -1,0 +1,128 @@
+"""Launching :mod:`._products`: which products it serves, with which blocks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from ..products import Product
+from ._products import products
+from ._tiles import arithmetic
+from ._views import block
+
+
+class Matrix(NamedTuple):
+    """A batch of matrices by its strides, of which ``None`` is 1."""
+
+    ptr: Tensor | None = None
+    batch: int | None = None
+    row: int | None = None
+    col: int | None = None
+
+
+class Job(NamedTuple):
+    """A product on the device: factors, results, sizes."""
+
+    a: Matrix = Matrix()
+    b: Matrix = Matrix()
+    a_t: Matrix = Matrix()
+    b_t: Matrix = Matrix()
+    value: Tensor | None = None
+    tangent: Tensor | None = None
+    M: int = 0
+    N: int = 0
+    K: int = 0
+
+
+class Tile(NamedTuple):
+    """Rows, columns and inner size of a block, warps, stages."""
+
+    rows: int
+    cols: int
+    inner: int
+    warps: int
+    stages: int
+
+
+# By scripts/tune_products.py on an H100: one with a tangent; two, or without; and what fills the GPU several times.
+ONE, SEVERAL, LARGE = Tile(64, 64, 32, 4, 3), Tile(64, 128, 32, 4, 4), Tile(128, 128, 64, 8, 3)
+LARGE_TF32 = Tile(128, 64, 32, 8, 3)
+LARGE_FROM = 1024  # blocks of 64 x 128
+_stages: dict[tuple[Any, ...], int] = {}  # of what did not fit with a tile's own, found when it first happened
+
+
+def multiplies(jobs: Sequence[Product]) -> bool:
+    """Serves 16 bits on GPUs of compute capability 8.0 and newer, matrices of up to 2^31 elements."""
+    return all(
+        _served(job.a.dtype)
+        and job.a.dtype == job.b.dtype
+        and torch.cuda.get_device_capability(job.a.device) >= (8, 0)
+        and all(_extent(t) < 2**31 for t in job[:4] if t is not None)
+        and min(*job.a.shape, *job.b.shape) > 0
+        for job in jobs
+    )
+
+
+def multiply(jobs: Sequence[Product], tile: Tile | None = None) -> list[Tensor]:
+    """See :func:`metaattn.backends.products.multiply`."""
+    x = jobs[0].a
+    blocks = sum(job.a.shape[0] * -(-job.a.shape[1] // 64) * -(-job.b.shape[2] // 128) for job in jobs)
+    if tile is None:
+        tile = SEVERAL if len(jobs) > 1 or jobs[0].a_t is None else ONE
+        if blocks >= LARGE_FROM:
+            tile = LARGE_TF32 if x.dtype == torch.float32 else LARGE
+    results: list[Tensor] = []
+    arguments: list[Job] = []
+    options: dict[str, Any] = {}
+    counts: list[int] = []
+    for job, end in zip(jobs, ("", "2"), strict=False):
+        (batch, m, k), n = job.a.shape, job.b.shape[2]
+        value = x.new_empty(batch, m, n) if job.value else None
+        tangent = None if job.a_t is None else x.new_empty(batch, m, n)
+        results += [t for t in (value, tangent) if t is not None]
+        a, b, a_t, b_t = map(_matrix, job[:4])
+        arguments.append(Job(a, b, a_t, b_t, value, tangent, m, n, k))
+        bm, bn, bk = min(tile.rows, block(m)), min(tile.cols, block(n)), min(tile.inner, block(k))
+        counts.append(batch * triton.cdiv(m, bm) * triton.cdiv(n, bn))
+        sizes = {"BM": bm, "BN": bn, "BK": bk, "EVEN_M": m % bm == 0, "EVEN_N": n % bn == 0, "EVEN_K": k % bk == 0}
+        options |= {name + end: size for name, size in sizes.items()}
+    if len(jobs) == 1:
+        arguments.append(Job())
+        options |= {name + "2": size for name, size in options.items()}
+    options["PRECISION"] = "tf32" if arithmetic(x.dtype) != "float32" else "ieee"
+    if x.dtype == torch.float32:
+        options["maxnreg"] = 255  # see _launch.run
+    # No more warps than the blocks have rows in sixteens: see _tiles.fit.
+    rows = min(options[name] for name in ("BM", "BM2"))
+    warps = min(tile.warps, max(4, rows // 16))
+    there = [t is not None for job in arguments for t in (job.value, job.tangent)]
+    key = (x.device.index, x.dtype, warps, *options.values(), *there)
+    stages = _stages.get(key, tile.stages)
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        while True:
+            try:
+                products[(sum(counts),)](*arguments, counts[0], **options, num_warps=warps, num_stages=stages)
+                return results
+            except OutOfResources:
+                if stages == 1:
+                    raise
+                _stages[key] = stages = stages - 1
+
+
+def _served(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and arithmetic(dtype) == "tf32")
+
+
+def _matrix(t: Tensor | None) -> Matrix:
+    return Matrix() if t is None else Matrix(t, *(None if step == 1 else step for step in t.stride()))
+
+
+def _extent(t: Tensor) -> int:
+    """How far apart elements of a matrix can be."""
+    return sum((n - 1) * step for n, step in zip(t.shape[1:], t.stride()[1:], strict=True))

@@ -1,0 +1,87 @@
+"""Products with their tangents: the kernel, in Triton's interpreter where there is no GPU, and PyTorch's own."""
+
+import pytest
+import torch
+
+from metaattn.backends.products import Product, in_pytorch, multiply
+from tests.conftest import NO_KERNELS
+from tests.helpers import assert_close
+
+linear = pytest.importorskip("metaattn.backends.triton._linear", exc_type=ImportError)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and NO_KERNELS is not None, reason=NO_KERNELS or "")
+SIZES = [(20, 33, 17), (64, 16, 16), (5, 1, 40), (70, 130, 1), (1, 48, 32)]
+
+
+def factor(batch, rows, columns, turned=False, expanded=False):
+    if expanded:
+        return torch.randn(1, rows, columns, device=DEVICE).expand(batch, -1, -1)
+    shape = (batch, columns, rows) if turned else (batch, rows, columns)
+    t = torch.randn(shape, device=DEVICE)
+    return t.mT if turned else t
+
+
+def exact(jobs):
+    wide = [Product(*(f if f is None else f.double() for f in job[:4]), job.value) for job in jobs]
+    return [t for job in wide for t in in_pytorch(job)]
+
+
+def jobs_of(m, n, k, turned):
+    """With tangents; without; the tangent alone."""
+    return {
+        "both": Product(factor(2, m, k, turned), factor(2, k, n, not turned), factor(2, m, k), factor(2, k, n, turned)),
+        "value": Product(factor(3, m, k), factor(3, k, n, turned)),
+        "tangent": Product(
+            factor(3, n, m, turned), factor(3, m, k, expanded=True), factor(3, n, m), factor(3, m, k), value=False
+        ),
+    }
+
+
+NAMES = [("both",), ("value",), ("tangent",), ("both", "tangent"), ("tangent", "value")]
+
+
+@pytest.mark.parametrize("names", NAMES, ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_kernel(size, turned, names):
+    jobs = [jobs_of(*size, turned)[name] for name in names]
+    got = linear.multiply(jobs, linear.Tile(32, 32, 16, 4, 1))
+    assert len(got) == sum(job.results for job in jobs)
+    for a, b in zip(got, exact(jobs), strict=True):
+        assert_close(a, b, torch.float32)
+
+
+def test_16_bits_round_once():
+    job = Product(*(f.half() for f in jobs_of(20, 33, 50, False)["both"][:4]))
+    for got, want in zip(linear.multiply([job]), exact([job]), strict=True):
+        assert (got.double() - want).norm() < 1.01 * (want.half().double() - want).norm()
+
+
+def test_stages_give_way_to_shared_memory(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    tried = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*arguments, num_stages, **options):
+                tried.append(num_stages)
+                if num_stages > 2:
+                    raise OutOfResources(1, 0, "shared memory")
+
+            return launch
+
+    monkeypatch.setattr(linear, "products", Kernel())
+    monkeypatch.setattr(linear, "_stages", {})
+    for _ in range(2):
+        linear.multiply([jobs_of(64, 64, 64, False)["value"]], linear.Tile(64, 64, 32, 4, 4))
+    assert tried == [4, 3, 2, 2]
+
+
+def test_elsewhere_pytorch_multiplies():
+    jobs = [jobs_of(4, 5, 6, False)[name] for name in ("both", "value")]
+    jobs = [Product(*(f if f is None else f.cpu().double() for f in job[:4]), job.value) for job in jobs]
+    (a, b, a_t, b_t, _), (c, d, *_) = jobs
+    for got, want in zip(multiply(jobs), (a @ b, a_t @ b + a @ b_t, c @ d), strict=True):
+        assert_close(got, want, torch.float64)
