@@ -207,5 +207,16 @@ class _Known(Rule):
             raise NotImplementedError(
                 "compiled, what a loss tells beside its value has no derivative; leave out mode='inductor'"
             )
-        grads = [None if w is None else w.reshape(w.shape + (1,) * (g.dim() - w.dim())) * g for g in ctx.saved_tensors]
+        grads = (None,) * moving if w is None else _scaled(w, *ctx.saved_tensors)
         return None, *(None,) * outputs, *grads, *(None,) * moving
+
+
+def _scaled(w: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+    """Gradients times a number for each of the tasks; compiled if the meta-step is."""
+
+    def scaled(w: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple((w.reshape(w.shape + (1,) * (g.dim() - w.dim())) * g).to(g.dtype) for g in grads)
+
+    pieces = pieces_at_work()
+    compiled = None if pieces is None else pieces.run(source_of("scaled"), scaled, (w, *grads))
+    return scaled(w, *grads) if compiled is None else compiled

@@ -151,14 +151,28 @@ def _described(leaf: Any) -> Any:
 
 
 def _run(replay: _Replay, leaves: list[Any]) -> Any:
-    with torch.no_grad():
-        for buffer, leaf in zip(replay.inputs, leaves, strict=True):
-            if isinstance(buffer, Tensor):
-                buffer.copy_(leaf)
+    buffers = [buffer for buffer in replay.inputs if isinstance(buffer, Tensor)]
+    _copy(buffers, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
     replay.graph.replay()
     # Copies: the next replay writes where these lie.
-    outputs = [t.detach().clone() if isinstance(t, Tensor) else t for t in replay.outputs]
+    found = [t.detach() for t in replay.outputs if isinstance(t, Tensor)]
+    copies = [torch.empty_like(t) for t in found]
+    _copy(copies, found)
+    rest = iter(copies)
+    outputs = [next(rest) if isinstance(t, Tensor) else t for t in replay.outputs]
     return pytree.tree_unflatten(outputs, replay.spec)
+
+
+def _copy(to: list[Tensor], of: list[Tensor]) -> None:
+    """All at once, dtype by dtype: a kernel for each would take as long to launch as a small step itself."""
+    groups: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    for a, b in zip(to, of, strict=True):
+        alike = groups.setdefault((a.dtype, a.device), ([], []))
+        alike[0].append(a)
+        alike[1].append(b)
+    with torch.no_grad():
+        for a_s, b_s in groups.values():
+            torch._foreach_copy_(a_s, b_s)
 
 
 def capture(
