@@ -184,6 +184,15 @@ def in_turn(backend: ModuleType) -> Callable[..., Pair]:
     return backward_second
 
 
+def tokens_first(query: Tensor) -> bool:
+    """Whether the heads of a token lie side by side in memory, as a projection leaves them: ``out`` then does as well.
+
+    So that what follows, heads joined again, needs no copy.
+    """
+    heads, rows = query.shape[-3:-1]
+    return heads > 1 and rows > 1 and 0 < query.stride(-3) < query.stride(-2)
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, softmax and lse: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from ..backends import blockwise, select
-from ..backends._protocol import Gradients, Operands, Problem, Rows, Tangent, Values, accumulator
+from ..backends._protocol import Gradients, Operands, Problem, Rows, Tangent, Values, accumulator, tokens_first
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
     """F: out and lse."""
     call, problem, x, _ = _split(args)
     out, lse = select(call.backend, problem, x).forward(problem, x)
-    return out.contiguous(), lse.contiguous()
+    return _laid(out, x.query), lse.contiguous()
 
 
 @_leaf(f"({_CALL}, {_X}, Tensor out, Tensor lse, {_TANGENTS}) -> (Tensor, Tensor)")
@@ -125,16 +125,18 @@ def directional(*args: Any) -> tuple[Tensor, Tensor]:
         out_t, lse_t = select(call.backend, problem, x).tangent(problem, x, values, tangents[0])
     else:
         out_t, lse_t = blockwise.directional(problem, x, values, tangents)
-    return out_t.contiguous(), lse_t.contiguous()
+    return _laid(out_t, x.query), lse_t.contiguous()
 
 
 @_leaf(f"({_CALL}, {_X}, {_TANGENT}) -> (Tensor, Tensor, Tensor, Tensor)")
 def forward_tangent(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """F and T: out and lse, and their tangents."""
     call, problem, x, tangent = _split(args)
-    rows = select(call.backend, problem, x).forward_tangent(problem, x, Tangent(*tangent))
-    out, lse, out_t, lse_t = (t.contiguous() for pair in rows for t in pair)
-    return out, lse, out_t, lse_t
+    values, values_t = select(call.backend, problem, x).forward_tangent(problem, x, Tangent(*tangent))
+    return *(_laid(values.out, x.query), values.lse.contiguous()), *(
+        _laid(values_t.out, x.query),
+        values_t.lse.contiguous(),
+    )
 
 
 @_leaf(f"({_CALL}, {_X}, bool bias_grad, {_ROWS}, {_TANGENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
@@ -165,6 +167,11 @@ def gradient_tangent(*args: Any) -> tuple[Tensor, ...]:
     return *_four(both[0]), *_four(both[1])
 
 
+def _laid(out: Tensor, query: Tensor) -> Tensor:
+    """Without gaps, in the order of the query's memory: see :func:`tokens_first`."""
+    return out.transpose(-2, -3).contiguous().transpose(-2, -3) if tokens_first(query) else out.contiguous()
+
+
 def _rows(parts: Sequence[Any]) -> tuple[Values, Values, Rows, Rows]:
     """Values and cotangent, each with its tangent."""
     return Values(*parts[:2]), Values(*parts[2:4]), Rows(*parts[4:6]), Rows(*parts[6:8])
@@ -180,24 +187,26 @@ def _like(t: Tensor, *, shape: Sequence[Any] | None = None, dtype: torch.dtype |
     return t.new_empty(t.shape if shape is None else tuple(shape), dtype=dtype)
 
 
+def _new_out(q: Tensor, v: Tensor) -> Tensor:
+    return _laid(_like(q, shape=(*q.shape[:-1], v.shape[-1])), q)
+
+
 @register_fake("metaattn::_forward", lib=LIBRARY)
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     q, v = args[5], args[7]
-    out = _like(q, shape=(*q.shape[:-1], v.shape[-1]))
-    return out, _like(q, shape=q.shape[:-1], dtype=accumulator(q.dtype))
+    return _new_out(q, v), _like(q, shape=q.shape[:-1], dtype=accumulator(q.dtype))
 
 
 @register_fake("metaattn::_forward_tangent", lib=LIBRARY)
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, v = args[5], args[7]
-    out = _like(q, shape=(*q.shape[:-1], v.shape[-1]))
     lse = _like(q, shape=q.shape[:-1], dtype=accumulator(q.dtype))
-    return out, lse, torch.empty_like(out), torch.empty_like(lse)
+    return _new_out(q, v), lse, _new_out(q, v), torch.empty_like(lse)
 
 
 @register_fake("metaattn::_directional", lib=LIBRARY)
 def _(*args: Any) -> tuple[Tensor, Tensor]:
-    return _like(args[11]), _like(args[12])
+    return _new_out(args[5], args[7]), _like(args[12])
 
 
 @register_fake("metaattn::_gradient", lib=LIBRARY)

@@ -141,28 +141,33 @@ def _cut(nodes: list[fx.Node], whole: bool) -> list[list[fx.Node]]:
 
 
 def _again(group: list[fx.Node], alive: set[fx.Node]) -> list[fx.Node]:
-    """What a group from outside had better compute again: results of cheap operations on what is there anyway.
+    """What a group from outside had better compute again: results of cheap operations on what it takes anyway.
 
-    That is what the group takes from outside besides, or is ``alive`` for a later one. So nothing is kept for it, and
-    less is written and read. (Triton 3.6 does not compile a kernel that both stores and uses three powers of a norm's
-    deviation.)
+    Or, besides, on what is ``alive`` for a later group. So nothing is kept for it, and less is read. (Triton 3.6 does
+    not compile a kernel that both stores and uses three powers of a norm's deviation.)
     """
     outside = {a for n in group for a in n.all_input_nodes}.difference(group)
 
-    def chain(node: fx.Node, most: int) -> set[fx.Node] | None:
-        """The cheap operations, at most so many in a row, that make a node of what is there; ``None`` without such."""
+    def chain(node: fx.Node, most: int) -> tuple[set[fx.Node], set[fx.Node]] | None:
+        """The cheap operations, at most so many in a row, that make a node of what is there, and that; or ``None``."""
         if most == 0 or not _is_cheap(node):
             return None
         made: set[fx.Node] = {node}
+        of: set[fx.Node] = set()
         for a in node.all_input_nodes:
-            if a.op != "placeholder" and a not in outside and a not in alive:
-                before = chain(a, most - 1)
-                if before is None:
-                    return None
-                made |= before
-        return made
+            if a.op == "placeholder" or a in outside or a in alive:
+                of.add(a)
+                continue
+            before = chain(a, most - 1)
+            if before is None:
+                return None
+            made |= before[0]
+            of |= before[1]
+        return made, of
 
-    return sorted(set().union(*(chain(n, DEPTH) or () for n in outside - alive)))
+    found = [c for n in outside - alive if (c := chain(n, DEPTH)) is not None]
+    # Of what is only read for that, a result is better kept: it would be written again to be read.
+    return sorted(set().union(*(made for made, of in found if not of or not of.isdisjoint(outside))))
 
 
 def _is_cheap(node: fx.Node) -> bool:

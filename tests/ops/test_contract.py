@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import metaattn
+from tests.conftest import FUSED
 from tests.helpers import TOLERANCE, as_vector, assert_close, error
 from tests.ops.cases import CASES
 from tests.ops.nestings import _dot
@@ -50,6 +51,19 @@ def test_like_torch(name, dtype, backend):
     grads = torch.autograd.grad(got, x, w.to(dtype))
     assert [g.dtype for g in grads] == [dtype] * 3
     assert_close(grads, torch.autograd.grad(want, wide, w.to(dtype).double()), dtype, factor=2)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise", *FUSED])
+def test_what_a_projection_left_needs_no_copy_afterwards(backend):
+    """Where the heads of a token lie side by side they do so in the output, and in its tangent."""
+    qkv = r(2, 5, 3, 4, 8).unbind(2)  # batch, tokens, query key or value, heads, size
+    x = [t.transpose(1, 2) for t in qkv]
+    out, tangent = torch.func.jvp(lambda *x: metaattn.sdpa(*x, backend=backend), tuple(x), tuple(map(torch.sin, x)))
+    for t in (out, tangent, metaattn.sdpa(*x, backend=backend)):
+        assert t.transpose(1, 2).flatten(-2).data_ptr() == t.data_ptr()
+    with torch._subclasses.FakeTensorMode() as fake:
+        assert metaattn.sdpa(*map(fake.from_tensor, x)).stride() == out.stride()
+    assert metaattn.sdpa(*(t.contiguous() for t in x), backend=backend).is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

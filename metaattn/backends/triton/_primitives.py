@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._protocol import Gradients, Operands, Pair, Problem, Rows, Tangent, Values, in_turn
+from .._protocol import Gradients, Operands, Pair, Problem, Rows, Tangent, Values, in_turn, tokens_first
 from . import _bias, _values
 from . import _gradients as gradients
 from ._launch import constants, run, tile_for
@@ -166,6 +166,8 @@ def _new_rows(batch: Batch) -> Values:
     """Room for out and lse, or for their tangents."""
     query = batch.x.query
     out = query.new_empty(*query.shape[:-1], batch.x.value.shape[-1])
+    if tokens_first(query) and not batch.copies:
+        out = out.view(*out.shape[:-3], out.shape[-2], out.shape[-3], out.shape[-1]).transpose(-2, -3)
     return Values(out, query.new_empty(query.shape[:-1], dtype=torch.float32))
 
 
@@ -187,9 +189,10 @@ def _launch_values(
         batch.inputs(batch.x),
         batch.inputs(tangent),
         batch.scores(problem),
-        batch.view(values.out),
+        batch.view(values.out) if primitive == "tangent" else batch.room(values.out),
         values.lse.contiguous(),
-        *(values_t or (None, None)),
+        batch.room(values_t.out if values_t else None),
+        values_t.lse if values_t else None,
     )
     options = {
         **constants(problem, batch.x),

@@ -163,6 +163,18 @@ def store_rows(at, x, start, r, d, limit, SIZE: tl.constexpr):
 
 
 @triton.jit
+def store_query(view, x, where, flat, problem, start, r, d, SIZE: tl.constexpr):
+    """The same of what belongs to query heads, with its own strides; contiguous if it has none."""
+    if view.head is None:
+        store_rows(view.ptr + flat * problem.NQ * SIZE, x, start, r, d, problem.NQ, SIZE)
+    else:
+        start = tl.cast(start, tl.int64)
+        stride = stride_of(view, problem)
+        p = locate(view, where) + start * stride + r[:, None] * stride + d[None, :]
+        tl.store(p, x.to(view.ptr.dtype.element_ty), mask=(r < problem.NQ - start)[:, None])
+
+
+@triton.jit
 def load_plane(x, at, i, j, NQ, NK):
     """A tile of a mask, a bias or its tangent; a stride of ``None`` is a broadcast dimension, read once."""
     if x.row is None and x.col is None:

@@ -24,13 +24,13 @@ FEW_ROWS = 16  # fill the smallest block that a product takes
 class View(NamedTuple):
     """Matrices ``[batch0, batch1, head, row, column]`` by their strides; columns are dense.
 
-    ``row`` is ``None`` where it is the common one, of :class:`Scores`.
+    ``row`` is ``None`` where it is the common one, of :class:`Scores`; ``head`` of what is written contiguously.
     """
 
     ptr: Tensor | None = None
     batch0: int = 0
     batch1: int = 0
-    head: int = 0
+    head: int | None = 0
     row: int | None = None
 
 
@@ -163,6 +163,10 @@ class Batch:
             t = t.contiguous()
         row = t.stride(-2)
         return View(t, *self._batch_strides(t), t.stride(-3), None if row == self.common else row)
+
+    def room(self, t: Tensor | None) -> View:
+        """One that is written."""
+        return View(t, head=None) if t is None or t.is_contiguous() else self.view(t)
 
     def plane(self, t: Tensor | None) -> Plane:
         """A tensor that broadcasts to the scores."""
