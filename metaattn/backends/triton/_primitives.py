@@ -17,7 +17,7 @@ from . import _bias, _values
 from . import _gradients as gradients
 from ._launch import constants, run, tile_for
 from ._scores import MANY
-from ._tiles import Tile, arithmetic, fit, known
+from ._tiles import Tile, all_keys, arithmetic, fit, known
 from ._views import Batch, Share, align, align_rows, align_tangent, block
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -261,8 +261,7 @@ def _gradients(
         )
 
     alone = 0 < batch.keys <= t.keys and not bias_grad
-    # See fit: where the keys are alone the rows are those of a product as well.
-    if not (alone and by_key(t._replace(rows=min(t.rows, 32)) if t.warps > 4 else t, alone=True)):
+    if not (alone and by_key(all_keys(primitive, t, x.query, max(sizes), batch.rows), alone=True)):
         run(
             gradients.by_row,
             f"{primitive}_rows",

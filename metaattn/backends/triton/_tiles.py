@@ -96,3 +96,15 @@ def fit(primitive: str, t: Tile) -> Tile:
     """No more warps than 16 rows of each product have: with more, Triton (3.6) reads past its operands."""
     kept = t.keys if primitive.endswith("_keys") else t.rows
     return t._replace(warps=min(t.warps, max(4, kept // 16)))
+
+
+def all_keys(primitive: str, t: Tile, x: torch.Tensor, head_size: int, rows: int) -> Tile:
+    """For keys that fit into one block: a loop over few rows, in which every product has those of the rows.
+
+    Measured at 64 tokens of head size 64 on an H100: all rows at once are 18% faster in B, two stages 9% in B with S.
+    """
+    if t.warps > 4:  # see fit: a block's rows are those of a product here
+        t = t._replace(rows=min(t.rows, 32))
+    if primitive == "backward" and max(head_size, t.keys) <= 64 and arithmetic(x.dtype) == "half":
+        t = t._replace(rows=min(64, block(rows)))
+    return t._replace(stages=min(t.stages, 2))
