@@ -264,6 +264,7 @@ def main() -> None:
     p.add_argument("--quick", action="store_true", help="shorter timings, lengths up to 32,768")
     p.add_argument("--parts", nargs="+", default=PARTS[1:], choices=PARTS)
     p.add_argument("--rules", nargs="+", default=list(PRODUCTS), choices=PRODUCTS)
+    p.add_argument("--settings", nargs="+", default=[""], metavar="TEXT", help="those whose label has one of the texts")
     a = p.parse_args()
     a.out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -307,6 +308,7 @@ def setting_rows(rows: list[dict[str, Any]], a: argparse.Namespace, save: Callab
     with_flex = [*large[2:4], other[0], other[2]]
     other += [Setting(shape, causal, torch.float32) for shape in (SHAPES[1], SHAPES[3]) for causal in (False, True)]
     settings = large * ("large" in a.parts) + small * ("small" in a.parts) + other * ("other" in a.parts)
+    settings = [s for s in settings if any(text in s.label() for text in a.settings)]
     compile_all([(s, a.rules) for s in settings])
     for s in settings:
         peers = [*OURS, *SDPA] if s.window is None else [*OURS]
