@@ -187,16 +187,17 @@ def _in_pairs(units: list[_Unit]) -> list[_Unit]:
 def _following(units: list[_Unit], first: _Unit) -> list[_Unit]:
     """What a unit of small products might be joined with: the ones up to the next leaf."""
     found = []
-    for unit in units[units.index(first) + 1 :] if _is_small(first) else []:
+    for unit in units[units.index(first) + 1 :] if _may_be_paired(first) else []:
         if is_leaf(unit.nodes[0]):
             break
-        if _is_small(unit):
+        if _may_be_paired(unit):
             found.append(unit)
     return found
 
 
-def _is_small(unit: _Unit) -> bool:
-    return len(unit.jobs) == 1 and unit.jobs[0].size <= SMALL
+def _may_be_paired(unit: _Unit) -> bool:
+    """Whether it is one product, and joining it costs nothing; with a tangent it is our kernel's in any case."""
+    return len(unit.jobs) == 1 and (unit.jobs[0].size <= SMALL or unit.jobs[0].tangent is not None)
 
 
 def _join(units: list[_Unit], a: fx.Node, b: fx.Node, *, apart: bool = False) -> list[_Unit] | None:

@@ -38,8 +38,8 @@ class Recording:
     """A function's graph on given tensors.
 
     Attributes:
-        graph: Takes the inputs and then the tensors ``found``, returns a tuple. Operations have the ``shapes`` of the
-            tensors that they are given in their ``meta``.
+        graph: Takes the inputs and then the tensors ``found``, returns a tuple. Operations have in their ``meta`` the
+            ``shapes`` of the tensors that they are given, and the ``bytes`` of one that they return.
         found: Tensors that the function uses and was not given: as they are, not copies.
     """
 
@@ -98,7 +98,9 @@ class _Recorder(TorchDispatchMode):
         elsewhere = self._functional_of(func, args) if func._schema.is_mutable else None
         out = func(*args, **kwargs)
         if elsewhere is not None:
-            self._nodes[args[0]] = self._nodes[out] = self.graph.call_function(elsewhere, node_args, node_kwargs)
+            node = self.graph.call_function(elsewhere, node_args, node_kwargs)
+            node.meta["bytes"] = out.nbytes
+            self._nodes[args[0]] = self._nodes[out] = node
             return out
         if func in _VIEWS and out.shape == args[0].shape and out.stride() == args[0].stride():
             self._nodes[out] = self.node(args[0])  # the same view again
@@ -108,6 +110,7 @@ class _Recorder(TorchDispatchMode):
         node = self.graph.call_function(func, node_args, node_kwargs)
         node.meta["shapes"] = [t.shape for t in args if isinstance(t, Tensor)]
         if isinstance(out, Tensor):
+            node.meta["bytes"] = out.nbytes
             self._nodes[out] = node
         elif isinstance(out, (tuple, list)):
             for i, t in enumerate(out):

@@ -6,6 +6,7 @@ the first and the last: it is lowered once, so that the time to compile does not
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -23,6 +24,7 @@ from ._record import Recording
 from ._trees import Tensors
 
 DEPTH = 8  # operations in a row that are done again rather than their result kept
+SMALLER = 0.6  # of a result's size is what is kept for it
 _CHEAP = (torch.ops.aten._to_copy.default, torch.ops.aten.full.default)  # besides pointwise ones and views
 Lower = Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Sequence[Any]]]
 
@@ -143,31 +145,46 @@ def _cut(nodes: list[fx.Node], whole: bool) -> list[list[fx.Node]]:
 def _again(group: list[fx.Node], alive: set[fx.Node]) -> list[fx.Node]:
     """What a group from outside had better compute again: results of cheap operations on what it takes anyway.
 
-    Or, besides, on what is ``alive`` for a later group. So nothing is kept for it, and less is read. (Triton 3.6 does
-    not compile a kernel that both stores and uses three powers of a norm's deviation.)
+    Or on what is smaller and kept in its place: a token in 16 bits and its mean, say, for its deviation in float32. So
+    less is kept and read. (Triton 3.6 does not compile a kernel that both stores and uses three powers of a norm's
+    deviation.) But of what is at hand, ``alive`` for a later group or given, and is not taken, a result is kept: it
+    would be written again to be read.
     """
     outside = {a for n in group for a in n.all_input_nodes}.difference(group)
 
-    def chain(node: fx.Node, most: int) -> tuple[set[fx.Node], set[fx.Node]] | None:
-        """The cheap operations, at most so many in a row, that make a node of what is there, and that; or ``None``."""
+    def chain(node: fx.Node, most: int, room: int) -> tuple[set[fx.Node], set[fx.Node]] | None:
+        """The cheap operations, at most so many in a row, that make a node of other ones, and these; or ``None``."""
         if most == 0 or not _is_cheap(node):
             return None
         made: set[fx.Node] = {node}
         of: set[fx.Node] = set()
         for a in node.all_input_nodes:
-            if a.op == "placeholder" or a in outside or a in alive:
+            if _at_hand(a, outside | alive) or a.meta.get("bytes", math.inf) <= room:
                 of.add(a)
                 continue
-            before = chain(a, most - 1)
+            before = chain(a, most - 1, room)
             if before is None:
                 return None
             made |= before[0]
             of |= before[1]
         return made, of
 
-    found = [c for n in outside - alive if (c := chain(n, DEPTH)) is not None]
-    # Of what is only read for that, a result is better kept: it would be written again to be read.
-    return sorted(set().union(*(made for made, of in found if not of or not of.isdisjoint(outside))))
+    again: set[fx.Node] = set()
+    for node in outside - alive:
+        size = node.meta.get("bytes", 0)
+        found = chain(node, DEPTH, size // 2)
+        if found is None:
+            continue
+        made, of = found
+        kept = sum(a.meta["bytes"] for a in of if not _at_hand(a, outside | alive))
+        smaller = 0 < kept <= SMALLER * size
+        if smaller or (kept == 0 and (not of or not of.isdisjoint(outside))):
+            again |= made
+    return sorted(again)
+
+
+def _at_hand(node: fx.Node, values: set[fx.Node]) -> bool:
+    return node.op == "placeholder" or node in values
 
 
 def _is_cheap(node: fx.Node) -> bool:
