@@ -121,6 +121,19 @@ def test_layers_that_do_the_same_are_lowered_once():
     assert counts == {3: 3, 6: 3}  # before the first, between two, after the last
 
 
+def parts_of(f, x):
+    """Of the parts before and after the one leaf in a function: their operations, and the dtypes that they are given."""
+    recording = Recording(f, (x,))
+    parts = []
+
+    def lower(module, inputs):
+        parts.append(([str(n.target) for n in module.graph.nodes], [t.dtype for t in inputs]))
+        return module
+
+    assert_close(Lowered(recording, lower, {})(x), f(x))
+    return parts
+
+
 def test_cheap_values_are_computed_again_rather_than_kept():
     """A part that comes later takes ``x`` for them, which it needs besides; what is dear to compute it is given."""
 
@@ -129,18 +142,35 @@ def test_cheap_values_are_computed_again_rather_than_kept():
         y = metaattn.sdpa(scaled, x, x)
         return (y * scaled * x * dear.sum(-1, keepdim=True),)
 
-    recording = Recording(f, (X,))
-    parts = []
-
-    def lower(module, inputs):
-        parts.append(module)
-        return module
-
-    lowered = Lowered(recording, lower, {})
-    assert_close(lowered(Y), f(Y))
-    targets = [[str(n.target) for n in m.graph.nodes] for m in parts]
+    targets = [operations for operations, _ in parts_of(f, Y)]
     assert ["aten.cos.default" in t for t in targets] == [True, True]
     assert ["aten.mm.default" in t for t in targets] == [True, False]
+
+
+def test_of_what_is_not_needed_besides_the_result_is_kept():
+    """It would be read and written again for nothing but to be read."""
+
+    def f(x):
+        scaled = (2 * x).cos()
+        return (metaattn.sdpa(scaled, x, x) * scaled,)
+
+    assert ["aten.cos.default" in operations for operations, _ in parts_of(f, Y)] == [True, False]
+
+
+def test_what_is_smaller_is_kept_instead():
+    """A token in 16 bits and its mean, for the deviation in 64."""
+
+    def f(x):
+        token = (x @ x.mT @ x).half()
+        deviation = token.double() - token.double().mean(-1, keepdim=True)
+        y = metaattn.sdpa(deviation.square().sin(), x, x)
+        return (y * deviation,)
+
+    (before, _), (after, given) = parts_of(f, Y)
+    assert "aten.mean.dim" in before
+    assert "aten.mean.dim" not in after
+    assert "aten.sub.Tensor" in after
+    assert sorted(map(str, given)) == ["torch.float16", "torch.float64", "torch.float64"]  # y and the mean
 
 
 def test_recording_takes_no_memory():
