@@ -33,7 +33,9 @@ class Product(NamedTuple):
 
 def multiply(jobs: Sequence[Product]) -> list[Tensor]:
     """The results of one or two products, each its value and then its tangent."""
-    if all(job.a.is_cuda for job in jobs):
+    if len({(job.a.dtype, job.a.device) for job in jobs}) > 1:
+        return [t for job in jobs for t in multiply([job])]
+    if jobs[0].a.is_cuda:
         triton = load("triton")
         if not isinstance(triton, str) and triton.multiplies(jobs):
             results: list[Tensor] = triton.multiply(jobs)

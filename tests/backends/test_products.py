@@ -79,6 +79,36 @@ def test_stages_give_way_to_shared_memory(monkeypatch):
     assert tried == [4, 3, 2, 2]
 
 
+def test_what_the_kernel_takes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    job = jobs_of(4, 5, 6, False)["both"]
+    half = Product(*(f.half() for f in job[:4]))
+    assert linear.multiplies([half, half])
+    assert not linear.multiplies([job])  # float32, exactly
+    assert not linear.multiplies([half, Product(half.a[:, :0], half.b)])  # no rows
+    wide = torch.empty(1, dtype=torch.half).expand(1, 2**16, 2**16)
+    assert not linear.multiplies([Product(wide, wide)])  # 2^32 results
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert not linear.multiplies([half])
+
+
+def test_tf32_is_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert linear.multiplies([jobs_of(4, 5, 6, False)["both"]])
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_dtypes_are_not_mixed():
+    job = jobs_of(4, 5, 6, False)["value"]
+    wide = Product(job.a.double(), job.b.double())
+    got = multiply([job, wide])
+    assert [t.dtype for t in got] == [torch.float32, torch.float64]
+    assert_close(got[1], wide.a @ wide.b, torch.float64)
+
+
 def test_elsewhere_pytorch_multiplies():
     jobs = [jobs_of(4, 5, 6, False)[name] for name in ("both", "value")]
     jobs = [Product(*(f if f is None else f.cpu().double() for f in job[:4]), job.value) for job in jobs]

@@ -122,7 +122,7 @@ def test_layers_that_do_the_same_are_lowered_once():
 
 
 def parts_of(f, x):
-    """Of the parts before and after the one leaf in a function: their operations, and the dtypes that they are given."""
+    """Of the parts before and after the leaf in a function: their operations, and the dtypes that they are given."""
     recording = Recording(f, (x,))
     parts = []
 

@@ -13,7 +13,7 @@ from triton.runtime.errors import OutOfResources
 
 from ..products import Product
 from ._products import products
-from ._tiles import arithmetic
+from ._tiles import OLDEST, arithmetic
 from ._views import block
 
 
@@ -58,15 +58,24 @@ _stages: dict[tuple[Any, ...], int] = {}  # of what did not fit with a tile's ow
 
 
 def multiplies(jobs: Sequence[Product]) -> bool:
-    """Serves 16 bits on GPUs of compute capability 8.0 and newer, matrices of up to 2^31 elements."""
-    return all(
-        _served(job.a.dtype)
-        and job.a.dtype == job.b.dtype
-        and torch.cuda.get_device_capability(job.a.device) >= (8, 0)
-        and all(_extent(t) < 2**31 for t in job[:4] if t is not None)
-        and min(*job.a.shape, *job.b.shape) > 0
-        for job in jobs
+    """Serves 16 bits, and float32 as tf32, on GPUs of compute capability 8.0 and newer; up to 2^31 elements."""
+    x = jobs[0].a
+    return (
+        (x.dtype in (torch.float16, torch.bfloat16) or (x.dtype == torch.float32 and arithmetic(x.dtype) == "tf32"))
+        and torch.cuda.get_device_capability(x.device) >= OLDEST
+        and all(_fits(job) for job in jobs)
     )
+
+
+def _fits(job: Product) -> bool:
+    """Whether no matrix is empty, or too large for 32-bit offsets."""
+    (batch, m, k), n = job.a.shape, job.b.shape[2]
+    extents = (
+        sum((size - 1) * step for size, step in zip(t.shape[1:], t.stride()[1:], strict=True))
+        for t in job[:4]
+        if t is not None
+    )
+    return min(batch, m, n, k) > 0 and max(m * n, *extents) < 2**31
 
 
 def multiply(jobs: Sequence[Product], tile: Tile | None = None) -> list[Tensor]:
@@ -115,14 +124,5 @@ def multiply(jobs: Sequence[Product], tile: Tile | None = None) -> list[Tensor]:
                 _stages[key] = stages = stages - 1
 
 
-def _served(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and arithmetic(dtype) == "tf32")
-
-
 def _matrix(t: Tensor | None) -> Matrix:
     return Matrix() if t is None else Matrix(t, *(None if step == 1 else step for step in t.stride()))
-
-
-def _extent(t: Tensor) -> int:
-    """How far apart elements of a matrix can be."""
-    return sum((n - 1) * step for n, step in zip(t.shape[1:], t.stride()[1:], strict=True))

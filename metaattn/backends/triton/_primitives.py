@@ -17,7 +17,7 @@ from . import _bias, _values
 from . import _gradients as gradients
 from ._launch import constants, run, tile_for
 from ._scores import MANY
-from ._tiles import Tile, all_keys, arithmetic, fit, known
+from ._tiles import OLDEST, Tile, all_keys, arithmetic, fit, known
 from ._views import Batch, Share, align, align_rows, align_tangent, block
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -27,7 +27,6 @@ UNINTERPRETABLE = (
 )
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
-OLDEST = (8, 0)  # compute capability
 LARGEST_FLOAT32_HEAD, ROOM = 128, 112 * 1024  # in float32 S of larger heads takes so many bytes of shared memory
 
 

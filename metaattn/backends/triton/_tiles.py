@@ -18,6 +18,7 @@ import torch
 
 from ._views import block
 
+OLDEST = (8, 0)  # compute capability that the kernels are for
 Column = dict[int, tuple["Tile", "Tile"]]  # by head size, a power of two: without a band and with one
 
 
