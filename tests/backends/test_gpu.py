@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import metaattn
 from tests.helpers import TOLERANCE, as_vector, assert_close, error
 from tests.ops.cases import CASES
 from tests.ops.nestings import FIRST, LARGE, NOT_EMPTY, SECOND, THIRD, eager_double, grad_grad, vmap_grad_grad
@@ -39,3 +40,22 @@ def test_nesting(backend, dtype, nesting, case):
     formula = case.oracle() if dtype == torch.float32 else case.attention("reference")
     factor = 4.0 * max(1.0, error(as_vector(nesting(formula, x, ts)), want) / TOLERANCE[dtype])
     assert_close(as_vector(got).cpu(), want, dtype, factor)
+
+
+@pytest.mark.parametrize("backend", ["vendor", "auto", "triton"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_grouped_queries(backend, causal):
+    """cuDNN serves them as our kernels do: value, gradient and Hessian product."""
+    shapes = [(2, 8, 320, 64), (2, 2, 320, 64), (2, 2, 320, 64)]
+    x, t = ([torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes] for _ in range(2))
+
+    def gradient(backend):
+        def loss(*x):
+            return metaattn.sdpa(*x, is_causal=causal, enable_gqa=True, backend=backend).float().sin().sum()
+
+        return torch.func.grad_and_value(loss, (0, 1, 2))
+
+    got = torch.func.jvp(gradient(backend), tuple(x), tuple(t))
+    want = torch.func.jvp(gradient("reference"), tuple(a.double() for a in x), tuple(a.double() for a in t))
+    assert_close(as_vector(got[1][0]), as_vector(want[1][0]), torch.bfloat16, factor=4)
+    assert_close(as_vector(got[0][0]), as_vector(want[0][0]), torch.bfloat16, factor=4)
