@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ._record import Recording, UnrecordableError
-from ._segments import Lower, Lowered, inductor
+from ._segments import Lower, Lowered, Run, as_recorded, inductor
 from ._sources import Source
 from ._strangers import check_outputs
 from ._trees import Tensors
@@ -38,7 +38,7 @@ class Pieces:
         self.reasons: dict[Hashable, str] = {}
         self.structures: dict[Hashable, list[Any]] = {}
         self._made: dict[Hashable, dict[Hashable, tuple[Lowered, list[tuple[bool, Any]]]]] = {}
-        self._known: dict[Hashable, Callable[..., Any]] = {}
+        self._known: dict[Hashable, Run] = {}
         self._said: set[str] = set()
         self._checked: set[Hashable] = set()
 
@@ -107,14 +107,14 @@ class Pieces:
         found = [(id(t) in places, places.get(id(t), t)) for t in recording.found]
         return Lowered(recording, self._lower, self._known), found
 
-    def _lower(self, module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
+    def _lower(self, module: fx.GraphModule, inputs: Sequence[Tensor]) -> Run:
         """What is between two leaves, compiled; as it was recorded if that fails, and the rest is compiled still."""
         try:
             return self.lower(module, inputs)
         except Exception as error:
             self.reasons[module] = f"it could not be compiled ({_told(error)})"
             self._say(self.reasons[module])
-            return module
+            return as_recorded(module)
 
 
 def _told(error: Exception) -> str:

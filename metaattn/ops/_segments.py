@@ -6,11 +6,11 @@ the first and the last: it is lowered once, so that the time to compile does not
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,10 @@ from ._trees import Tensors
 DEPTH = 8  # operations in a row that are done again rather than their result kept
 SMALLER = 0.6  # of a result's size is what is kept for it
 _CHEAP = (torch.ops.aten._to_copy.default, torch.ops.aten.full.default)  # besides pointwise ones and views
-Lower = Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Sequence[Any]]]
+# A part's run takes its tensors in a list, and may empty it: what nothing else holds is then freed once it was used.
+Run = Callable[[list[Tensor]], Sequence[Any]]
+Lower = Callable[[fx.GraphModule, Sequence[Tensor]], Run]
+_Values = dict[fx.Node, Any]
 
 
 # Kernels that do not need each other become one, of Inductor's own; on an H100 a small meta-step took a tenth less, and
@@ -37,7 +40,7 @@ _ON_GPU = {"combo_kernels": True}
 def inductor(options: Mapping[str, Any]) -> Lower:
     """Inductor, with settings of its own (``torch._inductor.list_options()``)."""
 
-    def lower(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
+    def lower(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Run:
         from torch._inductor.compile_fx import compile_fx  # here, for it takes a second
 
         # Inductor's cache on disk serves only what has symbols for shapes at hand; none is used.
@@ -46,17 +49,27 @@ def inductor(options: Mapping[str, Any]) -> Lower:
             warnings.simplefilter("ignore")  # it warns of itself
             patches = {**(_ON_GPU if any(t.is_cuda for t in inputs) else {}), **options}
             compiled: Any = compile_fx(module, list(inputs), config_patches=patches, ignore_shape_env=True)
-        return compiled
+        return _emptying(compiled)
 
     return lower
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A leaf, or what lies between two of them. ``last`` are the values that nothing needs after it."""
+def _emptying(compiled: Any) -> Run:
+    """What Inductor returns holds its arguments until it is done; a function in it empties a list of them."""
+    inner = compiled
+    while inner is not None:
+        code = getattr(inner, "__code__", None)
+        takes_one = code is not None and code.co_argcount == 1 and not code.co_flags & inspect.CO_VARARGS
+        if takes_one and getattr(inner, "_boxed_call", False):
+            run: Run = inner
+            return run
+        inner = getattr(inner, "__wrapped__", None)
+    return lambda tensors: compiled(*tensors)
 
-    run: Callable[[dict[fx.Node, Any]], None]
-    last: tuple[fx.Node, ...]
+
+def as_recorded(module: fx.GraphModule, inputs: Sequence[Tensor] = ()) -> Run:
+    """A part that runs operation by operation, in place of :func:`inductor`."""
+    return lambda tensors: module(*tensors)
 
 
 class Lowered:
@@ -68,58 +81,57 @@ class Lowered:
         known: What has been made before, by what it does; added to.
     """
 
-    def __init__(self, recording: Recording, lower: Lower, known: dict[Hashable, Callable[..., Any]]) -> None:
+    def __init__(self, recording: Recording, lower: Lower, known: dict[Hashable, Run]) -> None:
         self._lower, self._known = lower, known
         nodes = list((joined(recording.graph) if recording.functional else recording.graph).nodes)
         self._given = [n for n in nodes if n.op == "placeholder"]
         self._returned: tuple[fx.Node, ...] = nodes[-1].args[0]
         groups = _cut([n for n in nodes if n.op == "call_function"], whole=not recording.functional)
-        needed, parts = set(self._returned), []
+        needed, parts = set(self._returned), list[Callable[[_Values], None]]()
         for group in reversed(groups):
             made = [n for n in group if n in needed]
             of_leaf = is_leaf(group[0])
             if not of_leaf:
                 group = [*_again(group, needed), *group]
             outside = {a for n in group for a in n.all_input_nodes}.difference(group)
-            run = self._leaf(group) if of_leaf else self._segment(group, made)
-            parts.append(_Part(run, tuple((outside | set(group)) - needed)))
+            last = outside - needed  # what nothing needs afterwards
+            parts.append(self._leaf(group[0], made, last) if of_leaf else self._segment(group, made, last))
             needed |= outside
         self._parts = parts[::-1]
 
     def __call__(self, *tensors: Tensor) -> Tensors:
         """Run it."""
-        values: dict[fx.Node, Any] = dict(zip(self._given, tensors, strict=True))
+        values: _Values = dict(zip(self._given, tensors, strict=True))
         with torch.no_grad():
             for part in self._parts:
-                part.run(values)
-                for node in part.last:
-                    values.pop(node, None)
+                part(values)
         return tuple(values[n] for n in self._returned)
 
-    def _leaf(self, group: list[fx.Node]) -> Callable[[dict[fx.Node, Any]], None]:
-        leaf, *items = group
-        places = [(item, item.args[1]) for item in items]
+    def _leaf(self, leaf: fx.Node, outputs: list[fx.Node], last: set[fx.Node]) -> Callable[[_Values], None]:
+        places = [(item, item.args[1]) for item in outputs]
 
-        def run(values: dict[fx.Node, Any]) -> None:
+        def run(values: _Values) -> None:
             args = fx.map_arg(leaf.args, values.__getitem__)
             out = leaf.target(*args)  # type: ignore[operator]
             values.update((item, out[i]) for item, i in places)
+            for node in last:
+                del values[node]
 
         return run
 
-    def _segment(self, group: list[fx.Node], outputs: list[fx.Node]) -> Callable[[dict[fx.Node, Any]], None]:
+    def _segment(self, group: list[fx.Node], outputs: list[fx.Node], last: set[fx.Node]) -> Callable[[_Values], None]:
         module, inputs, text = _module(group, outputs)
-        chosen: dict[Hashable, Callable[..., Any]] = {}
+        chosen: dict[Hashable, Run] = {}
 
-        def run(values: dict[fx.Node, Any]) -> None:
-            tensors = [values[n] for n in inputs]
+        def run(values: _Values) -> None:
+            tensors = [values.pop(n) if n in last else values[n] for n in inputs]
             form = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
             if form not in chosen:
                 key = (text, form)
                 if key not in self._known:
                     self._known[key] = self._lower(module, tensors)
                 chosen[form] = self._known[key]
-            values.update(zip(outputs, chosen[form](*tensors), strict=True))
+            values.update(zip(outputs, chosen[form](tensors), strict=True))
 
         return run
 

@@ -17,6 +17,7 @@ from PIL import Image
 from experiments import checkpoint, report
 from experiments.main import main
 from metaattn.ops import _pieces
+from metaattn.ops._segments import as_recorded
 
 ROOT = Path(__file__).parent.parent.parent
 SMOKE = ["experiment=smoke", "threads=1"]
@@ -303,7 +304,9 @@ def test_a_step_that_no_graph_can_hold_runs_eagerly(command, options, reason):
 def test_compiled_steps_learn_as_eager_ones_do(command, monkeypatch):
     """Recorded and cut, and not lowered: that takes minutes of a C++ compiler."""
     lowered = []
-    monkeypatch.setattr(_pieces, "inductor", lambda options: lambda module, inputs: lowered.append(module) or module)
+    monkeypatch.setattr(
+        _pieces, "inductor", lambda options: lambda module, inputs: lowered.append(module) or as_recorded(module)
+    )
     losses = {}
     for how in ("none", "inductor"):
         options = ["train.steps=2", "test.tasks=2", "precision=float64", "device=cpu", f"hydra.run.dir={how}"]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import metaattn
 from metaattn.meta import Mixed, Truncated, adam, capture, maml, maml_plus_plus, momentum, reptile, sgd
 from metaattn.ops import _pieces
+from metaattn.ops._segments import as_recorded
 from tests.helpers import assert_close
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -33,7 +34,7 @@ def recorded(step):
 
     def lower(module, inputs):
         captured.lowered.append(module)
-        return module
+        return as_recorded(module)
 
     captured.pieces.lower = lower
     return captured

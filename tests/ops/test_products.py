@@ -6,7 +6,7 @@ import torch
 import metaattn
 from metaattn.ops import _products
 from metaattn.ops._record import Recording
-from metaattn.ops._segments import Lowered
+from metaattn.ops._segments import Lowered, as_recorded
 from tests.helpers import assert_close
 
 
@@ -15,7 +15,7 @@ def run(function, *tensors):
     recording = Recording(function, tensors)
     graph = _products.joined(recording.graph)
     graph.lint()
-    got = Lowered(recording, lambda module, _: module, {})(*tensors, *recording.found)
+    got = Lowered(recording, as_recorded, {})(*tensors, *recording.found)
     assert_close(got, function(*tensors), torch.float64)
     calls = [n for n in graph.nodes if n.target in (_products.PRODUCTS, torch.ops.aten.bmm.default)]
     return [n.args[3] if n.target is _products.PRODUCTS else "bmm" for n in calls]
@@ -119,4 +119,4 @@ def test_changes_in_place_are_left_as_they_are(joins):
 
     recording = Recording(f, (A, A_T, B, B_T))
     assert recording.functional == joins
-    assert_close(Lowered(recording, lambda m, _: m, {})(A, A_T, B, B_T), f(A, A_T, B, B_T), torch.float64)
+    assert_close(Lowered(recording, as_recorded, {})(A, A_T, B, B_T), f(A, A_T, B, B_T), torch.float64)

@@ -1,5 +1,7 @@
 """A recorded graph does again what the function did, or there is none."""
 
+import weakref
+
 import pytest
 import torch
 from torch import fx, nn
@@ -8,7 +10,7 @@ from torch.func import grad, grad_and_value, jvp, vmap
 import metaattn
 from metaattn.meta import checkpoint
 from metaattn.ops._record import Recording, UnrecordableError
-from metaattn.ops._segments import Lowered
+from metaattn.ops._segments import Lowered, as_recorded, inductor
 from tests.helpers import assert_close
 
 X, Y = (torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(2))
@@ -45,7 +47,7 @@ def test_does_the_same_on_other_numbers(name):
     f = FUNCTIONS[name]
     graph, recording = graph_of(f, X.clone())
     assert_close(graph(Y, *recording.found), f(Y.clone()))
-    lowered = Lowered(recording, lambda module, inputs: module, {})
+    lowered = Lowered(recording, as_recorded, {})
     assert_close(lowered(Y, *recording.found), f(Y.clone()))
 
 
@@ -56,7 +58,7 @@ def test_what_is_done_in_place_on_what_nothing_else_shows_is_cut_at_the_leaves()
     recording = Recording(f, (X,))
     assert recording.functional
     lowered = []
-    assert_close(Lowered(recording, lambda m, inputs: lowered.append(m) or m, {})(Y), f(Y))
+    assert_close(Lowered(recording, lambda m, inputs: lowered.append(m) or as_recorded(m), {})(Y), f(Y))
     assert not [n for m in lowered for n in m.graph.nodes if "metaattn" in str(n.target)]
 
 
@@ -113,7 +115,7 @@ def test_layers_that_do_the_same_are_lowered_once():
 
         def lower(module, inputs, lowered=lowered):
             lowered.append(module)
-            return module
+            return as_recorded(module)
 
         f = Lowered(Recording(lambda x, n=layers: stack(x, n), (X,)), lower, {})
         assert_close(f(Y), stack(Y, layers))
@@ -128,7 +130,7 @@ def parts_of(f, x):
 
     def lower(module, inputs):
         parts.append(([str(n.target) for n in module.graph.nodes], [t.dtype for t in inputs]))
-        return module
+        return as_recorded(module)
 
     assert_close(Lowered(recording, lower, {})(x), f(x))
     return parts
@@ -186,3 +188,33 @@ def test_recording_takes_no_memory():
     assert recording.outputs[0].shape == x.shape
     assert len(recording.found) == 1
     assert recording.found[0] is X
+
+
+def test_what_a_part_took_last_is_freed_while_it_runs():
+    """A part may empty the list that it is given, and nothing else holds what no later one needs."""
+    alive = []
+
+    def lower(module, inputs):
+        def run(tensors):
+            out = module(*tensors)
+            made = [weakref.ref(t) for t in tensors if t.data_ptr() != Y.data_ptr()]
+            tensors.clear()
+            alive.append([t() is not None for t in made])
+            return out
+
+        return run
+
+    f = Lowered(Recording(lambda x: (metaattn.sdpa(x.sin(), x, x) * x.exp().sum(0) @ x.mT,), (X,)), lower, {})
+    f(Y)
+    assert alive == [[], [False]]  # the leaf's result
+
+
+def test_inductor_empties_the_list():
+    """So that it frees what it has used."""
+    given = [X.float(), X.float()]
+    recording = Recording(lambda a, b: (a.sin() * b,), given)
+    module = fx.GraphModule(nn.Module(), recording.graph)
+    run = inductor({})(module, given)
+    (out,) = run(given)
+    assert given == []
+    assert_close(out, X.sin() * X, torch.float32)
