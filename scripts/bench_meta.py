@@ -23,13 +23,12 @@ import importlib.util
 import json
 import re
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import _jax_lines
 import matplotlib as mpl
 import torch
 import torch.nn.functional as F
@@ -279,14 +278,6 @@ def measure(p: Problem, who: str, device: torch.device, seconds: float, profile:
     return row
 
 
-def jax_rows(sizes: Sequence[tuple[int, ...]], dtypes: list[str]) -> Iterator[dict[str, Any]]:
-    """JAX jit, by a second process, row by row."""
-    program = [sys.executable, str(Path(__file__).with_name("_bench_meta_jax.py")), json.dumps(sizes), *dtypes]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as running:
-        assert running.stdout is not None
-        yield from (json.loads(line) for line in running.stdout if line.startswith("{"))
-
-
 def sweep(
     name: str, values: list[int], start: Problem, device: torch.device, seconds: float
 ) -> Iterator[dict[str, Any]]:
@@ -371,7 +362,7 @@ def main() -> None:
                     print(json.dumps(content["rows"][-1]["kernels"], indent=1), flush=True)
                 save()
     if "jax" in options.parts and importlib.util.find_spec("jax"):
-        for row in jax_rows(sizes, options.dtypes):
+        for row in _jax_lines.rows("_bench_meta_jax.py", json.dumps(sizes), *options.dtypes):
             content["rows"].append(row)
             save()
     start = Problem(*TINY[0], torch.float32) if options.tiny else Problem(4, 2, 256, 4, 256, 4, 1, torch.bfloat16)

@@ -28,14 +28,14 @@ from tqdm import tqdm
 from triton.testing import do_bench
 
 from metaattn.backends.products import Product, in_pytorch
-from metaattn.backends.triton._linear import Tile, multiply
+from metaattn.backends.triton._linear import Blocks, multiply
 
 # Tasks, rows of each, width: of a layer from width to width, to three and four times as much, and back.
 SIZES = [(16, 320, 128), (8, 2560, 256), (8, 160, 64), (32, 80, 64), (4, 4096, 256), (1, 8192, 512)]
 LAYERS = [(1, 1), (3, 1), (4, 1), (1, 4)]
 KINDS = ("forward with tangents", "gradients with tangents", "gradients")
 TILES = [
-    Tile(rows, cols, inner, warps, stages)
+    Blocks(rows, cols, inner, warps, stages)
     for rows, cols, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8))
     for inner, stages in ((32, 3), (32, 4), (64, 2), (64, 3), (128, 2))
     if (rows, inner) != (128, 128)
@@ -67,7 +67,7 @@ def all_in_pytorch(given: list[Product]) -> None:
         in_pytorch(job)
 
 
-def compile_one(work: tuple[Work, Tile]) -> str | None:
+def compile_one(work: tuple[Work, Blocks]) -> str | None:
     """Compile, into Triton's cache on disk; why not, if it cannot be launched."""
     try:
         multiply(jobs(work[0]), work[1])

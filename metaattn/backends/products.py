@@ -31,16 +31,17 @@ class Product(NamedTuple):
         return self.value + (self.a_t is not None)
 
 
+def served(like: Tensor) -> bool:
+    """Whether our kernel may serve products with factors like this one."""
+    triton = load("triton") if like.is_cuda else "elsewhere it is PyTorch's"
+    return not isinstance(triton, str) and bool(triton.multiplies(like))
+
+
 def multiply(jobs: Sequence[Product]) -> list[Tensor]:
-    """The results of one or two products, each its value and then its tangent."""
-    if len({(job.a.dtype, job.a.device) for job in jobs}) > 1:
-        return [t for job in jobs for t in multiply([job])]
-    if jobs[0].a.is_cuda:
-        triton = load("triton")
-        if not isinstance(triton, str) and triton.multiplies(jobs):
-            results: list[Tensor] = triton.multiply(jobs)
-            return results
-    return [t for job in jobs for t in in_pytorch(job)]
+    """The results of one or two products, each its value and then its tangent. All factors are of one dtype."""
+    triton = load("triton") if served(jobs[0].a) else ""
+    results: list[Tensor] | None = None if isinstance(triton, str) else triton.multiply(jobs)
+    return [t for job in jobs for t in in_pytorch(job)] if results is None else results
 
 
 def in_pytorch(job: Product) -> list[Tensor]:

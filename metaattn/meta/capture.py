@@ -27,6 +27,7 @@ from ..ops._replay import surroundings, without_draws
 
 Mode = Literal["graph", "inductor", "none"]
 MODES = ("graph", "inductor", "none")
+_TOGETHER = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
 WARM_UPS = 2  # lazy initialisations (cuBLAS, compiled kernels) happen before the capture
 
 
@@ -164,13 +165,16 @@ def _run(replay: _Replay, leaves: list[Any]) -> Any:
 
 
 def _copy(to: list[Tensor], of: list[Tensor]) -> None:
-    """All at once, dtype by dtype: a kernel for each would take as long to launch as a small step itself."""
+    """All of a dtype and device at once: a kernel for each would take as long to launch as a small step itself."""
     groups: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
-    for a, b in zip(to, of, strict=True):
-        alike = groups.setdefault((a.dtype, a.device), ([], []))
-        alike[0].append(a)
-        alike[1].append(b)
     with torch.no_grad():
+        for a, b in zip(to, of, strict=True):
+            if a.dtype not in _TOGETHER or a.stride() != b.stride():
+                a.copy_(b)  # one that is not as it must be would take all of its group with it
+                continue
+            alike = groups.setdefault((a.dtype, a.device), ([], []))
+            alike[0].append(a)
+            alike[1].append(b)
         for a_s, b_s in groups.values():
             torch._foreach_copy_(a_s, b_s)
 

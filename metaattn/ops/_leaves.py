@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.library import Library, register_fake
 
 from ..backends import blockwise, select
@@ -45,6 +45,7 @@ class Call:
 
 
 LIBRARY = Library("metaattn", "FRAGMENT")
+_OPERATORS: set[Any] = set()
 _CALL = "float scale, int? left, int? right, float dropout_p, str backend"
 _X = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? seeds"
 _ROWS = (
@@ -103,7 +104,9 @@ def _leaf(schema: str) -> Callable[[Callable[..., tuple[Tensor, ...]]], Callable
         name = f"_{function.__name__}"
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, _own_precision(function), "CompositeExplicitAutograd")
-        return getattr(torch.ops.metaattn, name).default
+        operator = getattr(torch.ops.metaattn, name).default
+        _OPERATORS.add(operator)
+        return operator
 
     return register
 
@@ -181,6 +184,11 @@ def _four(grads: Gradients) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, key, value, bias = grads
     bias = query.new_empty(0) if bias is None else bias
     return query.contiguous(), key.contiguous(), value.contiguous(), bias.contiguous()
+
+
+def is_leaf(node: fx.Node) -> bool:
+    """Whether a node of a graph is one of these operators."""
+    return node.target in _OPERATORS
 
 
 def _like(t: Tensor, *, shape: Sequence[Any] | None = None, dtype: torch.dtype | None = None) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.library import register_fake
 
-from ..backends.products import Product, multiply
-from ._leaves import LIBRARY
+from ..backends.products import Product, multiply, served
+from ._leaves import LIBRARY, is_leaf
 
 SMALL = 2**29  # multiplications: of larger ones each fills a GPU, and cuBLAS' kernels are better
 _VALUE, _TANGENT = 1, 2  # what is asked for of a product
@@ -119,13 +119,13 @@ def _untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
 
 
 def _factors(node: Any) -> tuple[fx.Node, fx.Node] | None:
-    """Those of a product of PyTorch's; ``None`` of all else."""
+    """Those of a product of PyTorch's that our kernel may serve; ``None`` of all else."""
     if not isinstance(node, fx.Node) or node.target is not torch.ops.aten.bmm.default:
         return None
     a, b = node.args
     assert isinstance(a, fx.Node)
     assert isinstance(b, fx.Node)
-    return a, b
+    return (a, b) if served(node.meta["result"]) else None
 
 
 def _size(product: fx.Node) -> int:
@@ -151,19 +151,34 @@ def _with_tangent(units: list[_Unit], node: fx.Node) -> list[_Unit]:
     one, other = _factors(first), _factors(second)
     if not (isinstance(first, fx.Node) and isinstance(second, fx.Node) and one and other and first is not second):
         return units
-    if len(first.users) > 1 or len(second.users) > 1 or first.meta["shapes"] != second.meta["shapes"]:
+    if len(first.users) > 1 or len(second.users) > 1 or _form(first) != _form(second):
         return units
+    if not (_alone(units, first) and _alone(units, second)):
+        return units  # one is the value of another tangent
     (a_t, b), (a, b_t) = one, other
     value = _product_of(a, b)
     if value is None and (value := _product_of(a_t, b_t)) is not None:
         a, b, a_t, b_t = a_t, b_t, a, b
     for term in (first, second):
-        units = _join(units, term, node) or units  # always legal: nothing else needs them
-    with_value = None if value is None or value in (first, second) else _join(units, value, node)
+        joined = _join(units, term, node)
+        assert joined is not None, "nothing else needs a term"
+        units = joined
+    free = value is not None and value not in (first, second) and _alone(units, value)
+    with_value = _join(units, value, node, apart=True) if free and value is not None else None
     units = with_value or units
     unit = next(u for u in units if node in u.nodes)
     unit.jobs = [_Job((a, b, a_t, b_t), value if with_value else None, node, _size(first))]
     return units
+
+
+def _form(product: fx.Node) -> Any:
+    """What two products must have in common to be added in one."""
+    return product.meta["shapes"], product.meta["result"].dtype
+
+
+def _alone(units: list[_Unit], node: fx.Node) -> bool:
+    """Whether a node is not joined with others yet."""
+    return next(u for u in units if node in u.nodes).nodes == [node]
 
 
 def _product_of(a: fx.Node, b: fx.Node) -> fx.Node | None:
@@ -177,6 +192,8 @@ def _in_pairs(units: list[_Unit]) -> list[_Unit]:
         if first not in units:
             continue
         for second in _following(units, first):
+            if _dtype(first) != _dtype(second):
+                continue
             pair = _join(units, first.nodes[0], second.nodes[0], apart=True)
             if pair is not None:
                 units = pair
@@ -193,6 +210,11 @@ def _following(units: list[_Unit], first: _Unit) -> list[_Unit]:
         if _may_be_paired(unit):
             found.append(unit)
     return found
+
+
+def _dtype(unit: _Unit) -> torch.dtype:
+    dtype: torch.dtype = unit.nodes[0].meta["result"].dtype
+    return dtype
 
 
 def _may_be_paired(unit: _Unit) -> bool:
@@ -226,8 +248,3 @@ def _join(units: list[_Unit], a: fx.Node, b: fx.Node, *, apart: bool = False) ->
         return None
     both = _Unit([*first.nodes, *last.nodes], [*first.jobs, *last.jobs])
     return [*units[:i], *before, both, *after, *units[j + 1 :]]
-
-
-def is_leaf(node: fx.Node) -> bool:
-    """Whether a node is one of attention's opaque operators."""
-    return getattr(node.target, "namespace", None) == "metaattn" and node.target is not PRODUCTS

@@ -38,8 +38,8 @@ class Recording:
     """A function's graph on given tensors.
 
     Attributes:
-        graph: Takes the inputs and then the tensors ``found``, returns a tuple. Operations have in their ``meta`` the
-            ``shapes`` of the tensors that they are given, and the ``bytes`` of one that they return.
+        graph: Takes the inputs and then the tensors ``found``, returns a tuple. An operation has in its ``meta`` the
+            ``shapes`` of what it is given, and if that is one tensor its ``result``, a fake one.
         found: Tensors that the function uses and was not given: as they are, not copies.
     """
 
@@ -99,7 +99,7 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         if elsewhere is not None:
             node = self.graph.call_function(elsewhere, node_args, node_kwargs)
-            node.meta["bytes"] = out.nbytes
+            node.meta["result"] = out
             self._nodes[args[0]] = self._nodes[out] = node
             return out
         if func in _VIEWS and out.shape == args[0].shape and out.stride() == args[0].stride():
@@ -110,7 +110,7 @@ class _Recorder(TorchDispatchMode):
         node = self.graph.call_function(func, node_args, node_kwargs)
         node.meta["shapes"] = [t.shape for t in args if isinstance(t, Tensor)]
         if isinstance(out, Tensor):
-            node.meta["bytes"] = out.nbytes
+            node.meta["result"] = out
             self._nodes[out] = node
         elif isinstance(out, (tuple, list)):
             for i, t in enumerate(out):

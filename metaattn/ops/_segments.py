@@ -19,7 +19,8 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ._products import is_leaf, joined
+from ._leaves import is_leaf
+from ._products import joined
 from ._record import Recording
 from ._trees import Tensors
 
@@ -171,7 +172,7 @@ def _again(group: list[fx.Node], alive: set[fx.Node]) -> list[fx.Node]:
         made: set[fx.Node] = {node}
         of: set[fx.Node] = set()
         for a in node.all_input_nodes:
-            if _at_hand(a, outside | alive) or a.meta.get("bytes", math.inf) <= room:
+            if _at_hand(a, outside | alive) or _kept_bytes(a) <= room:
                 of.add(a)
                 continue
             before = chain(a, most - 1, room)
@@ -183,16 +184,22 @@ def _again(group: list[fx.Node], alive: set[fx.Node]) -> list[fx.Node]:
 
     again: set[fx.Node] = set()
     for node in outside - alive:
-        size = node.meta.get("bytes", 0)
+        size = node.meta["result"].nbytes if "result" in node.meta else 0
         found = chain(node, DEPTH, size // 2)
         if found is None:
             continue
         made, of = found
-        kept = sum(a.meta["bytes"] for a in of if not _at_hand(a, outside | alive))
+        kept = sum(_kept_bytes(a) for a in of if not _at_hand(a, outside | alive))
         smaller = 0 < kept <= SMALLER * size
         if smaller or (kept == 0 and (not of or not of.isdisjoint(outside))):
             again |= made
     return sorted(again)
+
+
+def _kept_bytes(node: fx.Node) -> float:
+    """What keeping a value takes: a view keeps all of what it is a view of."""
+    size: float = node.meta["result"].untyped_storage().nbytes() if "result" in node.meta else math.inf
+    return size
 
 
 def _at_hand(node: fx.Node, values: set[fx.Node]) -> bool:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from metaattn.backends.products import Product, in_pytorch, multiply
+from metaattn.backends import products
+from metaattn.backends.products import Product, in_pytorch, multiply, served
 from tests.conftest import NO_KERNELS
 from tests.helpers import assert_close
 
@@ -46,7 +47,7 @@ NAMES = [("both",), ("value",), ("tangent",), ("both", "tangent"), ("tangent", "
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_kernel(size, turned, names):
     jobs = [jobs_of(*size, turned)[name] for name in names]
-    got = linear.multiply(jobs, linear.Tile(32, 32, 16, 4, 1))
+    got = linear.multiply(jobs, linear.Blocks(32, 32, 16, 4, 1))
     assert len(got) == sum(job.results for job in jobs)
     for a, b in zip(got, exact(jobs), strict=True):
         assert_close(a, b, torch.float32)
@@ -75,38 +76,47 @@ def test_stages_give_way_to_shared_memory(monkeypatch):
     monkeypatch.setattr(linear, "products", Kernel())
     monkeypatch.setattr(linear, "_stages", {})
     for _ in range(2):
-        linear.multiply([jobs_of(64, 64, 64, False)["value"]], linear.Tile(64, 64, 32, 4, 4))
+        linear.multiply([jobs_of(64, 64, 64, False)["value"]], linear.Blocks(64, 64, 32, 4, 4))
     assert tried == [4, 3, 2, 2]
 
 
 def test_what_the_kernel_takes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    job = jobs_of(4, 5, 6, False)["both"]
-    half = Product(*(f.half() for f in job[:4]))
-    assert linear.multiplies([half, half])
-    assert not linear.multiplies([job])  # float32, exactly
-    assert not linear.multiplies([half, Product(half.a[:, :0], half.b)])  # no rows
-    wide = torch.empty(1, dtype=torch.half).expand(1, 2**16, 2**16)
-    assert not linear.multiplies([Product(wide, wide)])  # 2^32 results
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert not linear.multiplies([half])
-
-
-def test_tf32_is_taken(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    x = torch.empty(2, 3, 4)
+    assert linear.multiplies(x.half())
+    assert linear.multiplies(x.bfloat16())
+    assert not linear.multiplies(x)  # float32, exactly
+    assert not linear.multiplies(x.double())
     torch.set_float32_matmul_precision("high")
     try:
-        assert linear.multiplies([jobs_of(4, 5, 6, False)["both"]])
+        assert linear.multiplies(x)
     finally:
         torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert not linear.multiplies(x.half())
+    assert not served(x.half().cpu())
 
 
-def test_dtypes_are_not_mixed():
-    job = jobs_of(4, 5, 6, False)["value"]
-    wide = Product(job.a.double(), job.b.double())
-    got = multiply([job, wide])
-    assert [t.dtype for t in got] == [torch.float32, torch.float64]
-    assert_close(got[1], wide.a @ wide.b, torch.float64)
+def test_what_does_not_fit_is_pytorchs(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                raise OutOfResources(1, 0, "shared memory")
+
+            return launch
+
+    job = jobs_of(4, 5, 6, False)["both"]
+    assert linear.multiply([Product(job.a[:, :0], job.b)]) is None
+    wide = torch.empty(1, device=DEVICE).expand(1, 2**16, 2**16)
+    assert linear.multiply([Product(wide, wide)]) is None  # 2^32 results
+    monkeypatch.setattr(linear, "products", Kernel())
+    monkeypatch.setattr(linear, "_stages", {})
+    assert linear.multiply([job]) is None
+    monkeypatch.setattr(linear, "multiplies", lambda _: True)
+    monkeypatch.setattr(products, "served", lambda _: True)
+    assert_close(multiply([job]), exact([job]), torch.float32)
 
 
 def test_elsewhere_pytorch_multiplies():

@@ -58,6 +58,10 @@ CALLS = {
     "few_rows": {"rows": 3, "keys": 50, "left": 20},
     "few_rows_one_block": {"rows": 2, "keys": 9, "heads": 2, "mask": (2, 1, 2, 9)},
     "few_rows_bias": {"rows": 2, "keys": 40, "bias": (2, 1, 2, 40)},
+    "few_rows_gqa": {"rows": 3, "keys": 40, "heads": 4, "right": 30},
+    "few_rows_dropout": {"rows": 2, "keys": 40, "dropout": 0.3},
+    "few_rows_lse_alone": {"rows": 2, "keys": 9, "out": False},
+    "few_rows_without_keys": {"rows": 9, "keys": 20, "left": -15},
     "one": {"rows": 1, "keys": 1, "size": 1, "value_size": 1},
     "no_batch": {"batch": (0,), "rows": 3, "keys": 4},
     "no_keys": {"rows": 3, "keys": 0},
@@ -352,7 +356,14 @@ def test_auto_goes_by_the_nearest_length_that_was_measured(gpu, monkeypatch, tok
     if name == "vendor":
         assert choice.why == "PyTorch's own is measured 1.20 times as fast as ours at 197 tokens"
     unmeasured = _auto.choose("forward", Problem(1.0, None, right), Operands(query, key, key))
-    assert unmeasured.why == "our kernel; PyTorch's own is not measured at head size 40"
+    assert unmeasured.why == "our kernel; PyTorch's own is not measured there at head size 40"
+
+
+def test_auto_where_one_band_was_not_measured(gpu, monkeypatch):
+    monkeypatch.setattr(_auto, "_table", lambda: {"9.0": {"forward": {"64": {"full": {"64": 2.0}}}}})
+    x = gpu(64, torch.float16, (9, 0), 227)
+    assert _auto.choose("forward", Problem(1.0), x).backend.name == "vendor"
+    assert _auto.choose("forward", Problem(1.0, None, 0), x).backend.name == "triton"
 
 
 def test_auto_on_a_gpu_that_is_too_old(gpu):

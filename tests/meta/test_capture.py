@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from metaattn.meta import capture, maml
+from metaattn.meta.capture import _copy
 from metaattn.ops import _replay
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -179,3 +180,17 @@ def test_transforms_see_the_step(device):
 def test_errors(arguments, error, match):
     with pytest.raises(error, match=match):
         capture(**{"step": len, **arguments})
+
+
+def test_what_a_replay_is_given_is_copied_at_once(monkeypatch):
+    """Alike tensors together; one of another layout or dtype by itself, so that it does not slow the others down."""
+    together = []
+    foreach = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: together.append(len(to)) or foreach(to, of))
+    of = [torch.rand(2, 3), torch.rand(4), torch.rand(3, 2).mT, torch.rand(1, 3).expand(2, 3), torch.rand(2).half()]
+    of += [torch.tensor(3), torch.rand(0), torch.tensor([1], dtype=torch.uint16)]
+    to = [torch.empty(t.shape, dtype=t.dtype) for t in of]
+    _copy(to, of)
+    for a, b in zip(to, of, strict=True):
+        assert torch.equal(a, b)
+    assert sorted(together) == [1, 1, 3]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import metaattn
 from metaattn.meta import Mixed, Truncated, adam, capture, maml, maml_plus_plus, momentum, reptile, sgd
-from metaattn.ops import _pieces
+from metaattn.ops import _pieces, _products
 from metaattn.ops._segments import as_recorded
 from tests.helpers import assert_close
 
@@ -58,6 +58,32 @@ def sequences(seed=0):
     g = torch.Generator().manual_seed(seed)
     x, y = (torch.randn(2, 2, 4, 5, 3, generator=g, dtype=torch.float64), torch.randint(2, (2, 2, 4), generator=g))
     return (x[0], y[0]), (x[1], y[1])
+
+
+def two_layers(params, x, y):
+    h = x @ params["w"] + x.flip(-1) @ params["u"]
+    return ((h.tanh() @ params["w"].mT @ params["u"]).tanh() @ params["v"] - y).square().mean()
+
+
+@pytest.mark.parametrize("gradient", ["reverse", "mixed"])
+@pytest.mark.parametrize("name", ["two layers", "transformer"])
+def test_joined_products_are_the_same(name, gradient, monkeypatch):
+    """As on a GPU, where our kernel does them at once."""
+    monkeypatch.setattr(_products, "served", lambda like: True)
+    model, classify = transformer(2)
+    if name == "transformer":
+        learner, params, data = (
+            maml(classify, steps=2, gradient=gradient, has_aux=True),
+            dict(model.named_parameters()),
+            sequences(),
+        )
+    else:
+        learner, params, data = maml(two_layers, steps=2, gradient=gradient), PARAMS | {"u": PARAMS["w"].sin()}, tasks()
+    fast, meta = recorded(learner.value_and_grad), learner.init(params)
+    assert_close(fast(meta, *data), learner.value_and_grad(meta, *data))
+    assert not fast.pieces.reasons
+    names = [str(n.target) for module in fast.lowered for n in module.graph.nodes]
+    assert "metaattn._products.default" in names
 
 
 @pytest.mark.parametrize("optimizer", [sgd(), adam()], ids=["sgd", "adam"])

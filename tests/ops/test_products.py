@@ -10,6 +10,12 @@ from metaattn.ops._segments import Lowered, as_recorded
 from tests.helpers import assert_close
 
 
+@pytest.fixture(autouse=True)
+def _everywhere(monkeypatch):
+    """As if our kernel served all, which it does on GPUs."""
+    monkeypatch.setattr(_products, "served", lambda like: True)
+
+
 def run(function, *tensors):
     """What the products of a function became, after it was found to be the same."""
     recording = Recording(function, tensors)
@@ -89,6 +95,59 @@ def test_a_term_that_is_used_elsewhere_stays():
 
 def test_a_scaled_sum_is_none():
     assert run(lambda a, a_t, b, b_t: (torch.add(a_t @ b, a @ b_t, alpha=2),), A, A_T, B, B_T) == [[1, 1]]
+
+
+def test_a_sum_of_two_layers():
+    """Of an RNN, say: two values, whose sum is no tangent, with the two of the tangent."""
+
+    def f(a, b, a_t, b_t):
+        return torch.func.jvp(lambda a, b: a @ b + a.sin() @ b.cos(), (a, b), (a_t, b_t))
+
+    assert run(f, A, B, A_T, B_T) == [[3, 3]]
+
+
+def test_of_jvp_of_jvp():
+    def once(a, b):
+        return torch.func.jvp(lambda a, b: (a @ b).sin(), (a, b), (a.sin(), b.cos()))
+
+    def twice(a, b):
+        (value, tangent), (_, second) = torch.func.jvp(once, (a, b), (a.cos(), b.sin()))
+        return value, tangent, second
+
+    assert run(twice, A, B) == [[3, 3], [3]]
+
+
+def test_two_tangents_of_one_value():
+    def f(a, a_t, b, b_t):
+        return a @ b, a_t @ b + a @ b_t, a.sin() @ b + a @ b.cos()
+
+    assert run(f, A, A_T, B, B_T) == [[3, 2]]
+
+
+def test_a_sum_whose_term_has_a_tangent():
+    def f(a, a_t, b, b_t):
+        c, d = a.sin(), b.sin()
+        return a @ b + c @ d, a_t @ b + a @ b_t
+
+    assert run(f, A, A_T, B, B_T) == [[2, 2]]
+
+
+def test_a_tangent_that_takes_the_value_as_a_factor():
+    square = randn(2, 4, 4)
+    assert run(lambda a, b, c: (a @ b, (a @ b) @ b + a @ c), A, square, square.sin()) == ["bmm", [2]]
+
+
+def test_dtypes_are_not_mixed():
+    def f(a, b):
+        wide, narrow = a @ b, a.float() @ b.float()
+        return wide + narrow, a.float().cos() @ b.float()
+
+    assert run(f, A, B) == ["bmm", [1, 1]]
+
+
+def test_what_is_not_served_is_left_alone(monkeypatch):
+    monkeypatch.setattr(_products, "served", lambda like: False)
+    assert run(lambda a, a_t, b, b_t: (a @ b, a_t @ b + a @ b_t), A, A_T, B, B_T) == ["bmm"] * 3
 
 
 def test_large_products_stay_apart(monkeypatch):

@@ -40,7 +40,7 @@ class Job(NamedTuple):
     K: int = 0
 
 
-class Tile(NamedTuple):
+class Blocks(NamedTuple):
     """Rows, columns and inner size of a block, warps, stages."""
 
     rows: int
@@ -51,46 +51,43 @@ class Tile(NamedTuple):
 
 
 # By scripts/tune_products.py on an H100: one with a tangent; two, or without; and what fills the GPU several times.
-ONE, SEVERAL, LARGE = Tile(64, 64, 32, 4, 3), Tile(64, 128, 32, 4, 4), Tile(128, 128, 64, 8, 3)
-LARGE_TF32 = Tile(128, 64, 32, 8, 3)
+ONE, SEVERAL, LARGE = Blocks(64, 64, 32, 4, 3), Blocks(64, 128, 32, 4, 4), Blocks(128, 128, 64, 8, 3)
+LARGE_TF32 = Blocks(128, 64, 32, 8, 3)  # by the compiler's report alone
 LARGE_FROM = 1024  # blocks of 64 x 128
-_stages: dict[tuple[Any, ...], int] = {}  # of what did not fit with a tile's own, found when it first happened
+_stages: dict[tuple[Any, ...], int] = {}  # as many as fit; found when more first did not
 
 
-def multiplies(jobs: Sequence[Product]) -> bool:
-    """Serves 16 bits, and float32 as tf32, on GPUs of compute capability 8.0 and newer; up to 2^31 elements."""
-    x = jobs[0].a
-    return (
-        (x.dtype in (torch.float16, torch.bfloat16) or (x.dtype == torch.float32 and arithmetic(x.dtype) == "tf32"))
-        and torch.cuda.get_device_capability(x.device) >= OLDEST
-        and all(_fits(job) for job in jobs)
-    )
+def multiplies(like: Tensor) -> bool:
+    """Serves 16 bits, and float32 as tf32, on GPUs of compute capability 8.0 and newer."""
+    half = like.dtype in (torch.float16, torch.bfloat16)
+    tf32 = like.dtype == torch.float32 and arithmetic(like.dtype) == "tf32"
+    return (half or tf32) and torch.cuda.get_device_capability(like.device) >= OLDEST
 
 
 def _fits(job: Product) -> bool:
     """Whether no matrix is empty, or too large for 32-bit offsets."""
     (batch, m, k), n = job.a.shape, job.b.shape[2]
-    extents = (
-        sum((size - 1) * step for size, step in zip(t.shape[1:], t.stride()[1:], strict=True))
-        for t in job[:4]
-        if t is not None
-    )
-    return min(batch, m, n, k) > 0 and max(m * n, *extents) < 2**31
+    factors = [t for t in job[:4] if t is not None]
+    far = [sum((size - 1) * step for size, step in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in factors]
+    return min(batch, m, n, k) > 0 and max(m * n, *far) < 2**31
 
 
-def multiply(jobs: Sequence[Product], tile: Tile | None = None) -> list[Tensor]:
-    """See :func:`metaattn.backends.products.multiply`."""
-    x = jobs[0].a
-    blocks = sum(job.a.shape[0] * -(-job.a.shape[1] // 64) * -(-job.b.shape[2] // 128) for job in jobs)
-    if tile is None:
-        tile = SEVERAL if len(jobs) > 1 or jobs[0].a_t is None else ONE
-        if blocks >= LARGE_FROM:
-            tile = LARGE_TF32 if x.dtype == torch.float32 else LARGE
+def _blocks_for(jobs: Sequence[Product]) -> Blocks:
+    if sum(job.a.shape[0] * -(-job.a.shape[1] // 64) * -(-job.b.shape[2] // 128) for job in jobs) >= LARGE_FROM:
+        return LARGE_TF32 if jobs[0].a.dtype == torch.float32 else LARGE
+    return SEVERAL if len(jobs) > 1 or jobs[0].a_t is None else ONE
+
+
+def multiply(jobs: Sequence[Product], blocks: Blocks | None = None) -> list[Tensor] | None:
+    """See :func:`metaattn.backends.products.multiply`; ``None`` where no blocks fit, or 32-bit offsets do not reach."""
+    if not all(map(_fits, jobs)):
+        return None
+    x, tile = jobs[0].a, blocks or _blocks_for(jobs)
     results: list[Tensor] = []
     arguments: list[Job] = []
     options: dict[str, Any] = {}
     counts: list[int] = []
-    for job, end in zip(jobs, ("", "2"), strict=False):
+    for job, end in zip(jobs, ("", "2")[: len(jobs)], strict=True):
         (batch, m, k), n = job.a.shape, job.b.shape[2]
         value = x.new_empty(batch, m, n) if job.value else None
         tangent = None if job.a_t is None else x.new_empty(batch, m, n)
@@ -112,16 +109,15 @@ def multiply(jobs: Sequence[Product], tile: Tile | None = None) -> list[Tensor]:
     warps = min(tile.warps, max(4, rows // 16))
     there = [t is not None for job in arguments for t in (job.value, job.tangent)]
     key = (x.device.index, x.dtype, warps, *options.values(), *there)
-    stages = _stages.get(key, tile.stages)
+    stages = min(tile.stages, _stages.get(key, tile.stages))
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        while True:
+        while stages:
             try:
                 products[(sum(counts),)](*arguments, counts[0], **options, num_warps=warps, num_stages=stages)
                 return results
             except OutOfResources:
-                if stages == 1:
-                    raise
                 _stages[key] = stages = stages - 1
+    return None
 
 
 def _matrix(t: Tensor | None) -> Matrix:

@@ -176,8 +176,8 @@ def _sliced(values: Values, x: Operands) -> Values:
 
 
 def _cut(t: Tensor, size: int) -> Tensor:
-    """The first columns, as a tensor of its own."""
-    return t if t.shape[-1] == size else t[..., :size].clone(memory_format=torch.contiguous_format)
+    """The first columns."""
+    return t if t.shape[-1] == size else t[..., :size]
 
 
 def _launch_values(
@@ -197,6 +197,7 @@ def _launch_values(
         **constants(problem, batch.x),
         "VALUE": primitive != "tangent",
         "TANGENT": primitive != "forward",
+        # Of 64 keys mu loses too little for a walk of its own, which that many are often enough to pay for.
         "FEW": primitive != "forward" and _sees_few(problem, batch, MANY.value - 1),
         "EXACT": batch.exact,
     }

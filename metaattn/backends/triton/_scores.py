@@ -126,7 +126,7 @@ def schedule(BLOCKS, LANES, WAVE):
 def row_block(block, blocks, FEW: tl.constexpr):
     """Which block of rows a program has: under a causal mask the last rows have the most keys, and come first.
 
-    With FEW those that see few keys are before them: they walk twice, and at the end would work alone.
+    With FEW the first one is before them: under a causal mask it sees few keys, walks twice, and would end alone.
     """
     if FEW:
         return (blocks - block) % blocks
