@@ -176,8 +176,8 @@ def _sliced(values: Values, x: Operands) -> Values:
 
 
 def _cut(t: Tensor, size: int) -> Tensor:
-    """The first columns."""
-    return t if t.shape[-1] == size else t[..., :size]
+    """The first columns, in memory of their own: PyTorch expects a result and its tangent to lie alike."""
+    return t if t.shape[-1] == size else t[..., :size].clone()
 
 
 def _launch_values(
