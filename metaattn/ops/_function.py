@@ -13,6 +13,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import Function, forward_ad
 
 from ..backends._protocol import Tangent
+from . import _levels
 
 
 def flat(tangents: Sequence[Tangent]) -> tuple[Tensor | None, ...]:
@@ -30,10 +31,7 @@ def replace(tangents: list[Tangent], i: int, by: Tangent) -> list[Tangent]:
 def total(terms: Sequence[Sequence[Tensor | None]], like: Sequence[Any]) -> tuple[Tensor, ...]:
     """The sum of tuples of tensors, where an absent one is zero; zeros like ``like`` if all are."""
     columns = ([t for t in column if t is not None] for column in zip(*terms, strict=True))
-    return tuple(
-        torch.zeros_like(p) if not c else c[0] if len(c) == 1 else Sum.apply(*c)
-        for c, p in zip(columns, like, strict=False)
-    )
+    return tuple(torch.zeros_like(p) if not c else Sum.of_terms(c) for c, p in zip(columns, like, strict=False))
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,16 @@ class Rule(Function):
     Absent cotangents and tangents stay ``None``, so that no rule works on a zero.
     """
 
+    single_level: type[Any]
+
+    def __init_subclass__(cls) -> None:
+        cls.single_level = _levels.single_level(cls)
+
+    @classmethod
+    def apply(cls, constant: Any, *tensors: Tensor) -> Any:
+        """The function at the transforms at work."""
+        return _levels.apply(cls, constant, *tensors)
+
     @classmethod
     def of(cls, static: Any, *tensors: Tensor | None) -> Any:
         """The function of its constants and all of its tensors, ``None`` for those that are not there."""
@@ -75,7 +83,7 @@ class Rule(Function):
             return a.expand(info.batch_size, *a.shape) if dim is None else a.movedim(dim, 0)
 
         out = cls.call(*map(fold, args, in_dims))
-        return out, 0 if isinstance(out, Tensor) else (0,) * len(out)
+        return out, (0,) * len(out)
 
     @classmethod
     def call(cls, *args: Any) -> Any:
@@ -138,22 +146,27 @@ class Known(Rule):
 class Sum(Rule):
     """The sum of tensors, for use in jvp rules (see the trap in :mod:`metaattn.ops._rules`)."""
 
+    @classmethod
+    def of_terms(cls, terms: Sequence[Tensor]) -> Tensor:
+        """One or more added up."""
+        total: Tensor = terms[0] if len(terms) == 1 else cls.apply(len(terms), *terms)[0]
+        return total
+
     @staticmethod
-    def forward(*terms: Tensor) -> Tensor:
-        return functools.reduce(torch.add, terms)
+    def forward(count: int, *terms: Tensor) -> tuple[Tensor]:
+        return (functools.reduce(torch.add, terms),)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.count = len(inputs)
+        ctx.count = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return (grad,) * ctx.count
+        return None, *(grad,) * ctx.count
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        there = [t for t in tangents if t is not None]
-        return there[0] if len(there) == 1 else Sum.apply(*there)
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        return (Sum.of_terms([t for t in tangents if t is not None]),)
 
 
 def tangent_at_hand(t: Any) -> Tensor | None:
