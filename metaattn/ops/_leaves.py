@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd import forward_ad
 from torch.library import Library, register_fake
 
 from ..backends import blockwise, select
@@ -53,7 +54,8 @@ _ROWS = (
     "Tensor? out_bar, Tensor? lse_bar, Tensor? out_bar_t, Tensor? lse_bar_t"
 )
 _TANGENT = "Tensor? query_t, Tensor? key_t, Tensor? value_t, Tensor? bias_t"
-_TANGENTS = f"{_TANGENT}, Tensor?[] more"
+# Alone where there are several: PyTorch maps no operator that takes a list, be it empty.
+_TANGENTS = "Tensor?[] tangents"
 
 
 def _split(args: Sequence[Any]) -> tuple[Call, Problem, Operands, Sequence[Any]]:
@@ -62,16 +64,8 @@ def _split(args: Sequence[Any]) -> tuple[Call, Problem, Operands, Sequence[Any]]
     return call, call.problem, Operands(*args[5:11]), args[11:]
 
 
-def _tangents(args: Sequence[Any]) -> list[Tangent]:
-    """The tangents from the end of an argument list; none if the first is absent."""
-    first, more = Tangent(*args[:4]), args[4]
-    return [] if first.is_zero else [first, *(Tangent(*more[i : i + 4]) for i in range(0, len(more), 4))]
-
-
-def flat(tangents: Sequence[Tangent]) -> tuple[Any, ...]:
-    """Tangents as the leaves take them: the parts of the first, and those of the others as a list."""
-    first, *more = tangents or [Tangent()]
-    return *first, [part for t in more for part in t]
+def _tangents(parts: Sequence[Tensor | None]) -> list[Tangent]:
+    return [Tangent(*parts[i : i + 4]) for i in range(0, len(parts), 4)]
 
 
 def autocasts(device: str) -> bool:
@@ -105,10 +99,29 @@ def _leaf(schema: str) -> Callable[[Callable[..., tuple[Tensor, ...]]], Callable
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, _own_precision(function), "CompositeExplicitAutograd")
         operator = getattr(torch.ops.metaattn, name).default
+        LIBRARY.impl(name, functools.partial(_no_derivative, operator), "Autograd", with_keyset=True)
         _OPERATORS.add(operator)
         return operator
 
     return register
+
+
+def _no_derivative(operator: Any, keys: Any, *args: Any) -> tuple[Tensor, ...]:
+    """A leaf in a graph that was traced has left its rules behind: it must not pass for a constant."""
+    tensors = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
+    reverse = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if reverse or (forward_ad._current_level >= 0 and any(map(_has_tangent, tensors))):
+        raise NotImplementedError(
+            f"{operator.name()} in a graph that was traced has no derivative: trace the derivative itself, as "
+            "make_fx(torch.func.grad(f)) does, or call metaattn.sdpa"
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        out: tuple[Tensor, ...] = operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
+        return out
+
+
+def _has_tangent(t: Tensor) -> bool:
+    return forward_ad.unpack_dual(t).tangent is not None
 
 
 @_leaf(f"({_CALL}, {_X}) -> (Tensor, Tensor)")
@@ -119,15 +132,19 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
     return _laid(out, x.query), lse.contiguous()
 
 
-@_leaf(f"({_CALL}, {_X}, Tensor out, Tensor lse, {_TANGENTS}) -> (Tensor, Tensor)")
+@_leaf(f"({_CALL}, {_X}, Tensor out, Tensor lse, {_TANGENT}) -> (Tensor, Tensor)")
 def directional(*args: Any) -> tuple[Tensor, Tensor]:
-    """T, and ``D_n`` for more than one tangent: the tangents of out and lse."""
-    call, problem, x, (out, lse, *rest) = _split(args)
-    values, tangents = Values(out, lse), _tangents(rest)
-    if len(tangents) == 1:
-        out_t, lse_t = select(call.backend, problem, x).tangent(problem, x, values, tangents[0])
-    else:
-        out_t, lse_t = blockwise.directional(problem, x, values, tangents)
+    """T: the tangents of out and lse."""
+    call, problem, x, (out, lse, *tangent) = _split(args)
+    out_t, lse_t = select(call.backend, problem, x).tangent(problem, x, Values(out, lse), Tangent(*tangent))
+    return _laid(out_t, x.query), lse_t.contiguous()
+
+
+@_leaf(f"({_CALL}, {_X}, Tensor out, Tensor lse, {_TANGENTS}) -> (Tensor, Tensor)")
+def directional_further(*args: Any) -> tuple[Tensor, Tensor]:
+    """``D_n`` for several tangents, on every backend by the formulas."""
+    _, problem, x, (out, lse, parts) = _split(args)
+    out_t, lse_t = blockwise.directional(problem, x, Values(out, lse), _tangents(parts))
     return _laid(out_t, x.query), lse_t.contiguous()
 
 
@@ -142,21 +159,25 @@ def forward_tangent(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-@_leaf(f"({_CALL}, {_X}, bool bias_grad, {_ROWS}, {_TANGENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
+@_leaf(f"({_CALL}, {_X}, bool bias_grad, {_ROWS}, {_TANGENT}) -> (Tensor, Tensor, Tensor, Tensor)")
 def gradient(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """B, S, and ``G_n`` for more than one tangent: query, key, value and bias (empty unless ``bias_grad``)."""
+    """B without a tangent, S with one: query, key, value and bias (empty unless ``bias_grad``)."""
     call, problem, x, (bias_grad, *rows) = _split(args)
     values, values_t, w, w_t = _rows(rows)
-    tangents = _tangents(rows[8:])
-    if not tangents:
-        grads = select(call.backend, problem, x).backward(problem, x, values, w, bias_grad=bias_grad)
-    elif len(tangents) == 1:
-        grads = select(call.backend, problem, x).second(
-            problem, x, values, values_t, w, tangents[0], cotangent_tangent=w_t, bias_grad=bias_grad
-        )
-    else:
-        grads = blockwise.gradient(problem, x, values, w, tangents, cotangent_tangent=w_t, bias_grad=bias_grad)
-    return _four(grads)
+    backend, tangent = select(call.backend, problem, x), Tangent(*rows[8:])
+    if tangent.is_zero:
+        return _four(backend.backward(problem, x, values, w, bias_grad=bias_grad))
+    return _four(backend.second(problem, x, values, values_t, w, tangent, cotangent_tangent=w_t, bias_grad=bias_grad))
+
+
+@_leaf(f"({_CALL}, {_X}, bool bias_grad, {_ROWS}, {_TANGENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
+def gradient_further(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``G_n`` for several tangents, on every backend by the formulas."""
+    _, problem, x, (bias_grad, *rows) = _split(args)
+    values, _, w, w_t = _rows(rows)
+    return _four(
+        blockwise.gradient(problem, x, values, w, _tangents(rows[8]), cotangent_tangent=w_t, bias_grad=bias_grad)
+    )
 
 
 @_leaf(f"({_CALL}, {_X}, bool bias_grad, {_ROWS}, {_TANGENT}) -> ({', '.join(['Tensor'] * 8)})")
@@ -213,11 +234,13 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @register_fake("metaattn::_directional", lib=LIBRARY)
+@register_fake("metaattn::_directional_further", lib=LIBRARY)
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     return _new_out(args[5], args[7]), _like(args[12])
 
 
 @register_fake("metaattn::_gradient", lib=LIBRARY)
+@register_fake("metaattn::_gradient_further", lib=LIBRARY)
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, bias, bias_grad = *args[5:9], args[11]
     return _like(q), _like(k), _like(v), _like(bias) if bias_grad else _like(q, shape=(0,))

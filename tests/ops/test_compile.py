@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -201,6 +202,37 @@ def test_make_fx_replays(call, transform):
     assert leaves  # each primitive one node
     for x in (Q, Q.cos(), 2 * Q):  # not only the inputs it was traced with
         assert_close(graph(x), f(x))
+
+
+def _along(f):
+    return jvp(f, (Q,), (T,))[1]
+
+
+def _dual(f):
+    with forward_ad.dual_level():
+        return f(forward_ad.make_dual(Q, T))
+
+
+def _reverse(f):
+    return grad(lambda q: f(q).sum())(Q)
+
+
+@pytest.mark.parametrize("derivative", [_along, _dual, _reverse], ids=["jvp", "dual", "grad"])
+@pytest.mark.parametrize("transform", ["value", "grad"])
+def test_a_traced_graph_has_lost_its_rules_and_says_so(transform, derivative):
+    graph = make_fx(TRANSFORMS[transform](_loss({})))(Q)
+    with pytest.raises(NotImplementedError, match="in a graph that was traced has no derivative: trace the derivative"):
+        derivative(graph)
+
+
+def test_a_compiled_function_in_forward_mode_says_so():
+    with pytest.raises(NotImplementedError, match="has no derivative"):
+        _dual(torch.compile(lambda q: metaattn.sdpa(q, K, V), backend="aot_eager"))
+
+
+def test_a_traced_graph_is_mapped():
+    f = grad(_loss({}))
+    assert_close(vmap(make_fx(f)(Q))(torch.stack([Q, T])), torch.stack([f(Q), f(T)]))
 
 
 def test_make_fx_replay_draws_new_dropout():

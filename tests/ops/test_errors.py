@@ -97,6 +97,21 @@ def test_an_error_is_the_same_under_transforms():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels' interpreter is for machines without a GPU")
+def test_batched_gradients_of_third_order():
+    """The vmap of ``is_grads_batched`` maps no operator that takes a list."""
+    x = torch.randn(1, 1, 3, 2, dtype=torch.float64, requires_grad=True)
+    (g,) = torch.autograd.grad(metaattn.sdpa(x, x, x).sin().sum(), x, create_graph=True)
+    (h,) = torch.autograd.grad(g.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"up to second order; take further derivatives by torch\.func"):
+        torch.autograd.grad(h, x, torch.eye(6, dtype=torch.float64).view(6, *x.shape), is_grads_batched=True)
+
+
+def test_an_unknown_transform():
+    x = torch.randn(1, 1, 3, 2)
+    with pytest.raises(NotImplementedError, match=r"no rule for torch\.func's transform Functionalize"):
+        torch.func.functionalize(lambda x: metaattn.sdpa(x, x, x))(x)
+
+
 def test_an_interpreter_that_fails_with_this_numpy(monkeypatch):
     primitives = pytest.importorskip("metaattn.backends.triton._primitives", exc_type=ImportError)
     monkeypatch.setattr(primitives, "UNINTERPRETABLE", True)
