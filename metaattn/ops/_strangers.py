@@ -143,12 +143,12 @@ def _stranger(t: Tensor) -> bool:
 
 
 def check_outputs(outputs: tuple[Tensor, ...]) -> None:
-    """Of a function run on tensors that require no gradient, no output requires one.
+    """Of a function run on tensors that require no gradient, no output requires one, nor is of a level above.
 
     Raises:
         ValueError: One does: the function uses another tensor that does.
     """
-    if any(o.requires_grad for o in outputs):
+    if any(o.requires_grad or _stranger(o) for o in outputs):
         raise ValueError(
             "the function uses a tensor that it is not given and that requires a gradient, which would be lost; "
             + _REMEDY

@@ -82,7 +82,7 @@ def _differentiating() -> bool:
 
 def _call(function: Callable[..., Any], args: Any, kwargs: Any, preserve_rng_state: bool) -> Any:
     module = function if isinstance(function, nn.Module) else None
-    state = {} if module is None else {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    state = {} if module is None else _state(module)
     leaves = tree_leaves((state, args, kwargs))
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         return function(*args, **kwargs)
@@ -90,9 +90,23 @@ def _call(function: Callable[..., Any], args: Any, kwargs: Any, preserve_rng_sta
         check_closure(function if module is None else None, [leaf for leaf in leaves if not isinstance(leaf, Tensor)])
 
     def run(state: Any, args: Any, kwargs: Any) -> Any:
-        return function(*args, **kwargs) if module is None else functional_call(module, state, args, kwargs)
+        if module is None:
+            return function(*args, **kwargs)
+        return functional_call(module, state, args, kwargs, tie_weights=False)
 
     return recompute(run, state, args, kwargs, preserve_rng_state=preserve_rng_state)
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by every place that holds them, but of a module in two places once.
+
+    What ``functional_call`` finds at two names of one module it does not put back (PyTorch 2.13).
+    """
+    state: dict[str, Tensor] = {}
+    for prefix, part in module.named_modules():
+        options: dict[str, Any] = {"prefix": prefix, "recurse": False, "remove_duplicate": False}
+        state |= {**dict(part.named_parameters(**options)), **dict(part.named_buffers(**options))}
+    return state
 
 
 def transforms() -> tuple[Any, ...]:

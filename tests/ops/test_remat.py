@@ -174,6 +174,22 @@ class TestModules:
         with pytest.raises(ValueError, match=r"changed an argument, or a buffer of its module, in place"):
             checkpoint(norm)(torch.randn(4, 3, **F64))
 
+    def test_a_part_registered_twice_and_a_parameter_of_two_parts(self):
+        """PyTorch's functional_call leaves what it was given in a module that it finds at two names."""
+        model = nn.Module()
+        model.a, model.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        model.again, model.b.weight = model.a, model.a.weight
+        model.forward = lambda x: model.b(model.again(model.a(x).tanh()))
+        model, x, before = model.double(), torch.randn(4, 3, **F64), model.a.weight
+        for f in (checkpoint(model), model):
+            model.zero_grad()
+            f(x).sin().sum().backward()
+            assert model.a.weight is model.again.weight is model.b.weight is before
+            grads = [p.grad.clone() for p in model.parameters()]
+            if f is not model:
+                got = grads
+        assert_close(got, grads)
+
 
 class TestStrangers:
     """A tensor that the function closes over and whose derivative would be lost."""
@@ -236,6 +252,15 @@ class TestStrangers:
 
         with pytest.raises(ValueError, match="uses a tensor that it is not given"):
             grad(loss)(self.c)
+
+    def test_a_global_that_is_returned(self):
+        def returns(w):
+            global W
+            W = w * w
+            return checkpoint(lambda x: W)(torch.ones(2)).sum()
+
+        with pytest.raises(ValueError, match="not given"):
+            jvp(returns, (torch.ones(2),), (torch.ones(2),))
 
     def test_a_global_in_a_list(self):
         def loss(c):
