@@ -98,6 +98,8 @@ class _Walk:
             self._all((thing.func, thing.args, thing.keywords), objects)
         elif isinstance(thing, (list, tuple, dict)):
             self._all(thing, objects)
+        elif isinstance(thing, (set, frozenset)) and all(isinstance(part, _PLAIN) for part in thing):
+            self.key.append(frozenset(thing))
         elif objects and hasattr(thing, "__dict__") and not isinstance(thing, (type, types.ModuleType)):
             self.key.append(_Same(type(thing)))
             self._all(vars(thing), objects - 1)
@@ -113,12 +115,11 @@ class _Walk:
 
 
 def _globals(function: types.FunctionType) -> dict[str, Any]:
-    """The globals that a function names, but for modules and classes."""
+    """The globals that a function names."""
     if (function.__module__ or "").split(".")[0] in _OURS:
         return {}
     there = function.__globals__
-    named = {name: there[name] for name in _names(function.__code__) if name in there}
-    return {k: v for k, v in named.items() if not isinstance(v, (type, types.ModuleType, types.BuiltinFunctionType))}
+    return {name: there[name] for name in _names(function.__code__) if name in there}
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

@@ -241,6 +241,18 @@ class TestWhatIsNotGiven:
             monkeypatch.setitem(globals(), "SHIFT", torch.tensor(shift, dtype=torch.float64))
             assert_close(fast(meta, *tasks()), learner.value_and_grad(meta, *tasks()))
 
+    @pytest.mark.parametrize("held", [(torch.relu, torch.tanh), ({1}, {1, 2})], ids=["function", "set"])
+    def test_globals_that_are_exchanged(self, held, monkeypatch):
+        def global_loss(p, x, y):
+            act = HELD if callable(HELD) else torch.relu if 2 in HELD else torch.tanh  # noqa: F821
+            return (act(x @ p["w"]).sum(-1) - y).square().mean()
+
+        learner = maml(global_loss, learning_rate=0.1)
+        fast, meta = recorded(learner.value_and_grad), learner.init(PARAMS)
+        for thing in held:
+            monkeypatch.setitem(globals(), "HELD", thing)
+            assert_close(fast(meta, *tasks()), learner.value_and_grad(meta, *tasks()))
+
     def test_buffers_and_modes_of_modules(self):
         model = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.BatchNorm1d(1)).double().eval()
 
