@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..ops import sdpa
-from ..ops._replacement import BACKWARD, Replacement, unshown
+from ..ops._replacement import BACKWARD, Replacement, called_as, unshown
 
 with contextlib.suppress(ImportError):  # not in every version
     import torch.nn.attention.varlen  # declares its operator
@@ -54,18 +54,9 @@ def installed(*args: Any, **kwargs: Any) -> Tensor:
     return sdpa(*args, **kwargs, backend=Installed.backend)
 
 
-def _called_as(name: str, library: Any = torch.ops.aten) -> set[Any]:
-    """All that an operator of PyTorch can be called as."""
-    packet = getattr(library, name, None)
-    if packet is None:  # not in this version
-        return set()
-    binding = {getattr(torch, name)} if hasattr(torch, name) else set()
-    return {packet, *(getattr(packet, overload) for overload in packet.overloads()), *binding}
-
-
-_REPLACED = {TORCH_SDPA, installed, *_called_as("scaled_dot_product_attention")}
+_REPLACED = {TORCH_SDPA, installed, *called_as("scaled_dot_product_attention")}
 # The last is a custom operator: forward mode takes it for constant (tests/boundaries).
-_FUSED = set[Any]().union(*map(_called_as, _FUSED_NAMES), _called_as("_varlen_attn", torch.ops.torch_attn))
+_FUSED = set[Any]().union(*map(called_as, _FUSED_NAMES), called_as("_varlen_attn", torch.ops.torch_attn))
 _FLEX = getattr(torch.ops.higher_order, "flex_attention", None)
 _SPECIAL = {*_REPLACED, *_FUSED, *BACKWARD, F.multi_head_attention_forward}
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..nn.norm import standardise
 from ..ops._leaves import autocasts
-from ..ops._replacement import Replacement
+from ..ops._replacement import Replacement, called_as
 
 
 def replace_norms() -> Replacement:
@@ -32,8 +32,9 @@ def replace_norms() -> Replacement:
         A context manager.
 
     Raises:
-        NotImplementedError: In the block: a norm that takes a batch's statistics and trains running ones; a
-            higher-order operator (a checkpoint, ``torch.cond``) within one graph of :func:`torch.compile`.
+        NotImplementedError: In the block: a norm that takes a batch's statistics and trains running ones;
+            PyTorch's ``native_layer_norm`` and ``native_batch_norm``, which return statistics; a higher-order
+            operator (a checkpoint, ``torch.cond``) within one graph of :func:`torch.compile`.
 
     Source:
         Ba, Kiros and Hinton 2016 (arXiv 1607.06450), eq. 4. What is wrong: PyTorch's issues 196699, 196700, 198017.
@@ -119,9 +120,35 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, behind: int =
     return (x if bias is None else x + bias[shape]).to(dtype)
 
 
+def _instance_norm_operator(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, *rest: Any
+) -> Tensor:
+    return _instance_norm(input, mean, var, weight, bias, *rest[:3])
+
+
+def _batch_norm_operator(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, *rest: Any
+) -> Tensor:
+    return _batch_norm(input, mean, var, weight, bias, *rest[:3])
+
+
+def _refused(name: str, by: str) -> Callable[..., Tensor]:
+    def refuse(*args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError(
+            f"replace_norms cannot replace {name}, which returns statistics as well and has wrong second derivatives; "
+            f"call torch.nn.functional.{by}"
+        )
+
+    return refuse
+
+
 _WRITTEN_OUT: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
-    torch.layer_norm: _layer_norm,
     F.instance_norm: _instance_norm,
     F.batch_norm: _batch_norm,
+    **dict.fromkeys(called_as("layer_norm"), _layer_norm),
+    **dict.fromkeys(called_as("instance_norm"), _instance_norm_operator),
+    **dict.fromkeys(called_as("batch_norm"), _batch_norm_operator),
+    **dict.fromkeys(called_as("native_layer_norm"), _refused("native_layer_norm", "layer_norm")),
+    **dict.fromkeys(called_as("native_batch_norm"), _refused("native_batch_norm", "batch_norm")),
 }

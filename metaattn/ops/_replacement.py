@@ -21,6 +21,15 @@ _TESTS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_
 _REDISPATCH = getattr(torch.overrides, "redispatch_function", None)  # not in torch 2.11
 
 
+def called_as(name: str, library: Any = torch.ops.aten) -> set[Any]:
+    """All that an operator of PyTorch can be called as."""
+    packet = getattr(library, name, None)
+    if packet is None:  # not in this version
+        return set()
+    binding = {getattr(torch, name)} if hasattr(torch, name) else set()
+    return {packet, *(getattr(packet, overload) for overload in packet.overloads()), *binding}
+
+
 class Replacement(TorchFunctionMode):
     """In its block and thread, functions of PyTorch's run as others, in backward passes too.
 

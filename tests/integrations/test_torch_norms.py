@@ -102,6 +102,22 @@ def test_without_weight_and_by_other_names():
         assert_close(F.instance_norm(x), formula(x, -1))
 
 
+OPERATORS = {
+    "aten.layer_norm": lambda x: torch.ops.aten.layer_norm(x, [5]),
+    "batch_norm": lambda x: torch.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, True),
+    "instance_norm": lambda x: torch.instance_norm(x, None, None, None, None, True, 0.1, 1e-5, True),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators(name):
+    x, t = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    want = lambda x: formula(x, (0, 2)) if name == "batch_norm" else formula(x, -1)
+    with replace_norms():
+        got = grad(lambda x: along(OPERATORS[name], t)(x).sum())(x)
+    assert_close(got, grad(lambda x: along(want, t)(x).sum())(x))
+
+
 def test_a_backward_pass_after_the_block():
     *at, got, want = problem("layer")
     t = torch.randn_like(at[0])
@@ -137,3 +153,5 @@ def test_mistakes():
             nn.InstanceNorm1d(4, track_running_stats=True)(x)
         with pytest.raises(ValueError, match=r"must be normalized_shape, \[4\]; got \[3, 4, 5\]"):
             F.layer_norm(x, (4,))
+        with pytest.raises(NotImplementedError, match=r"cannot replace native_layer_norm.*functional.layer_norm"):
+            torch.native_layer_norm(x, [5], None, None, 1e-5)
