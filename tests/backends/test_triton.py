@@ -292,6 +292,8 @@ def test_refusals():
     assert "serves float16, bfloat16 and float32; got torch.float64" in triton.refuses(
         problem, operands(8, torch.float64)
     )
+    if DEVICE == "cpu":
+        assert "on a CPU serves no bfloat16" in triton.refuses(problem, operands(8, torch.bfloat16))
     assert "needs a CUDA device; the tensors are on meta" in triton.refuses(problem, operands(8, device="meta"))
 
 

@@ -43,6 +43,11 @@ def refuses(problem: Problem, x: Operands) -> str | None:
             f"backend='triton' on a CPU needs a numpy below 2.4, or Triton 3.7; got numpy {np.__version__} and Triton "
             f"{triton.__version__}, whose interpreter fails with it. Install one, or ask for backend='blockwise'"
         )
+    if device.type == "cpu" and x.query.dtype == torch.bfloat16:
+        return (
+            "backend='triton' on a CPU serves no bfloat16, whose products Triton's interpreter has wrong. Convert the "
+            "tensors, or ask for backend='blockwise'"
+        )
     if x.query.dtype not in DTYPES:
         return (
             f"backend='triton' serves float16, bfloat16 and float32; got {x.query.dtype}. Convert the tensors, or ask "
