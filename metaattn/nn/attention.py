@@ -230,12 +230,12 @@ class MultiheadAttention(nn.MultiheadAttention):
     @staticmethod
     def _weights(q: Tensor, k: Tensor, mask: Tensor | None, lse: Tensor, average: bool) -> Tensor:
         """The attention weights, ``exp(scores - lse)``; zeros in a row without keys."""
-        scores = (q @ k.mT) * q.shape[-1] ** -0.5
+        scores = (q.to(lse.dtype) @ k.to(lse.dtype).mT) * q.shape[-1] ** -0.5
         if mask is not None:
-            scores = scores + (_additive(~mask, q.dtype) if mask.dtype == torch.bool else mask)
-        lse = lse.unsqueeze(-1).to(scores.dtype)
+            scores = scores + (_additive(~mask, lse.dtype) if mask.dtype == torch.bool else mask)
+        lse = lse.unsqueeze(-1)
         weights = torch.exp(scores - lse.masked_fill(torch.isinf(lse), 0.0))
-        return weights.mean(1) if average else weights
+        return (weights.mean(1) if average else weights).to(q.dtype)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -123,6 +123,14 @@ def test_derivatives_of_parameters(weights, backend):
     assert_close(vmap(hvp(ours))(stacked), {k: torch.stack([e[k] for e in each]) for k in params})
 
 
+def test_weights_in_16_bits_add_up():
+    x = 3 * torch.randn(2, 20, 32)
+    mine = metaattn.MultiheadAttention(32, 2, batch_first=True).bfloat16()
+    weights = mine(x.bfloat16(), x.bfloat16(), x.bfloat16())[1]
+    assert weights.dtype == torch.bfloat16
+    assert (weights.float().sum(-1) - 1).abs().max() < 2**-8
+
+
 def test_dropout_in_training_only():
     _, ours = _pair({"batch_first": True, "dropout": 0.5})
     x = torch.randn(2, 4, 8, **F64)
