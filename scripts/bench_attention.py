@@ -44,6 +44,11 @@ FOR_AUTO = [(512, 16, 128, 32), (64, 16, 512, 32), (8, 16, 2048, 32)]
 FOR_AUTO += [(256, 16, 128, 64), (64, 16, 256, 64), (64, 16, 333, 64), (16, 16, 1024, 64)]
 FOR_AUTO += [(256, 16, 64, 128), (128, 16, 128, 128), (64, 16, 197, 128), (16, 16, 512, 128), (8, 16, 1024, 128)]
 PARTS = ("auto", "large", "small", "other", "jax", "lengths")
+LEGEND = """`setting`: batch, heads, tokens, head size. `rule`: forward; backward alone; jvp with its forward; hvp, a
+Hessian-vector product with all before it; dbl, a double backward with all before it. `ms`: the GPU's time, of a
+replayed CUDA graph. `TFLOP/s`: of the products that the mathematics needs, half when causal. `of the ceiling`: share of
+what a large matrix product reaches here, {ceiling:.0f} TFLOP/s. `eager ms`: a plain call, the CPU's work included.
+`peak MiB`: above what there was. `error`: against float64, relative, on a slice."""
 
 
 def length_rows(quick: bool) -> list[dict[str, Any]]:
@@ -199,7 +204,9 @@ def write(
     every = [r for r in before if (r["setting"], r["rule"]) not in measured] + rows
     out.with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": every}, indent=0))
     text = "\n".join(table(every, machine["matrix_product_tflops"]))
-    out.with_suffix(".md").write_text(f"# Attention on a GPU\n\n{json.dumps(machine)}\n\n{text}\n")
+    about = f"{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}.\n\n"
+    about += LEGEND.format(ceiling=machine["matrix_product_tflops"])
+    out.with_suffix(".md").write_text(f"# Attention on a GPU\n\n{about}\n\n{text}\n")
     return every
 
 
@@ -235,7 +242,7 @@ def plot_speed(path: Path, rows: list[dict[str, Any]], machine: dict[str, Any]) 
                 width = 0.8 / max(1, len(here))
                 axis.bar(i - 0.4 + (k + 0.5) * width, r["tflops"], width, color=colours[r["who"]])
         axis.set_xticks(range(len(PRODUCTS)), list(PRODUCTS))
-        axis.set_title(f"{', '.join(map(str, shape))} {'causal' if causal else 'full'}", fontsize=9)
+        axis.set_title("{} x {} x {} x {}, {}".format(*shape, "causal" if causal else "full"), fontsize=9)
         axis.grid(axis="y", alpha=0.3)
     for row in axes:
         row[0].set_ylabel("TFLOP/s")
@@ -243,7 +250,8 @@ def plot_speed(path: Path, rows: list[dict[str, Any]], machine: dict[str, Any]) 
     handles = [Rectangle((0, 0), 1, 1, color=colours[n]) for n in shown]
     figure.legend(handles, shown, ncols=len(shown), loc="lower center", fontsize=8, frameon=False)
     figure.suptitle(
-        f"{machine['device']}, bfloat16; matrix products reach {machine['matrix_product_tflops']:.0f} TFLOP/s"
+        f"{machine['device']}, bfloat16, batch x heads x tokens x head size; a large matrix product reaches "
+        f"{machine['matrix_product_tflops']:.0f} TFLOP/s; no bar: refused, out of memory or not measured"
     )
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=110)

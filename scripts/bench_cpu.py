@@ -31,6 +31,8 @@ from metaattn.cli._rules import Attention, derivative
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+LEGEND = """`dense`: PyTorch's math attention. `speed`: dense time over ours, above 1 is faster. `memory`: ours over
+dense, below 1 is less. Each rule with all before it."""
 # Everything from the inputs on.
 RULES = {"forward": "fwd", "backward": "grad", "jvp": "jvp", "hvp": "hvp", "double backward": "dbl"}
 
@@ -101,8 +103,10 @@ def main() -> None:
     }
     a.out.with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
     text = table(rows, a.backends)
-    a.out.with_suffix(".md").write_text(f"# CPU\n\n{json.dumps(machine)}\n\n{text}\n")
-    plot(a.out.with_suffix(".png"), rows, a.backends)
+    setting = f"1 x {a.heads} heads x length x {a.head_size}, float32, {machine['threads']} threads"
+    about = f"{machine['cpu']}, torch {machine['torch']}; {setting}.\n\n{LEGEND}"
+    a.out.with_suffix(".md").write_text(f"# CPU\n\n{about}\n\n{text}\n")
+    plot(a.out.with_suffix(".png"), rows, a.backends, f"{machine['cpu']}, {setting}, causal")
     print(text)
 
 
@@ -126,7 +130,7 @@ def table(rows: list[dict[str, Any]], backends: list[str]) -> str:
     return "\n".join(lines)
 
 
-def plot(path: Path, rows: list[dict[str, Any]], backends: list[str]) -> None:
+def plot(path: Path, rows: list[dict[str, Any]], backends: list[str], title: str) -> None:
     """Time and peak memory against length, one column for each rule, causal."""
     figure, axes = plt.subplots(2, len(RULES), figsize=(3.4 * len(RULES), 6.2), sharex=True)
     for column, name in enumerate(RULES):
@@ -142,6 +146,7 @@ def plot(path: Path, rows: list[dict[str, Any]], backends: list[str]) -> None:
     axes[0, 0].set_ylabel("ms")
     axes[1, 0].set_ylabel("peak MiB")
     axes[0, 0].legend(fontsize=8)
+    figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

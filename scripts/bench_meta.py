@@ -11,7 +11,8 @@ with what it compiles (but kernels that an earlier row compiled, or a run before
 the dtype's bound against float64, and more than twice as much as math attention does in the same dtype, is reported as
 wrong, without a time. ``--profile`` adds what the kernels of a step are: their number and time, by kind. Parts: table,
 jax, and the plots of time and memory against inner steps (1 to 64) and tokens (64 to 16,384); ``--who``, ``--sizes``
-and ``--dtypes`` leave out others. Writes JSON, a table (Markdown) and plots.
+and ``--dtypes`` leave out others. Writes JSON, a table (Markdown) and plots. What an earlier run on the same device and
+version of PyTorch has in --out stays, but for the problems and plots that are measured again.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ WORST = 0.2  # whatever the error of math attention
 PARTS = ("table", "jax", "steps", "tokens")
 MODE: dict[str, Mode] = {"graph": "graph", "captured+inductor": "inductor"}
 OPTIONS: dict[str, Any] = {}  # Inductor's
+LEGEND = """`setting`: tasks, sequences, tokens, layers, width, heads, inner steps. The model is that of the JAX
+program: no biases, no norm weights. `peak MiB`: above what there was before the step; JAX's is what its compiler says.
+`first step`: until its result is there, recording and compiling included. `error`: of the meta-gradient against
+float64, relative, in a reduced problem (2 tasks of 2 sequences of at most 48 tokens; one inner step in bfloat16, at
+most two in float32)."""
 KINDS = {  # of kernels, by their names
     "attention": "^(values|by_row|by_key|by_bias)|cudnn_generated",
     "fused by Inductor": "^triton_",
@@ -306,6 +312,34 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def read(out: Path, machine: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run on the same device and version has written."""
+    path = out.with_suffix(".json")
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"machine": None}
+    if content["machine"] == machine:
+        return content
+    return {"machine": machine, "rows": [], "steps": [], "tokens": [], "earlier": []}
+
+
+def write(out: Path, content: dict[str, Any]) -> None:
+    """JSON and page, after every row: what was measured is not lost where the time is over."""
+    out.with_suffix(".json").write_text(json.dumps(content, indent=0))
+    machine = content["machine"]
+    lines = ["# One meta-step", "", f"{machine['device']}, torch {machine['torch']}.", "", LEGEND, ""]
+    lines += table(content["rows"])
+    for section in content["earlier"]:  # kept by hand: what newer rows are compared with
+        lines += ["", f"## {section['title']}", "", *table(section["rows"])]
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def title(p: Problem, name: str) -> str:
+    """What stays the same in a plot."""
+    parts = {"tasks": p.tasks, "sequences": p.sequences, "tokens": p.tokens, "inner steps": p.steps}
+    varied = "inner steps" if name == "steps" else name
+    sizes = ", ".join(f"{count} {part}" for part, count in parts.items() if part != varied)
+    return f"{sizes}, {p.layers} layers of {p.width}, {str(p.dtype)[6:]}"
+
+
 def plot(path: Path, name: str, rows: list[dict[str, Any]], title: str) -> None:
     """Time and memory against one size."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
@@ -344,27 +378,29 @@ def main() -> None:
     if device.type == "cuda":
         machine["device"] = torch.cuda.get_device_name()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {"machine": machine, "rows": [], "steps": [], "tokens": []}
+    content = read(options.out, machine)
 
-    def save() -> None:
-        options.out.with_suffix(".json").write_text(json.dumps(content, indent=0))
-        text = "\n".join(table(content["rows"]))
-        options.out.with_suffix(".md").write_text(f"# One meta-step\n\n{json.dumps(machine)}\n\n{text}\n")
+    before, rows = content["rows"], []
+
+    def save(row: dict[str, Any]) -> None:
+        rows.append(row)
+        again = {r["setting"] for r in rows}  # with all rows of it: what is compared is of one run
+        content["rows"] = [r for r in before if r["setting"] not in again] + rows
+        write(options.out, content)
 
     sizes = TINY if options.tiny else list(map(SIZES.__getitem__, options.sizes))
     dtypes: list[torch.dtype] = [torch.float32] if options.tiny else [getattr(torch, name) for name in options.dtypes]
     if "table" in options.parts:
         for p in [Problem(*size, dtype) for size in sizes for dtype in dtypes]:
             for who in options.who:
-                content["rows"].append(measure(p, who, device, seconds, options.profile))
-                print(table(content["rows"][-1:])[-1], flush=True)
-                if "kernels" in content["rows"][-1]:
-                    print(json.dumps(content["rows"][-1]["kernels"], indent=1), flush=True)
-                save()
+                row = measure(p, who, device, seconds, options.profile)
+                print(table([row])[-1], flush=True)
+                if "kernels" in row:
+                    print(json.dumps(row["kernels"], indent=1), flush=True)
+                save(row)
     if "jax" in options.parts and importlib.util.find_spec("jax"):
         for row in _jax_lines.rows("_bench_meta_jax.py", json.dumps(sizes), *options.dtypes):
-            content["rows"].append(row)
-            save()
+            save(row)
     start = Problem(*TINY[0], torch.float32) if options.tiny else Problem(4, 2, 256, 4, 256, 4, 1, torch.bfloat16)
     top = 2 if options.tiny else 64
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= top]
@@ -374,11 +410,12 @@ def main() -> None:
         ("tokens", lengths, start._replace(tasks=2, sequences=1)),
     ):
         if name in options.parts:
+            content[name] = []
             for row in sweep(name, values, first, device, seconds):
                 content[name].append(row)
-                save()  # what was measured is not lost where the time is over
+                write(options.out, content)
             path = options.out.with_name(f"{options.out.name}_{name}.png")
-            plot(path, name, content[name], machine["device"])
+            plot(path, name, content[name], f"{machine['device']}, eager: {title(first, name)}")
 
 
 if __name__ == "__main__":
