@@ -3,6 +3,8 @@
 import ast
 import importlib
 import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,18 @@ def test_public_names(name):
         if not n.startswith("_") and getattr(v, "__module__", "").startswith("metaattn") and callable(v)
     }
     assert here <= set(names), f"public but not in {name}.__all__: {sorted(here - set(names))}"
+
+
+def test_tasks_are_imported_when_they_are_asked_for():
+    """They need matplotlib, which takes longer to import than all the rest of ours."""
+    code = """
+import sys, metaattn
+assert "tasks" in dir(metaattn) and "matplotlib" not in sys.modules
+assert metaattn.tasks.stack and "matplotlib" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="module 'metaattn' has no attribute 'task'"):
+        metaattn.task  # noqa: B018
 
 
 def test_files_are_read_in_one_sitting():
