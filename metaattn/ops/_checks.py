@@ -39,6 +39,9 @@ def prepare(
     backend: str | None,
 ) -> Prepared:
     """Check a call and bring its tensors to the form of :class:`Operands`; for what it raises, see ``sdpa``."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        # Sizes are tensors in it, and what it records would have none of our rules.
+        raise NotImplementedError("torch.jit.trace is not served; use torch.compile or make_fx")
     name = current_backend() if backend is None else check_name(backend)
     given = query
     query, key, value = _check_tensors(query=query, key=key, value=value)

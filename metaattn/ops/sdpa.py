@@ -96,7 +96,7 @@ def sdpa(
     Raises:
         TypeError: A dtype or a type that is not served.
         ValueError: Shapes, devices or values that do not go together; an unknown backend.
-        NotImplementedError: The backend asked for cannot serve this call.
+        NotImplementedError: The backend asked for cannot serve this call; a call under :func:`torch.jit.trace`.
 
     Source:
         Vaswani et al. 2017 (arXiv 1706.03762), eq. 1. The rules: ``docs/mathematics.md``.

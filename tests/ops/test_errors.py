@@ -96,6 +96,11 @@ def test_an_error_is_the_same_under_transforms():
         torch.func.jvp(lambda q: metaattn.sdpa(q, X, X), (_x(2, 4, 5, 7),), (_x(2, 4, 5, 7),))
 
 
+def test_jit_trace_is_refused():
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace is not served; use torch.compile or make_fx"):
+        torch.jit.trace(lambda q: metaattn.sdpa(q, X, X), (X,))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels' interpreter is for machines without a GPU")
 def test_batched_gradients_of_third_order():
     """The vmap of ``is_grads_batched`` maps no operator that takes a list."""
