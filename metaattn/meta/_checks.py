@@ -61,11 +61,13 @@ def check_embed(embed: Any) -> None:
 
 def check_meta(meta: Any, groups: Sequence[str]) -> None:
     """Meta-parameters are those that ``init`` gives, with what this learner learns."""
-    if not isinstance(meta, Mapping) or not all(isinstance(meta.get(g), Mapping) and meta[g] for g in groups):
+    expected = f"meta must be what this learner's init(params) returns, with {' and '.join(map(repr, groups))}"
+    if not isinstance(meta, Mapping) or not all(isinstance(meta.get(g), Mapping) for g in groups):
         got = f"a dict of {list(meta)[:3]}" if isinstance(meta, Mapping) else f"a {type(meta).__name__}"
-        raise TypeError(
-            f"meta must be what this learner's init(params) returns, with {' and '.join(map(repr, groups))}; got {got}"
-        )
+        raise TypeError(f"{expected}; got {got}")
+    for g in groups:
+        if not meta[g]:
+            raise TypeError(f"{expected}; its {g!r} are empty: it is of a learner that learns no {g}")
 
 
 def check_tasks(support: Any, query: Any, chunk_size: Any) -> int:

@@ -307,3 +307,5 @@ def test_meta_parameters_of_another_algorithm_are_refused():
     meta, tasks = maml(_regression).init(_params(1, 1)), _sinusoids()
     with pytest.raises(TypeError, match="with 'params' and 'context'; got a dict of"):
         cavia(_regression).value_and_grad(meta, *tasks)
+    with pytest.raises(TypeError, match="its 'rates' are empty: it is of a learner that learns no rates"):
+        meta_sgd(_regression).value_and_grad(meta, *tasks)
