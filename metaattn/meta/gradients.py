@@ -268,8 +268,8 @@ def trajectory(
         ``steps + 1`` dicts of parameters, the first of which is ``params``.
 
     Raises:
-        ValueError: A negative number of steps, an unknown way of differentiating, an unknown parameter; a loss
-            that closes over a tensor whose derivative would be lost.
+        ValueError: A negative number of steps, an unknown way of differentiating, an unknown parameter, a
+            parameter without a learning rate; a loss that closes over a tensor whose derivative would be lost.
         TypeError: Parameters that are no dict of tensors, an optimizer that is none, steps that are no integer.
         NotImplementedError: With ``"mixed"``, a loss that draws random numbers under ``make_fx``, or under a
             :func:`torch.func.vmap` with other numbers for each entry that maps neither parameters nor data; a second

@@ -36,7 +36,15 @@ def rate(rates: Rates, name: str, step: Step) -> float | Tensor:
             steps is shorter than the steps taken, its last entry goes on: of length 1 it is for all steps.
         name: The parameter's.
         step: Counted from 0.
+
+    Returns:
+        A number, a scalar tensor, or a tensor of the parameter's shape.
+
+    Raises:
+        ValueError: A dict without an entry for the parameter.
     """
+    if isinstance(rates, dict) and name not in rates:
+        raise ValueError(f"rates has no entry for {name!r}; it has {sorted(rates)}")
     r = rates[name] if isinstance(rates, dict) else rates
     if isinstance(r, Tensor) and r.dim():
         last = r.shape[0] - 1

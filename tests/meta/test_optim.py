@@ -77,6 +77,7 @@ def test_rates():
         (lambda: momentum(1.0), "beta must be at least 0 and below 1; got 1.0"),
         (lambda: adam(-0.1), "beta1 must be"),
         (lambda: adam(beta2=1.0), "beta2 must be"),
+        (lambda: rate({"v": torch.tensor(0.3)}, "w", 0), r"rates has no entry for 'w'; it has \['v'\]"),
     ],
 )
 def test_errors(make, message):
