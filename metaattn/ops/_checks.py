@@ -216,6 +216,8 @@ def same_form(name: str, primal: Tensor | None, tangent: Tensor | None, operand:
         raise ValueError(f"{name} has no tangent here: it is boolean or absent")
     if tangent.shape != primal.shape:
         raise ValueError(f"the tangent of {name} must have its shape, {list(primal.shape)}; got {list(tangent.shape)}")
+    if tangent.dtype not in (primal.dtype, operand.dtype):  # which differ under autocast alone
+        raise TypeError(f"the tangent of {name} must have its dtype, {primal.dtype}; got {tangent.dtype}: convert it")
     return _expand(_pad(tangent, operand.dim()), operand.shape).to(operand.dtype)
 
 

@@ -7,9 +7,10 @@ from typing import Any, Literal, NamedTuple, overload
 
 from torch import Tensor
 
-from ..backends._protocol import Rows, Tangent, Values
+from ..backends._protocol import Rows, Tangent, Values, accumulator
 from . import _rules as rules
 from ._checks import Prepared, Window, adjoint, prepare, same_form
+from ._leaves import autocasts
 
 
 @overload
@@ -151,7 +152,7 @@ class Hvp(NamedTuple):
 
 
 Primals = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor | None]
-Cotangent = Tensor | tuple[Tensor | None, Tensor | None]
+Cotangent = Tensor | Sequence[Tensor | None]
 
 
 def sdpa_jvp(primals: Primals, tangents: Sequence[Tensor | None], **options: Any) -> Jvp:
@@ -169,7 +170,11 @@ def sdpa_jvp(primals: Primals, tangents: Sequence[Tensor | None], **options: Any
         ``out``, ``lse`` and their tangents; all differentiable.
 
     Raises:
-        ValueError: As :func:`sdpa`; a tangent that does not match its primal; no tangent at all.
+        TypeError: As :func:`sdpa`; primals in one tensor; a tangent that is no tensor, or of another dtype than its
+            primal; an option that is none of the above.
+        ValueError: As :func:`sdpa`; not as many tangents as primals; a tangent of another shape than its primal, or
+            of a mask that is boolean or absent; no tangent at all.
+        NotImplementedError: As :func:`sdpa`.
 
     Example:
         >>> import torch, metaattn
@@ -188,14 +193,17 @@ def sdpa_vjp(primals: Primals, cotangent: Cotangent, **options: Any) -> Vjp:
     Args:
         primals: ``(query, key, value)`` or ``(query, key, value, attn_mask)``, as for :func:`sdpa`.
         cotangent: Of the output, ``[..., Hq, Nq, Dv]``; or a pair of it and one of the lse,
-            ``[..., Hq, Nq]``, either of which may be ``None`` (zero).
+            ``[..., Hq, Nq]``, either of which may be ``None`` (zero). Each in the dtype of what it is of.
         **options: ``dropout_p``, ``is_causal``, ``scale``, ``enable_gqa``, ``window``, ``backend`` of :func:`sdpa`.
 
     Returns:
         ``out``, ``lse`` and the gradients of the primals; all differentiable.
 
     Raises:
-        ValueError: As :func:`sdpa`; a cotangent that does not match the output; no cotangent at all.
+        TypeError: As :func:`sdpa`; primals in one tensor; a cotangent that is neither a tensor nor a pair, or of
+            another dtype than the output or the lse; an option that is none of the above.
+        ValueError: As :func:`sdpa`; a cotangent of another shape than the output or the lse; no cotangent at all.
+        NotImplementedError: As :func:`sdpa`.
 
     Example:
         >>> import torch, metaattn
@@ -225,7 +233,9 @@ def sdpa_hvp(primals: Primals, tangents: Sequence[Tensor | None], cotangent: Cot
         ``out``, ``lse``, their tangents (a by-product) and the Hessian-vector product; all differentiable.
 
     Raises:
-        ValueError: As :func:`sdpa_jvp` and :func:`sdpa_vjp`.
+        TypeError: As :func:`sdpa_jvp` and :func:`sdpa_vjp`.
+        ValueError: Likewise.
+        NotImplementedError: Likewise.
 
     Source:
         Pearlmutter 1994, Fast exact multiplication by the Hessian; the formulas: ``docs/mathematics.md``.
@@ -254,8 +264,11 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def _prepare(primals: Primals, options: dict[str, Any]) -> Prepared:
+    expected = "primals must be (query, key, value) or (query, key, value, attn_mask)"
+    if isinstance(primals, Tensor):  # one of batch size 3 is not three of them
+        raise TypeError(f"{expected}; got one tensor")
     if len(primals) not in (3, 4):
-        raise ValueError(f"primals must be (query, key, value) or (query, key, value, attn_mask); got {len(primals)}")
+        raise ValueError(f"{expected}; got {len(primals)}")
     if unknown := options.keys() - _DEFAULTS.keys():
         raise TypeError(f"unexpected options {sorted(unknown)}; expected some of {sorted(_DEFAULTS)}")
     attn_mask = primals[3] if len(primals) == 4 else None
@@ -276,18 +289,24 @@ def _prepare_tangents(
     return p, tangent
 
 
-def _prepare_cotangent(p: Prepared, cotangent: Cotangent) -> Rows:
-    out, lse = cotangent if isinstance(cotangent, tuple) and len(cotangent) == 2 else (cotangent, None)
-    for name, w, shape in (("out", out, p.out_shape), ("lse", lse, p.out_shape[:-1])):
-        if w is not None and not isinstance(w, Tensor):
+def _prepare_cotangent(p: Prepared, cotangent: Any) -> Rows:
+    out, lse = cotangent if isinstance(cotangent, tuple | list) and len(cotangent) == 2 else (cotangent, None)
+    dtype = p.x.query.dtype
+    for name, w, shape, kind in (("out", out, p.out_shape, dtype), ("lse", lse, p.out_shape[:-1], accumulator(dtype))):
+        if w is None:
+            continue
+        if not isinstance(w, Tensor):
             raise TypeError(f"a cotangent must be a tensor or a pair (of out, of lse); got {type(w).__name__}")
-        if w is not None and tuple(w.shape) != shape:
+        if tuple(w.shape) != shape:
             raise ValueError(f"the cotangent of {name} must have its shape, {list(shape)}; got {list(w.shape)}")
+        if w.dtype != kind and not autocasts(w.device.type):  # under autocast it may be in the dtype of the inputs
+            raise TypeError(f"the cotangent of {name} must have its dtype, {kind}; got {w.dtype}: convert it")
     if out is None and lse is None:
         raise ValueError("both cotangents are None; give at least one")
     rows = p.x.query.shape[:-1]
     return Rows(
-        None if out is None else out.reshape(*rows, p.out_shape[-1]), None if lse is None else lse.reshape(rows)
+        None if out is None else out.to(dtype).reshape(*rows, p.out_shape[-1]),
+        None if lse is None else lse.to(accumulator(dtype)).reshape(rows),
     )
 
 

@@ -102,6 +102,18 @@ def test_missing_tangents_are_zeros(backend):
         metaattn.sdpa_hvp(x, (None, t, None), (t, None), backend=backend),
         metaattn.sdpa_hvp(x, (zero, t, zero), t, backend=backend),
     )
+    assert_close(metaattn.sdpa_vjp(x, [t, None], backend=backend), metaattn.sdpa_vjp(x, t, backend=backend))
+
+
+def test_tangents_and_cotangents_under_autocast():
+    """As the inputs are given, or as autocast has them."""
+    x = tuple(torch.randn(1, 2, 5, 4) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        wide = metaattn.sdpa_hvp(x, x, x[0])
+        narrow = metaattn.sdpa_hvp(x, [t.bfloat16() for t in x], x[0].bfloat16())
+    assert wide.out_tangent.dtype == torch.bfloat16
+    assert wide.product.query.dtype == torch.float32
+    assert_close(wide, narrow)
 
 
 X = tuple(torch.zeros(1, 2, 5, 4) for _ in range(3))
@@ -111,11 +123,25 @@ X = tuple(torch.zeros(1, 2, 5, 4) for _ in range(3))
     ("call", "error", "message"),
     [
         (lambda: metaattn.sdpa_jvp(X[:2], X[:2]), ValueError, r"primals must be \(query, key, value\).*got 2"),
+        (lambda: metaattn.sdpa_jvp(torch.zeros(3, 2, 5, 4), X), TypeError, r"primals must be .*; got one tensor"),
         (lambda: metaattn.sdpa_jvp(X, X[:2]), ValueError, "one tangent for each of the 3 primals; got 2"),
         (lambda: metaattn.sdpa_jvp(X, (None,) * 3), ValueError, "all tangents are None"),
         (lambda: metaattn.sdpa_jvp(X, (X[0][0], None, None)), ValueError, "tangent of query must have its shape"),
         (lambda: metaattn.sdpa_jvp((*X, None), (*X, X[0])), ValueError, "attn_mask has no tangent"),
         (lambda: metaattn.sdpa_jvp((*X, X[0][0, 0, :, :1] > 0), (*X, X[0])), ValueError, "attn_mask has no tangent"),
+        (
+            lambda: metaattn.sdpa_jvp(X, (X[0].double(), None, None)),
+            TypeError,
+            r"tangent of query must have its dtype, torch.float32; got torch.float64: convert it",
+        ),
+        (lambda: metaattn.sdpa_vjp(X, X[0].double()), TypeError, "cotangent of out must have its dtype, torch.float32"),
+        (
+            lambda: metaattn.sdpa_vjp([x.bfloat16() for x in X], (None, X[0][..., 0].bfloat16())),
+            TypeError,
+            "cotangent of lse must have its dtype, torch.float32; got torch.bfloat16",
+        ),
+        (lambda: metaattn.sdpa_vjp(X, (X[0],) * 3), TypeError, r"a tensor or a pair \(of out, of lse\); got tuple"),
+        (lambda: metaattn.sdpa_vjp(X, X[0], backend="vendor"), NotImplementedError, "needs a CUDA device"),
         (lambda: metaattn.sdpa_vjp(X, X[0][0]), ValueError, "cotangent of out must have its shape"),
         (lambda: metaattn.sdpa_vjp(X, (X[0], X[0])), ValueError, "cotangent of lse must have its shape"),
         (lambda: metaattn.sdpa_vjp(X, (None, None)), ValueError, "both cotangents are None"),
