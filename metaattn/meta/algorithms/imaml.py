@@ -14,7 +14,7 @@ def imaml(
     *,
     proximal: float = 1.0,
     damping: float = 0.0,
-    iterations: int = 5,
+    iterations: int = 10,
     tolerance: float = 1e-6,
     **settings: Any,
 ) -> GradientBased:
@@ -26,7 +26,7 @@ def imaml(
         loss: As for :class:`GradientBased`.
         proximal: The strength of the pull to the initial parameters.
         damping: Of the solution, see :class:`metaattn.meta.Implicit`.
-        iterations: Of conjugate gradients.
+        iterations: Of conjugate gradients, at most.
         tolerance: At which they stop.
         **settings: Of :class:`GradientBased`.
 
