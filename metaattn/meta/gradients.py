@@ -109,8 +109,8 @@ class Mixed(Gradient):
 class Truncated(Gradient):
     """``"truncated"``: the last steps alone are differentiated; what they start from is a constant.
 
-    Where all parameters adapt, their initial values have no derivative if there are more steps than that:
-    for learning rates, losses and data.
+    If more steps are taken than are differentiated, initial values of adapted parameters get no derivative: use it to
+    learn rates, losses or data.
 
     Args:
         steps: How many of them are differentiated.
@@ -315,7 +315,7 @@ def adapt(
     adapts: Sequence[str] | None = None,
     gradient: str | Gradient = "reverse",
 ) -> Params:
-    """The end of :func:`trajectory`, which see.
+    """The last entry of :func:`trajectory`, which describes the arguments.
 
     Example:
         >>> import torch

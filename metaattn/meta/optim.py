@@ -92,6 +92,17 @@ def momentum(beta: float = 0.9, *, nesterov: bool = False) -> InnerOptimizer:
 
     Raises:
         ValueError: ``beta`` outside ``[0, 1)``.
+
+    Example:
+        >>> import torch
+        >>> from metaattn.meta import momentum
+        >>> params, gradient = {"w": torch.tensor([1.0])}, {"w": torch.ones(1)}
+        >>> optimizer = momentum(0.5)
+        >>> state = optimizer.init(params)
+        >>> for step in range(2):  # by 0.1 * 1, and then by 0.1 * (0.5 * 1 + 1)
+        ...     params, state = optimizer.update(gradient, state, params, 0.1, step)
+        >>> params["w"]
+        tensor([0.7500])
     """
     if not 0 <= beta < 1:
         raise ValueError(f"beta must be at least 0 and below 1; got {beta}")
@@ -125,6 +136,14 @@ def adam(beta1: float = 0.9, beta2: float = 0.999, *, eps: float = 1e-8, eps_roo
 
     Source:
         Kingma and Ba 2015 (arXiv 1412.6980), algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from metaattn.meta import adam
+        >>> params, gradient = {"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([2.0, -20.0])}
+        >>> optimizer = adam()
+        >>> optimizer.update(gradient, optimizer.init(params), params, 0.1, 0)[0]["w"]  # by the rate, at first
+        tensor([0.9000, 1.1000])
     """
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:

@@ -156,6 +156,10 @@ class Transformer(nn.Module):
         attention: What computes attention, called as :func:`metaattn.sdpa`: for comparisons.
         **changes: Fields of :class:`TransformerConfig`, in place of a config or to change one.
 
+    Raises:
+        ValueError: As :class:`TransformerConfig`.
+        TypeError: Likewise; a change of what is no field.
+
     Source:
         Vaswani et al. 2017 (arXiv 1706.03762); pre-norm: Xiong et al. 2020 (arXiv 2002.04745); images:
         Dosovitskiy et al. 2021 (arXiv 2010.11929).

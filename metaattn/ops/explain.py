@@ -45,6 +45,21 @@ def explain(
     In forward mode over reverse mode the gradient comes from ``second``'s kernel too where one has room for both.
     Third and higher derivatives are by ``blockwise`` for every backend.
 
+    Args:
+        query: As for :func:`sdpa`, as are all others.
+        key: Likewise.
+        value: Likewise.
+        attn_mask: Likewise.
+        dropout_p: Likewise; no random numbers are used up.
+        is_causal: Likewise.
+        scale: Likewise.
+        enable_gqa: Likewise.
+        window: Likewise.
+        backend: Likewise; for one other than ``"auto"`` all it says is that this was asked for.
+
+    Returns:
+        For each primitive the name of a backend and the reason; printed, a table.
+
     Raises:
         TypeError: As :func:`sdpa`.
         ValueError: As :func:`sdpa`.

@@ -86,7 +86,7 @@ def sdpa(
         window: ``(left, right)``: row ``i`` sees keys ``i - left <= j <= i + right``; ``None`` is no
             limit. Combines with ``is_causal`` and with ``attn_mask``.
         return_lse: Also return the log-sum-exp of each row, differentiable like the output.
-        backend: ``"reference"``, ``"blockwise"``, ``"triton"`` or ``"auto"``; by default that of
+        backend: ``"reference"``, ``"blockwise"``, ``"triton"``, ``"vendor"`` or ``"auto"``; by default that of
             :class:`metaattn.use_backend`, else ``"auto"``. One that is asked for serves the call or raises.
 
     Returns:

@@ -55,8 +55,23 @@ def checked_index(index: int, length: int) -> int:
 def stack(episodes: Indexed, start: int, count: int) -> Episode:
     """Episodes ``start … start + count - 1``, stacked in the first dimension: a batch of tasks.
 
+    Args:
+        episodes: What has an episode for each index, all of one shape.
+        start: The index of the first.
+        count: How many.
+
+    Returns:
+        An episode whose tensors are ``[count, …]``: inputs ``[count, samples, …]``.
+
     Raises:
         ValueError: A count below 1.
+        IndexError: An index that there is not.
+
+    Example:
+        >>> from metaattn.tasks import Sinusoids, stack
+        >>> tasks = stack(Sinusoids(shot=5, queries=10), start=0, count=16)
+        >>> tasks.support.inputs.shape, tasks.query.targets.shape
+        (torch.Size([16, 5, 1]), torch.Size([16, 10, 1]))
     """
     if count < 1:
         raise ValueError(f"count must be at least 1; got {count}")

@@ -164,7 +164,19 @@ def maml(loss: Callable[..., Any], **settings: Any) -> GradientBased:
 def first_order_maml(loss: Callable[..., Any], **settings: Any) -> GradientBased:
     """MAML with the inner gradients taken for constants.
 
+    Args:
+        loss: As for :class:`GradientBased`.
+        **settings: Of :class:`GradientBased`, but for ``gradient``.
+
     Source:
         Finn, Abbeel and Levine 2017 (arXiv 1703.03400), section 5.2.
+
+    Example:
+        >>> import torch
+        >>> from metaattn.meta import first_order_maml
+        >>> learner = first_order_maml(lambda params, x: (params["w"] - x).square().sum(), learning_rate=0.25)
+        >>> meta, x = learner.init({"w": torch.zeros(1)}), torch.ones(3, 1)
+        >>> learner.value_and_grad(meta, (x,), (x,))[1]["params"]["w"]  # at 0.5, the end; maml halves it
+        tensor([-1.])
     """
     return GradientBased(loss, **{**settings, "gradient": "first_order"})

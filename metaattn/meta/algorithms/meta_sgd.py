@@ -11,6 +11,10 @@ from .maml import GradientBased
 def meta_sgd(loss: Callable[..., Any], **settings: Any) -> GradientBased:
     """MAML that also learns a learning rate for each element of each parameter.
 
+    Args:
+        loss: As for :class:`GradientBased`.
+        **settings: Of :class:`GradientBased`; ``learning_rate`` is where the learned ones start.
+
     Source:
         Li et al. 2017 (arXiv 1707.09835), algorithm 1.
 

@@ -117,6 +117,23 @@ def proto_maml(loss: Callable[..., Any], *, embed: Embed, way: int, **settings: 
 
     Source:
         Triantafillou et al. 2020 (arXiv 1903.03096), Proto-MAML.
+
+    Example:
+        >>> import torch
+        >>> from metaattn.meta import proto_maml
+        >>> def embed(params, x):
+        ...     return x @ params["w"]
+        >>> def loss(params, x, y):
+        ...     logits = embed(params, x) @ params["head.weight"].mT + params["head.bias"]
+        ...     return torch.nn.functional.cross_entropy(logits, y)
+        >>> learner = proto_maml(loss, embed=embed, way=2, steps=3, learning_rate=0.1)
+        >>> meta = learner.init({"w": torch.eye(2), "head.weight": torch.zeros(2, 2), "head.bias": torch.zeros(2)})
+        >>> list(meta["params"])  # the head is of each task's prototypes
+        ['w']
+        >>> x, y = torch.randn(8, 4, 2), torch.tensor([0, 1, 0, 1]).expand(8, 4)  # eight tasks
+        >>> losses, gradients = learner.value_and_grad(meta, (x, y), (x, y))
+        >>> losses.shape, gradients["params"]["w"].shape
+        (torch.Size([8]), torch.Size([2, 2]))
     """
     check_count("steps", settings.get("steps", 1), 1)
     return Prototypical(loss, **{**settings, "embed": embed, "way": way})
