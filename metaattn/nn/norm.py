@@ -25,10 +25,21 @@ def standardise(x: Tensor, dimensions: int, eps: float) -> Tensor:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation over the last dimension; parameters and arguments of :class:`torch.nn.LayerNorm`.
+    """Layer normalisation over the last dimensions; parameters and arguments of :class:`torch.nn.LayerNorm`.
+
+    In its place where a derivative is more than a Hessian product of one input: there PyTorch's is silently wrong.
 
     Source:
         Ba, Kiros and Hinton 2016 (arXiv 1607.06450).
+
+    Example:
+        >>> import torch
+        >>> from metaattn.nn import LayerNorm
+        >>> norm = LayerNorm(4)
+        >>> norm.load_state_dict(torch.nn.LayerNorm(4).state_dict())
+        <All keys matched successfully>
+        >>> norm(torch.tensor([1.0, 1.0, 3.0, 3.0])).detach()
+        tensor([-1.0000, -1.0000,  1.0000,  1.0000])
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,6 +54,12 @@ class RMSNorm(nn.RMSNorm):
 
     Source:
         Zhang and Sennrich 2019 (arXiv 1910.07467).
+
+    Example:
+        >>> import torch
+        >>> from metaattn.nn import RMSNorm
+        >>> RMSNorm(2)(torch.tensor([1.0, 7.0])).detach()
+        tensor([0.2000, 1.4000])
     """
 
     def forward(self, x: Tensor) -> Tensor:

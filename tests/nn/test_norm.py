@@ -6,7 +6,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from metaattn.nn.norm import LayerNorm, RMSNorm
+from metaattn.nn import LayerNorm, RMSNorm
 from tests.helpers import TOLERANCE, assert_close
 
 PAIRS = [(LayerNorm, torch.nn.LayerNorm), (RMSNorm, torch.nn.RMSNorm)]
