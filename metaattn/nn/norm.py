@@ -50,7 +50,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square normalisation over the last dimension; as :class:`torch.nn.RMSNorm`.
+    """Root-mean-square normalisation over the last dimensions; as :class:`torch.nn.RMSNorm`.
 
     Source:
         Zhang and Sennrich 2019 (arXiv 1910.07467).
@@ -64,8 +64,9 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x / sqrt(mean(x^2) + eps) * weight``, statistics in float32 or wider."""
+        over = tuple(range(-len(self.normalized_shape), 0))
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        scaled = wide * torch.rsqrt(wide.square().mean(over, keepdim=True) + eps)
         out = scaled.to(x.dtype)
         return out if self.weight is None else out * self.weight

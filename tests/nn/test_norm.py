@@ -30,6 +30,12 @@ def test_like_torch(ours, theirs, dtype):
     assert_close(module(x), other(x), dtype, factor=2)
 
 
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_over_several_dimensions(ours, theirs):
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    assert_close(ours((4, 5), dtype=torch.float64)(x), theirs((4, 5), dtype=torch.float64)(x))
+
+
 @pytest.mark.parametrize("cls", [LayerNorm, RMSNorm])
 def test_gradcheck(cls):
     module = _module(cls)
