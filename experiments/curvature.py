@@ -8,7 +8,8 @@ are not those of a symmetric matrix.
 A minute on a CPU, most of it the training of a small model on sinusoids. For a run of train_maml.py:
   python -m experiments.curvature checkpoint=outputs/glyphs/DATE lanczos=60 tasks=2
 
-It needs curvlinops: pip install "metaattn[curvlinops]".
+It needs curvlinops, in a clone of the repository:
+  pip install -r requirements.txt -c requirements-integrations.txt -e ".[curvlinops]"
 
 Source: Lanczos quadrature of a Hessian's spectrum: Papyan 2020 (JMLR 21, 20-933), algorithm 2; a step of gradient
 descent at the rate a is stable up to the eigenvalue 2/a: Cohen et al. 2021 (arXiv 2103.00065), section 2.
@@ -236,7 +237,10 @@ def main() -> None:
     try:
         import curvlinops  # noqa: F401
     except ImportError:
-        fail("curvlinops is needed: pip install 'metaattn[curvlinops]'")
+        fail(
+            "curvlinops is needed; in a clone of the repository: "
+            'pip install -r requirements.txt -c requirements-integrations.txt -e ".[curvlinops]"'
+        )
     try:
         check_limits(s, LIMITS)
         source = train_small(s, out / "run") if s.checkpoint is None else Path(s.checkpoint)

@@ -11,7 +11,10 @@ from torch import nn
 from ..nn.norm import LayerNorm
 from ..ops import checkpoint
 
-MISSING = 'Transformers 5 is needed: pip install "metaattn[transformers]"'
+MISSING = (
+    "Transformers 5 is needed; in a clone of the repository: "
+    'pip install -r requirements.txt -c requirements-integrations.txt -e ".[transformers]"'
+)
 
 
 def replace_layer_norms(model: nn.Module) -> nn.Module:

@@ -54,7 +54,10 @@ def differentiable(model: nn.Module, *, backend: str | None = None) -> Iterator[
     try:
         from diffusers import attention_backend
     except ImportError as error:
-        raise ImportError("diffusers is needed: pip install 'metaattn[diffusers]'") from error
+        raise ImportError(
+            "diffusers is needed; in a clone of the repository: "
+            'pip install -r requirements.txt -c requirements-integrations.txt -e ".[diffusers]"'
+        ) from error
     _check(model)
     with attention_backend("native"), replace_sdpa(backend=backend), replace_norms():
         yield

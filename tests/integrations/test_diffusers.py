@@ -258,7 +258,7 @@ def test_another_backend_that_is_active_waits_outside():
 def test_without_diffusers(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with (
-        pytest.raises(ImportError, match=r"pip install 'metaattn\[diffusers\]'"),
+        pytest.raises(ImportError, match=r'-c requirements-integrations.txt -e "\.\[diffusers\]"'),
         differentiable(torch.nn.Linear(1, 1)),
     ):
         pass

@@ -265,7 +265,7 @@ def test_every_part_of_attention_in_this_release_is_known():
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r'pip install "metaattn\[transformers\]"'):
+    with pytest.raises(ImportError, match=r'-c requirements-integrations.txt -e "\.\[transformers\]"'):
         integration.register()
 
 
