@@ -1,8 +1,8 @@
 """A step captured once as a CUDA graph and replayed: no Python, no launches, no ``torch.func`` at run time.
 
-A meta-step is small operations in great number, so that an eager one waits for the CPU: on an H100 236 ms, where the
-replay of the same operations takes 24. A graph is of fixed addresses: what a call brings is copied into buffers, and
-what it returns is copied out of them.
+A meta-step is small operations in great number, so that an eager one waits for the CPU: on an H100 863 ms, where the
+replay of the same operations takes 45 (float32, mixed mode: ``docs/benchmarks/meta.md``). A graph is of fixed
+addresses: what a call brings is copied into buffers, and what it returns is copied out of them.
 
 A replay has as many kernels as the eager step. Fewer of them, and less to read and write, need a compiler: with
 ``mode="inductor"`` the inner steps, the outer loss and their derivatives are recorded, each as one graph whatever the
