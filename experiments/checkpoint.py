@@ -65,6 +65,11 @@ def find(path: str | Path, name: str = "latest.pt") -> Path:
     path = Path(path)
     if path.is_dir():
         if not (path / name).is_file():
+            if (path / "latest.pt").is_file():
+                raise UserError(
+                    f"{path} has no {name}, as no validation has been done; evaluate its last state with "
+                    f"checkpoint={path / 'latest.pt'}, or go on with resume={path}"
+                )
             raise UserError(f"{path} holds no {name}: it is not the directory of a run that saved a checkpoint")
         return path / name
     if not path.is_file():

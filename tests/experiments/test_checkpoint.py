@@ -75,6 +75,13 @@ def test_a_kill_at_any_instant_leaves_a_readable_one(tmp_path):
         assert (content["data"] == content["step"]).all()
 
 
+def test_a_run_without_a_validation_says_what_there_is(tmp_path):
+    checkpoint.save(tmp_path / "latest.pt", {"step": 3})
+    assert checkpoint.find(tmp_path) == tmp_path / "latest.pt"
+    with pytest.raises(UserError, match=r"has no best\.pt, as no validation .* checkpoint=\S+/latest\.pt, or"):
+        checkpoint.find(tmp_path, "best.pt")
+
+
 def test_another_version_says_so(tmp_path):
     torch.save({"format": checkpoint.FORMAT, "version": 99}, tmp_path / "a.pt")
     with pytest.raises(UserError, match="format version 99; this program reads version 1"):
