@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 
 from metaattn.meta.algorithms import MetaParams
@@ -40,9 +42,13 @@ Row = dict[str, Any]
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON, whole or not at all; numbers that are not finite, which JSON does not have, as ``null``."""
     with replacing(path) as file:
-        file.write(json.dumps(content, indent=2).encode())
+        file.write(json.dumps(tree_map(_or_null, content), indent=2, allow_nan=False).encode())
+
+
+def _or_null(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Metrics:
@@ -133,16 +139,28 @@ def learning(path: Path, rows: list[Row], metric: str, baseline: float | None) -
 
 
 def adaptation(path: Path, values: Tensor, metric: str, trained: int, neighbour: float, chance: float | None) -> None:
-    """The metric at each inner step on held-out tasks, ``values`` ``[tasks, steps + 1]``, with its 95% band."""
+    """The metric at each inner step on held-out tasks, ``values`` ``[tasks, steps + 1]``, with its 95% band.
+
+    Past the ``trained`` number of steps the inner loop may diverge: the axis keeps near what is before, and marks where
+    the mean is beyond it.
+    """
     figure, axis = plt.subplots(figsize=(6.5, 4.8))
     steps, mean = range(values.shape[1]), values.mean(0).numpy()
     half = 1.96 * (values.std(0) / len(values) ** 0.5).numpy()
+    kept = [y for y in (neighbour, chance, *mean[: trained + 1]) if y is not None and math.isfinite(y)]
+    top = 2 * max(kept) - min(kept)  # room for as much again
+    beyond = {s: y if math.isfinite(y) else math.inf for s, y in zip(steps, mean, strict=True) if not y <= top}
+    mean[list(beyond)] = math.nan
     axis.plot(steps, mean, "-o", color=BLUE, ms=4, label=f"mean of {len(values)} held-out tasks")
     axis.fill_between(steps, mean - half, mean + half, color=BLUE, alpha=0.25, lw=0, label="95% interval of the mean")
     axis.axvline(trained, color=GREEN, lw=1, ls=":", label=f"trained for {trained} steps")
     axis.axhline(neighbour, color=RED, lw=1, ls="--", label="nearest neighbour")
     if chance is not None:
         axis.axhline(chance, color="black", lw=0.8, ls="--", label="chance")
+    if beyond:
+        label = f"beyond the axis, up to {max(beyond.values()):.2g}"
+        at_top = {"transform": axis.get_xaxis_transform(), "clip_on": False}
+        axis.plot(list(beyond), [1.0] * len(beyond), "^", color=RED, label=label, **at_top)
     axis.set(xlabel="inner step", ylabel=metric, title="Adaptation to a new task")
     axis.grid(alpha=0.3)
     _steps(axis)

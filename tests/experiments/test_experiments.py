@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 
@@ -114,11 +115,21 @@ def test_schedule():
     assert learning_rate(c, 99) == 1.0
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "loss"])
-def test_legends_cover_no_data_and_steps_are_whole(metric, tmp_path, monkeypatch):
+@pytest.fixture
+def figures(monkeypatch):
+    """What is drawn."""
     figures = []
     save = report._save
     monkeypatch.setattr(report, "_save", lambda figure, path: (save(figure, path), figures.append(figure)))
+    return figures
+
+
+def _legend(axis):
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_legends_cover_no_data_and_steps_are_whole(metric, tmp_path, figures):
     numbers = {f"{name}_{when}": 0.5 for name in ("loss", "accuracy") for when in ("before", "after")}
     rows = [{"step": step, "split": split, **numbers} for split in ("train", "validation") for step in (1, 4, 7)]
     chance = None if metric == "loss" else 0.2
@@ -128,6 +139,22 @@ def test_legends_cover_no_data_and_steps_are_whole(metric, tmp_path, monkeypatch
         for axis in figure.axes:
             assert not axis.get_legend().get_window_extent().overlaps(axis.get_window_extent())
             assert all(float(tick).is_integer() for tick in axis.get_xticks())
+
+
+@pytest.mark.parametrize("far", [[1e3, 1e26], [math.inf, math.nan]])
+def test_an_inner_loop_that_diverges_leaves_the_axis_to_what_was_trained(far, tmp_path, figures):
+    values = torch.tensor([[4.0, 2.0, 5.0, *far]]).repeat(3, 1).double()
+    report.adaptation(tmp_path / "adaptation.png", values, "loss", 1, 1.0, None)
+    (axis,) = figures[0].axes
+    low, high = axis.get_ylim()
+    assert low < 1.0
+    assert 5.0 < high < 10.0
+    assert f"beyond the axis, up to {'inf' if math.inf in far else '1e+26'}" in _legend(axis)
+
+
+def test_json_has_no_numbers_that_are_not_finite(tmp_path):
+    report.write_json(tmp_path / "a.json", {"at": [1.0, math.inf, math.nan], "of": {"chance": None}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"at": [1.0, None, None], "of": {"chance": None}}
 
 
 def test_metrics_survive_a_cut_line(tmp_path):
