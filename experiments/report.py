@@ -123,7 +123,7 @@ def learning(path: Path, rows: list[Row], metric: str, baseline: float | None) -
         for split, width in (("train", 1.0), ("validation", 2.0)):
             part = [r for r in rows if r["split"] == split]
             x = [r["step"] for r in part]
-            marker = "o" if split == "validation" and len(x) < 40 else None
+            marker = "o" if len(x) < 40 else None  # of a single row there is no line
             for when, colour in (("before", GREY), ("after", BLUE if split == "train" else RED)):
                 y = [r[f"{name}_{when}"] for r in part]
                 style = ":" if when == "before" else "-"

@@ -13,6 +13,7 @@ from experiments import boundary, report, second_order
 from experiments.config import Backend, Precision
 from experiments.train import learning_rate
 
+NUMBERS = {f"{name}_{when}": 0.5 for name in ("loss", "accuracy") for when in ("before", "after")}
 FAST = {"inner_steps": [1, 2], "tasks": 2, "way": 3, "dim": 8, "depth": 1}
 
 
@@ -130,8 +131,7 @@ def _legend(axis):
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_legends_cover_no_data_and_steps_are_whole(metric, tmp_path, figures):
-    numbers = {f"{name}_{when}": 0.5 for name in ("loss", "accuracy") for when in ("before", "after")}
-    rows = [{"step": step, "split": split, **numbers} for split in ("train", "validation") for step in (1, 4, 7)]
+    rows = [{"step": step, "split": split, **NUMBERS} for split in ("train", "validation") for step in (1, 4, 7)]
     chance = None if metric == "loss" else 0.2
     report.learning(tmp_path / "learning.png", rows, metric, chance)
     report.adaptation(tmp_path / "adaptation.png", torch.rand(5, 4), metric, 3, 0.5, chance)
@@ -150,6 +150,11 @@ def test_an_inner_loop_that_diverges_leaves_the_axis_to_what_was_trained(far, tm
     assert low < 1.0
     assert 5.0 < high < 10.0
     assert f"beyond the axis, up to {'inf' if math.inf in far else '1e+26'}" in _legend(axis)
+
+
+def test_a_single_row_is_drawn(tmp_path, figures):
+    report.learning(tmp_path / "learning.png", [{"step": 1, "split": "train", **NUMBERS}], "loss", None)
+    assert {line.get_marker() for line in figures[0].axes[0].lines if len(line.get_xdata())} == {"o"}
 
 
 def test_json_has_no_numbers_that_are_not_finite(tmp_path):
