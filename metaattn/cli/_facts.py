@@ -21,10 +21,11 @@ PACKAGE = Path(__file__).parent.parent
 
 def facts() -> dict[str, str]:
     """By subject, one line each: versions, GPUs, folders, extras."""
+    threads = torch.get_num_threads()
     lines = {
         "metaattn": f"{metaattn.__version__}, {PACKAGE}",
         "Python": f"{platform.python_version()}, {platform.platform()}",
-        "PyTorch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "PyTorch": f"{torch.__version__}, {threads} thread{'s' * (threads != 1)}",
         "Triton": f"{version('triton') or 'not installed'}; TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET', '')}",
         "CUDA": _cuda(),
     }

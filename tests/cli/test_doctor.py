@@ -107,6 +107,9 @@ def test_threads_are_as_before(capsys):
     try:
         main(["doctor", "--device", "cpu", "--backend", "reference"])
         assert torch.get_num_threads() == 2
+        assert ", 2 threads\n" in capsys.readouterr().out
+        torch.set_num_threads(1)
+        assert _facts.facts()["PyTorch"].endswith(", 1 thread")
     finally:
         torch.set_num_threads(before)
 
