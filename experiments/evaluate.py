@@ -70,6 +70,8 @@ def test(run: Setup, meta: MetaParams, out: Path, step: int) -> dict[str, Any]:
     """Evaluate on held-out test tasks; the first rank writes the plots and ``summary.json``; the summary."""
     c = run.config
     steps = max(c.algorithm.steps, 10) if c.test.steps is None else c.test.steps
+    if c.algorithm.steps == 0:  # prototypes are all the adaptation that there is
+        steps = 0
     curves, baseline = held_out(run, meta, "test", c.test.tasks, c.test.chunk_size, steps, progress=True)
     trained = min(c.algorithm.steps, steps)
     before, after = interval(curves[run.metric][:, 0]), interval(curves[run.metric][:, trained])
@@ -87,7 +89,8 @@ def test(run: Setup, meta: MetaParams, out: Path, step: int) -> dict[str, Any]:
     }
     if not distributed.is_first():
         return summary
-    report.adaptation(out / "adaptation.png", curves[run.metric], run.metric, trained, neighbour[0], run.chance)
+    if steps:
+        report.adaptation(out / "adaptation.png", curves[run.metric], run.metric, trained, neighbour[0], run.chance)
     one = run.tasks("test", 0, 1)
     report.episode(out / "episode.png", run, meta, one)
     report.write_json(out / "summary.json", summary)
@@ -101,16 +104,20 @@ def table(summary: dict[str, Any], out: Path) -> str:
     def show(name: str, entry: dict[str, float]) -> str:
         factor, unit = (100, "%") if percent else (1, "")
         mean, ci = factor * entry["mean"], factor * entry["ci95"]
-        return f"  {name:<28} {mean:7.2f}{unit} ± {ci:.2f}"
+        return f"  {name:<31} {mean:7.2f}{unit} ± {ci:.2f}"
 
+    steps = summary["inner_steps"]
     lines = [
-        f"{summary['metric']} on {summary['tasks']} held-out test tasks, mean and 95% interval, step {summary['step']}",
-        show(f"after {summary['inner_steps']} inner steps", summary["after"]),
-        show("before adaptation", summary["before"]),
-        show("nearest neighbour", summary["nearest_neighbour"]),
+        f"{summary['metric']} on {summary['tasks']} held-out test tasks, mean and 95% interval, step {summary['step']}"
     ]
+    if steps:
+        lines.append(show(f"after {steps} inner step{'s' * (steps != 1)}", summary["after"]))
+        lines.append(show("before adaptation", summary["before"]))
+    else:
+        lines.append(show("from prototypes, no inner steps", summary["after"]))
+    lines.append(show("nearest neighbour", summary["nearest_neighbour"]))
     if summary["chance"] is not None:
-        lines.append(f"  {'chance':<28} {100 * summary['chance']:7.2f}%")
+        lines.append(f"  {'chance':<31} {100 * summary['chance']:7.2f}%")
     return "\n".join([*lines, f"  written to {out}"])
 
 

@@ -153,7 +153,7 @@ def adaptation(path: Path, values: Tensor, metric: str, trained: int, neighbour:
     mean[list(beyond)] = math.nan
     axis.plot(steps, mean, "-o", color=BLUE, ms=4, label=f"mean of {len(values)} held-out tasks")
     axis.fill_between(steps, mean - half, mean + half, color=BLUE, alpha=0.25, lw=0, label="95% interval of the mean")
-    axis.axvline(trained, color=GREEN, lw=1, ls=":", label=f"trained for {trained} steps")
+    axis.axvline(trained, color=GREEN, lw=1, ls=":", label=f"trained for {trained} step{'s' * (trained != 1)}")
     axis.axhline(neighbour, color=RED, lw=1, ls="--", label="nearest neighbour")
     if chance is not None:
         axis.axhline(chance, color="black", lw=0.8, ls="--", label="chance")

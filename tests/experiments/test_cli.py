@@ -249,7 +249,9 @@ def test_null_takes_back_what_the_checkpoint_says(command, tmp_path):
     assert command(*SMOKE, "train.steps=1", "test.tasks=2", "test.steps=1", f"hydra.run.dir={tmp_path}/run")[0] == 0
     steps = lambda: len(json.loads((tmp_path / "e" / "summary.json").read_text())["at_each_step"])
     evaluate = ["mode=evaluate", f"checkpoint={tmp_path}/run", f"hydra.run.dir={tmp_path}/e"]
-    assert (command(*evaluate)[0], steps()) == (0, 2)
+    code, out, _ = command(*evaluate)
+    assert (code, steps()) == (0, 2)
+    assert "after 1 inner step " in out
     assert (command(*evaluate, "test.steps=null")[0], steps()) == (0, 11)
 
 
@@ -275,10 +277,13 @@ def test_algorithms_and_sinusoids(command, algorithm, tmp_path):
 
 
 @pytest.mark.parametrize("algorithm", ["prototypical", "proto_maml"])
-def test_algorithms_of_classification(command, algorithm):
+def test_algorithms_of_classification(command, algorithm, tmp_path):
     code, out, _ = command(*SMOKE, f"algorithm={algorithm}", "train.steps=3", "train.validate_every=3", "test.tasks=4")
     assert code == 0
-    assert f"after {0 if algorithm == 'prototypical' else 3} inner steps" in out
+    inner = algorithm != "prototypical"
+    assert ("after 3 inner steps" in out) == ("before adaptation" in out) == inner
+    assert ("from prototypes, no inner steps" in out) != inner
+    assert (_only(tmp_path / "outputs" / "glyphs") / "adaptation.png").exists() == inner
 
 
 @pytest.mark.parametrize("gradient", ["mixed", "truncated", "implicit"])

@@ -149,6 +149,7 @@ def test_an_inner_loop_that_diverges_leaves_the_axis_to_what_was_trained(far, tm
     low, high = axis.get_ylim()
     assert low < 1.0
     assert 5.0 < high < 10.0
+    assert "trained for 1 step" in _legend(axis)
     assert f"beyond the axis, up to {'inf' if math.inf in far else '1e+26'}" in _legend(axis)
 
 
