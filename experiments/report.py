@@ -115,8 +115,11 @@ def _steps(axis: Axes) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
-def learning(path: Path, rows: list[Row], metric: str, baseline: float | None) -> None:
-    """Loss and metric against outer steps, before and after adaptation, in training and on held-out tasks."""
+def learning(path: Path, rows: list[Row], metric: str, baseline: float | None, *, seen: bool = False) -> None:
+    """Loss and metric against outer steps, before and after adaptation, in training and on held-out tasks.
+
+    ``seen`` tells that in training a task adapts to its query set too, as Reptile's do: the curve is no held-out one.
+    """
     names = ["loss"] if metric == "loss" else ["loss", "accuracy"]
     figure, axes = plt.subplots(1, len(names), figsize=(6.5 * len(names), 4.8), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
@@ -128,6 +131,8 @@ def learning(path: Path, rows: list[Row], metric: str, baseline: float | None) -
                 y = [r[f"{name}_{when}"] for r in part]
                 style = ":" if when == "before" else "-"
                 label = f"{split}, {when} adaptation"
+                if seen and (split, when) == ("train", "after"):
+                    label = "train, adapted to these samples too"
                 axis.plot(x, y, style, color=colour, lw=width, marker=marker, ms=3, label=label, alpha=0.9)
         if name == "accuracy" and baseline is not None:
             axis.axhline(baseline, color="black", lw=0.8, ls="--", label="chance")

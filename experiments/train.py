@@ -21,7 +21,7 @@ from metaattn.meta import capture
 from metaattn.meta.algorithms import MetaParams
 
 from . import checkpoint, distributed, evaluate, report
-from .config import Compile, Config, Schedule
+from .config import Compile, Config, Kind, Schedule
 from .errors import RunStoppedError
 from .setup import Setup
 
@@ -258,7 +258,8 @@ def train(run: Setup, out: Path, resume: Path | None) -> dict[str, Any]:
         if trainer.metrics is not None:
             trainer.metrics.close()
             if trainer.metrics.rows:
-                report.learning(out / "learning.png", trainer.metrics.rows, run.metric, run.chance)
+                seen = run.config.algorithm.kind is Kind.reptile
+                report.learning(out / "learning.png", trainer.metrics.rows, run.metric, run.chance, seen=seen)
     seconds = time.perf_counter() - began
     best: MetaParams = evaluate.restore_meta(run, checkpoint.load(out / "best.pt")["meta"])
     summary = evaluate.test(run, best, out, checkpoint.load(out / "best.pt")["step"])

@@ -158,6 +158,20 @@ def test_a_single_row_is_drawn(tmp_path, figures):
     assert {line.get_marker() for line in figures[0].axes[0].lines if len(line.get_xdata())} == {"o"}
 
 
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_curve_of_samples_that_were_adapted_to_says_so(seen, tmp_path, figures):
+    report.learning(tmp_path / "learning.png", [{"step": 1, "split": "train", **NUMBERS}], "loss", None, seen=seen)
+    assert ("train, adapted to these samples too" in _legend(figures[0].axes[0])) == seen
+    assert ("train, after adaptation" in _legend(figures[0].axes[0])) != seen
+
+
+@pytest.mark.parametrize(("way", "said"), [(10, "right"), (12, "right\n(10 of 12 classes shown)")])
+def test_an_episode_tells_how_many_of_its_classes_are_shown(way, said, tmp_path, figures):
+    samples = [torch.rand(way, 4, 4), torch.arange(way)]
+    report._classification(tmp_path / "episode.png", samples, samples, torch.arange(way), way)
+    assert figures[0].get_suptitle() == f"One held-out task, adapted: 100% of the queries {said}"
+
+
 def test_json_has_no_numbers_that_are_not_finite(tmp_path):
     report.write_json(tmp_path / "a.json", {"at": [1.0, math.inf, math.nan], "of": {"chance": None}})
     assert json.loads((tmp_path / "a.json").read_text()) == {"at": [1.0, None, None], "of": {"chance": None}}
