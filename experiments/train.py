@@ -97,8 +97,8 @@ class Trainer:
         )
         if self.config.compile is not Compile.none and run.learner.at(0.0) is not run.learner:
             warnings.warn(
-                f"the steps run eagerly: algorithm={self.config.algorithm.name} changes from step to step, and a graph "
-                f"is of fixed settings; leave out compile={self.config.compile.value}",
+                f"the steps run eagerly: algorithm={self.config.algorithm.name} changes from step to step, and a "
+                f"compiled or captured step has fixed settings; leave out compile={self.config.compile.value}",
                 stacklevel=2,
             )
         self._drawn: tuple[int, Any] = (-1, None)  # the tasks of a step, on the CPU
