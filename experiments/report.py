@@ -226,5 +226,6 @@ def _classification(path: Path, support: list[Tensor], query: list[Tensor], gues
     axes[0, 0].set_title("support", fontsize=9, color=BLUE)
     axes[0, shots_shown].set_title("query", fontsize=9)
     right = (guesses == query[1]).float().mean().item()
-    figure.suptitle(f"One held-out task, adapted: {right:.0%} of the queries right", fontsize=10)
+    title = f"One held-out task, adapted: {right:.0%} of the queries right"
+    figure.suptitle(title + f"\n({shown} of {way} classes shown)" * (shown < way), fontsize=10)
     _save(figure, path)
