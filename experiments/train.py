@@ -22,7 +22,7 @@ from metaattn.meta.algorithms import MetaParams
 
 from . import checkpoint, distributed, evaluate, report
 from .config import Compile, Config, Kind, Schedule
-from .errors import RunStoppedError
+from .errors import RunStoppedError, UserError
 from .setup import Setup
 
 
@@ -74,18 +74,26 @@ class Trainer:
         run: What to train.
         out: Where to write.
         resume: The checkpoint to go on from.
+
+    Raises:
+        UserError: Fewer tasks than processes, or fewer steps than the checkpoint has.
     """
 
     def __init__(self, run: Setup, out: Path, resume: Path | None) -> None:
         self.run, self.out, self.config = run, out, run.config
         self.first_task, self.tasks = distributed.share(self.config.train.tasks)
-        self.step, self.best = 0, -math.inf
+        self.step, self.best, self._began = 0, -math.inf, time.perf_counter()
         content = checkpoint.load(resume) if resume else None
         if content is None:
             self.meta = run.learner.init(dict(run.model.named_parameters()))
         else:
             self.meta = evaluate.restore_meta(run, content["meta"])
             self.step, self.best = content["step"], content["best"]
+            self._began -= content.get("seconds", 0.0)  # older checkpoints have none
+            if self.step > self.config.train.steps:
+                raise UserError(
+                    f"the run is at step {self.step} already; train.steps={self.config.train.steps} would do nothing"
+                )
         self.leaves = [t for group in self.meta.values() for t in group.values()]
         self.optimizer = torch.optim.Adam(self.leaves, self.config.train.learning_rate)
         if content is not None:
@@ -104,6 +112,11 @@ class Trainer:
         self._drawn: tuple[int, Any] = (-1, None)  # the tasks of a step, on the CPU
         self.metrics = report.Metrics(out, self.step) if distributed.is_first() else None
 
+    @property
+    def seconds(self) -> float:
+        """How long the run has trained, in all of its sessions."""
+        return time.perf_counter() - self._began
+
     def save(self, name: str) -> None:
         """Write a checkpoint of now: the first rank does."""
         if not distributed.is_first():
@@ -113,6 +126,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "best": self.best,
+            "seconds": self.seconds,
             "rng": checkpoint.rng_state(),
             "config": OmegaConf.to_container(OmegaConf.structured(self.config), resolve=True, enum_to_str=True),
             "torch": str(torch.__version__),
@@ -251,7 +265,6 @@ def _postfix(row: dict[str, float]) -> str:
 def train(run: Setup, out: Path, resume: Path | None) -> dict[str, Any]:
     """Meta-train, evaluate the best checkpoint on test tasks, write all that a run leaves; the summary."""
     trainer = Trainer(run, out, resume)
-    began = time.perf_counter()
     try:
         trainer.train()
     finally:
@@ -260,9 +273,10 @@ def train(run: Setup, out: Path, resume: Path | None) -> dict[str, Any]:
             if trainer.metrics.rows:
                 seen = run.config.algorithm.kind is Kind.reptile
                 report.learning(out / "learning.png", trainer.metrics.rows, run.metric, run.chance, seen=seen)
-    seconds = time.perf_counter() - began
-    best: MetaParams = evaluate.restore_meta(run, checkpoint.load(out / "best.pt")["meta"])
-    summary = evaluate.test(run, best, out, checkpoint.load(out / "best.pt")["step"])
+    seconds = trainer.seconds
+    content = checkpoint.load(checkpoint.find(out, "best.pt"))
+    best: MetaParams = evaluate.restore_meta(run, content["meta"])
+    summary = evaluate.test(run, best, out, content["step"])
     summary |= {"seconds": seconds, "parameters": sum(p.numel() for p in run.model.parameters())}
     if distributed.is_first():
         report.write_json(out / "summary.json", summary)

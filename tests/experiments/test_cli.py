@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -431,6 +432,38 @@ def test_resume_refuses_another_run(finished, command):
     code, _, err = command(f"resume={finished[0]}", "model.dim=32")
     assert code == 2
     assert "model.dim cannot change when a run is resumed" in err
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """The finished run, to resume."""
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+def test_resume_refuses_fewer_steps_than_are_done(copy, command):
+    _assert_mistake(
+        command(f"resume={copy}", "train.steps=3"),
+        "the run is at step 20 already; train.steps=3 would do nothing",
+    )
+
+
+def test_resuming_a_finished_run_evaluates_it_again(copy, finished, command):
+    summary = json.loads((copy / "summary.json").read_text())
+    code, out, _ = command(f"resume={copy}")
+    again = json.loads((copy / "summary.json").read_text())
+    assert code == 0
+    assert out.splitlines()[:-1] == finished[1].splitlines()[-6:-1]
+    assert again.pop("seconds") == pytest.approx(summary.pop("seconds"), abs=30)
+    assert again == summary
+
+
+@pytest.mark.parametrize("before", [{"seconds": 1000.0}, {}])  # older checkpoints have none
+def test_the_seconds_of_all_sessions_count(before, copy, command):
+    content = checkpoint.load(copy / "latest.pt")
+    del content["seconds"]
+    checkpoint.save(copy / "latest.pt", {**content, **before})
+    assert command(f"resume={copy}", "threads=1", "train.steps=21", "test.tasks=2")[0] == 0
+    assert 0 < json.loads((copy / "summary.json").read_text())["seconds"] - before.get("seconds", 0.0) < 100
 
 
 def test_a_loss_that_is_not_finite_names_step_and_checkpoint(command, tmp_path):
