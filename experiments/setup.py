@@ -14,7 +14,7 @@ from metaattn.tasks import Batch, Episode, Sinusoids, glyphs, omniglot, stack
 
 from . import distributed
 from .checkpoint import seed_everything
-from .config import Backend, Config, TaskConfig, TaskName
+from .config import Config, TaskConfig, TaskName
 from .errors import UserError
 from .learner import build_learner
 
@@ -64,10 +64,6 @@ def setup(config: Config) -> Setup:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if config.backend is Backend.triton and not torch.cuda.is_available():
-        raise UserError(
-            "backend=triton needs a CUDA GPU and there is none here; use backend=auto, or run on a machine with a GPU"
-        )
     device = find_device(distributed.device(config.device))
     dtype = config.precision.parameters
     torch.set_float32_matmul_precision(config.precision.products)

@@ -19,6 +19,7 @@ from experiments import checkpoint, report
 from experiments.main import main
 from metaattn.ops import _pieces
 from metaattn.ops._segments import as_recorded
+from tests.conftest import NO_KERNELS
 
 ROOT = Path(__file__).parent.parent.parent
 SMOKE = ["experiment=smoke", "threads=1"]
@@ -335,6 +336,12 @@ def test_options(command, options):
     assert command(*SMOKE, *options, "train.steps=2", "test.tasks=2")[0] == 0
 
 
+@pytest.mark.skipif(NO_KERNELS is not None, reason=NO_KERNELS or "")
+def test_kernels_are_taken_in_their_interpreter():
+    c = Config(TaskConfig(TaskName.sinusoid), backend=Backend.triton, device="cpu")
+    assert setup.setup(c).model.config.backend == "triton"
+
+
 def test_help(command):
     code, out, _ = command("--help")
     assert code in (0, None)
@@ -349,7 +356,8 @@ MISTAKES = {
     "type": (["train.steps=many"], "many"),
     "group": (["task=glyph"], "did you mean 'glyphs'"),
     "experiment": (["experiment=smok"], "did you mean 'smoke'"),
-    "triton": (["backend=triton"], "backend=triton needs a CUDA GPU and there is none here; use backend=auto"),
+    "triton": (["backend=triton"], "backend='triton' needs a CUDA device; the tensors are on cpu"),
+    "vendor": (["backend=vendor"], "backend='vendor' needs a CUDA device; the tensors are on cpu"),
     "device": (["device=cuda:7"], "device=cuda:7 cannot be used here"),
     "heads": (["model.heads=5"], "heads must be a divisor of dim, 64; got 5"),
     "patch": (["model.patch_size=5"], "patch_size must be a divisor of image_size, 28; got 5"),
@@ -385,10 +393,11 @@ MISTAKES = {
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the errors of a machine without a GPU")
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_code_2(name, command, tmp_path):
+def test_a_mistake_is_one_line_and_exit_code_2(name, command, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments, message = MISTAKES[name]
     _assert_mistake(command(*arguments), message)
-    assert not list(tmp_path.rglob("*.pt"))
+    assert not list(tmp_path.glob("outputs/*/*"))
 
 
 def _assert_mistake(result, message):
