@@ -344,8 +344,7 @@ def check_limits(settings: Any, limits: dict[str, Limit]) -> None:
 
 def run_dir(resume: str | None, checkpoint: str | None, task: TaskName, started: str) -> str:
     """Where a run writes: the directory of the run that it resumes, else a new one by date and time."""
-    if resume:
-        path = Path(resume)
+    if resume and (path := Path(resume)).exists():
         return str(path if path.is_dir() else path.parent)
     # The task of a checkpoint is not known before it is read.
     return f"outputs/{'evaluate' if checkpoint else task.value}/{started}"

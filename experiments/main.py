@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -67,10 +69,27 @@ def _of_checkpoint(path: Path, current: DictConfig, done: str, free: tuple[str, 
     return stored
 
 
+@contextmanager
+def _no_empty_directory(out: Path) -> Iterator[None]:
+    """A block that fails before it writes anything leaves no directory behind, if it is this command's own.
+
+    That is one named by the time at which the command started: no run's that is resumed, and none of the user's.
+    """
+    try:
+        yield
+    except BaseException:
+        started = OmegaConf.create({"text": "${started:}"}).text
+        if started in (out.name, out.parent.name):  # the latter of a sweep
+            with suppress(OSError):  # it holds files, or another process has done it
+                out.rmdir()
+        raise
+
+
 def job(raw: DictConfig) -> None:
     """One run. It ends the process itself, so that no mistake of the user's prints a traceback of Hydra's."""
     try:
-        run(raw)
+        with _no_empty_directory(Path(HydraConfig.get().runtime.output_dir)):
+            run(raw)
     except UserError as error:
         if _wants_traceback():
             raise
@@ -108,8 +127,6 @@ def run(raw: DictConfig) -> None:
             )
         resume = checkpoint.find(raw.resume) if raw.resume else None
         c = checked(_of_checkpoint(resume, raw, "resumed", RESUMED) if resume else raw)
-        if resume is None and distributed.is_first():
-            (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(c), resolve=True))
         ready = setup(c)
         try:
             summary = train.train(ready, out, resume)

@@ -265,6 +265,8 @@ def _postfix(row: dict[str, float]) -> str:
 def train(run: Setup, out: Path, resume: Path | None) -> dict[str, Any]:
     """Meta-train, evaluate the best checkpoint on test tasks, write all that a run leaves; the summary."""
     trainer = Trainer(run, out, resume)
+    if resume is None and distributed.is_first():
+        (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(run.config), resolve=True))
     try:
         trainer.train()
     finally:

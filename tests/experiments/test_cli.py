@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import checkpoint, report
+from experiments import checkpoint, report, setup
+from experiments.config import Backend, Config, TaskConfig, TaskName
 from experiments.main import main
 from metaattn.ops import _pieces
 from metaattn.ops._segments import as_recorded
@@ -435,6 +436,18 @@ def test_a_directory_that_is_no_run(command, tmp_path):
     code, _, err = command(f"resume={tmp_path / 'empty'}")
     assert code == 2
     assert "holds no latest.pt" in err
+
+
+def test_only_its_own_empty_directory_is_removed(command, tmp_path):
+    mistake = ["model.heads=5", "threads=1"]
+    (tmp_path / "empty").mkdir()
+    assert command(*mistake, f"hydra.run.dir={tmp_path / 'empty'}")[0] == 2
+    assert command(f"resume={tmp_path / 'empty'}")[0] == 2
+    assert (tmp_path / "empty").is_dir()
+    assert command(f"resume={tmp_path / 'lost' / 'latest.pt'}")[0] == 2
+    assert not (tmp_path / "lost").exists()
+    assert command("-m", *mistake, "seed=0,1")[0] == 2
+    assert not [p for p in (tmp_path / "outputs" / "sweep").glob("*/*") if p.is_dir()]
 
 
 def test_resume_refuses_another_run(finished, command):
