@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser  # there is no public one
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from . import checkpoint, config, distributed, evaluate, train
+from . import checkpoint, choices, config, distributed, evaluate, train
+from .choices import CONF
 from .config import Config, Mode, checked
 from .errors import RunStoppedError, UserError
 from .setup import setup
 
-CONF = str(Path(__file__).parent.parent / "conf")
 # What may change when a run is resumed: nothing that its numbers depend on, but for how long it goes.
 RESUMED = (
     "resume",
@@ -146,6 +147,13 @@ def _one_line(error: Exception) -> str:
             parts.append(text[0].rstrip("."))
         cause = cause.__cause__
     message = "; ".join(parts)
+    if isinstance(error, OverrideParseException) and "=" not in error.override:
+        return f"{message}; expected key=value"
+    groups = choices.groups()
+    if (lost := re.search(r"Could not find '(\w+)/([^']*)'", message)) and lost[1] in groups:
+        options = groups[lost[1]]
+        near = get_close_matches(lost[2], options, 1)
+        return f"{message}{f' (did you mean {near[0]!r}?)' if near else ''}; there are {', '.join(options)}"
     names = _names()
     for word in re.findall(r"[\w-]+", " ".join(re.findall(r"'([^']*)'", message))):
         if word not in names and not word.lower().endswith("config") and (near := get_close_matches(word, names, 1)):
@@ -164,8 +172,20 @@ def _names() -> list[str]:
                 walk(child)
 
     walk(OmegaConf.to_container(OmegaConf.structured(Config), throw_on_missing=False))
-    names.update(p.stem for p in Path(CONF).rglob("*.yaml"))
-    return sorted(names | {p.name for p in Path(CONF).iterdir() if p.is_dir()})
+    for group, options in choices.groups().items():
+        names.update([group, *options])
+    return sorted(names)
+
+
+def _check_flags() -> None:
+    """Tell in one line, without Hydra's usage, what is none of its flags."""
+    parser = get_args_parser()
+
+    def error(message: str) -> NoReturn:
+        _exit(2, f"error: {message}; settings are key=value, without dashes: see --help")
+
+    parser.error = error  # type: ignore[method-assign]
+    parser.parse_args()
 
 
 def _exit(code: int, message: str) -> NoReturn:
@@ -184,6 +204,8 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and not to Hydra's own printing
     with distributed.processes():
         config.register(distributed.of_first(datetime.now()))
+        choices.register()
+        _check_flags()
         try:
             hydra.main(version_base="1.3", config_path=CONF, config_name="config")(job)()
         except (HydraException, OmegaConfBaseException) as error:

@@ -346,8 +346,11 @@ def test_kernels_are_taken_in_their_interpreter():
 def test_help(command):
     code, out, _ = command("--help")
     assert code in (0, None)
-    for words in ("resume=", "mode=evaluate", "experiment=smoke", "algorithm: anil", "backend: auto", "Ctrl-C"):
+    for words in ("resume=", "mode=evaluate", "experiment=smoke", "algorithm: anil", "Ctrl-C", "train.steps=5000"):
         assert words in out
+    for line in ("backend: auto, reference, blockwise, triton, vendor", "task: glyphs, omniglot, sinusoid"):
+        assert line in out.splitlines()
+    assert "model.norm: layer, rms" in out.splitlines()
 
 
 MISTAKES = {
@@ -355,7 +358,10 @@ MISTAKES = {
     "nested_key": (["train.stps=3"], "did you mean 'steps'"),
     "value": (["backend=tritn"], "auto, reference, blockwise, triton"),
     "type": (["train.steps=many"], "many"),
-    "group": (["task=glyph"], "did you mean 'glyphs'"),
+    "group": (["task=glyph"], "did you mean 'glyphs'?); there are glyphs, omniglot, sinusoid"),
+    "far_group": (["task=foo"], "Could not find 'task/foo'; there are glyphs, omniglot, sinusoid"),
+    "no_value": (["train.steps"], "Error parsing override 'train.steps'; expected key=value"),
+    "flag": (["--steps", "3"], "unrecognized arguments: --steps; settings are key=value, without dashes"),
     "experiment": (["experiment=smok"], "did you mean 'smoke'"),
     "triton": (["backend=triton"], "backend='triton' needs a CUDA device; the tensors are on cpu"),
     "vendor": (["backend=vendor"], "backend='vendor' needs a CUDA device; the tensors are on cpu"),
