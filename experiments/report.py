@@ -152,8 +152,9 @@ def adaptation(path: Path, values: Tensor, metric: str, trained: int, neighbour:
     figure, axis = plt.subplots(figsize=(6.5, 4.8))
     steps, mean = range(values.shape[1]), values.mean(0).numpy()
     half = 1.96 * (values.std(0) / len(values) ** 0.5).numpy()
-    kept = [y for y in (neighbour, chance, *mean[: trained + 1]) if y is not None and math.isfinite(y)]
-    top = 2 * max(kept) - min(kept)  # room for as much again
+    kept = (neighbour, chance, *mean[: trained + 1], *(mean + half)[: trained + 1])
+    finite = [y for y in kept if y is not None and math.isfinite(y)]
+    top = 2 * max(finite) - min(finite)  # room for as much again
     beyond = {s: y if math.isfinite(y) else math.inf for s, y in zip(steps, mean, strict=True) if not y <= top}
     mean[list(beyond)] = math.nan
     axis.plot(steps, mean, "-o", color=BLUE, ms=4, label=f"mean of {len(values)} held-out tasks")
@@ -164,6 +165,7 @@ def adaptation(path: Path, values: Tensor, metric: str, trained: int, neighbour:
         axis.axhline(chance, color="black", lw=0.8, ls="--", label="chance")
     if beyond:
         label = f"beyond the axis, up to {max(beyond.values()):.2g}"
+        axis.set_ylim(top=top)
         at_top = {"transform": axis.get_xaxis_transform(), "clip_on": False}
         axis.plot(list(beyond), [1.0] * len(beyond), "^", color=RED, label=label, **at_top)
     axis.set(xlabel="inner step", ylabel=metric, title="Adaptation to a new task")
