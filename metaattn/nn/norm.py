@@ -66,7 +66,7 @@ class RMSNorm(nn.RMSNorm):
         """``x / sqrt(mean(x^2) + eps) * weight``, statistics in float32 or wider."""
         over = tuple(range(-len(self.normalized_shape), 0))
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = torch.finfo(wide.dtype).eps if self.eps is None else self.eps
         scaled = wide * torch.rsqrt(wide.square().mean(over, keepdim=True) + eps)
         out = scaled.to(x.dtype)
         return out if self.weight is None else out * self.weight

@@ -30,6 +30,13 @@ def test_like_torch(ours, theirs, dtype):
     assert_close(module(x), other(x), dtype, factor=2)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_rms_of_small_numbers(dtype):
+    """What is added to the mean square is of the dtype that it is taken in."""
+    x = 1e-3 * torch.randn(3, 5).to(dtype)
+    assert_close(RMSNorm(5, dtype=dtype)(x), torch.nn.RMSNorm(5, dtype=dtype)(x), dtype, factor=2)
+
+
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
 def test_over_several_dimensions(ours, theirs):
     x = torch.randn(3, 4, 5, dtype=torch.float64)
