@@ -67,8 +67,8 @@ def find(path: str | Path, name: str = "latest.pt") -> Path:
         if not (path / name).is_file():
             if (path / "latest.pt").is_file():
                 raise UserError(
-                    f"{path} has no {name}, as no validation has been done; evaluate its last state with "
-                    f"checkpoint={path / 'latest.pt'}, or go on with resume={path}"
+                    f"{path} has no {name}: no validation has been done, or it was not copied; evaluate its last state "
+                    f"with checkpoint={path / 'latest.pt'}, or go on with resume={path}"
                 )
             raise UserError(f"{path} holds no {name}: it is not the directory of a run that saved a checkpoint")
         return path / name
@@ -85,13 +85,24 @@ def _check_container(path: Path) -> None:
         raise UserError(f"{path} is not a checkpoint of train_maml.py")
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is truncated: it was not written to its end, or not copied whole")
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch.load does not look at the checksums
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path} cannot be read, it is damaged ({error})") from error
+    if damaged is not None:
+        raise UserError(f"{path} is damaged: the checksum of {damaged} in it is wrong")
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, **entries: type) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
+    Args:
+        path: The file.
+        **entries: What it must have, and of which type.
+
     Raises:
-        UserError: A file that is truncated, damaged, no checkpoint, or not ours, by name.
+        UserError: A file that is truncated, damaged, no checkpoint, not ours or without an entry, by name.
     """
     _check_container(path)
     try:
@@ -105,6 +116,10 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read, it is damaged ({reason})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of train_maml.py")
-    if content["version"] != VERSION:
-        raise UserError(f"{path} has format version {content['version']}; this program reads version {VERSION}")
+    if content.get("version") != VERSION:
+        raise UserError(f"{path} has format version {content.get('version')}; this program reads version {VERSION}")
+    for name, kind in entries.items():
+        if not isinstance(content.get(name), kind):
+            got = type(content[name]).__name__ if name in content else "nothing"
+            raise UserError(f"{path} is not whole: its entry {name!r} should be of type {kind.__name__}; got {got}")
     return content

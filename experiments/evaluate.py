@@ -123,7 +123,7 @@ def table(summary: dict[str, Any], out: Path) -> str:
 
 def run_evaluation(run: Setup, path: Path, out: Path) -> dict[str, Any]:
     """Evaluate the checkpoint at ``path``."""
-    content = checkpoint.load(path)
+    content = checkpoint.load(path, meta=dict, step=int)
     meta = restore_meta(run, content["meta"])
     return test(run, meta, out, content["step"])
 

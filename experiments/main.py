@@ -58,7 +58,7 @@ EVALUATED = (
 
 def _of_checkpoint(path: Path, current: DictConfig, done: str, free: tuple[str, ...]) -> DictConfig:
     """The config of the checkpoint of a run that is ``done``, changed by the command line where it is ``free`` to."""
-    stored = OmegaConf.merge(OmegaConf.structured(Config), checkpoint.load(path)["config"])
+    stored = OmegaConf.merge(OmegaConf.structured(Config), checkpoint.load(path, config=dict)["config"])
     assert isinstance(stored, DictConfig)
     for override in HydraConfig.get().overrides.task:
         key = override.split("=", 1)[0].lstrip("+~")

@@ -78,8 +78,29 @@ def test_a_kill_at_any_instant_leaves_a_readable_one(tmp_path):
 def test_a_run_without_a_validation_says_what_there_is(tmp_path):
     checkpoint.save(tmp_path / "latest.pt", {"step": 3})
     assert checkpoint.find(tmp_path) == tmp_path / "latest.pt"
-    with pytest.raises(UserError, match=r"has no best\.pt, as no validation .* checkpoint=\S+/latest\.pt, or"):
+    with pytest.raises(UserError, match=r"has no best\.pt: no validation .* checkpoint=\S+/latest\.pt, or"):
         checkpoint.find(tmp_path, "best.pt")
+
+
+def test_one_bit_that_is_wrong_is_found(tmp_path):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, {"step": 3, "data": torch.ones(1000)})
+    raw = bytearray(path.read_bytes())
+    at = raw.index(torch.ones(1).numpy().tobytes() * 8)
+    raw[at + 3] ^= 0x40
+    path.write_bytes(raw)
+    assert torch.load(path)["data"][0] != 1, "which PyTorch does not see"
+    with pytest.raises(UserError, match=r"a\.pt is damaged: the checksum of \S+/data/0 in it is wrong"):
+        checkpoint.load(path)
+
+
+def test_an_entry_that_is_missing_or_wrong_is_named(tmp_path):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, {"step": "3"})
+    with pytest.raises(UserError, match="its entry 'step' should be of type int; got str"):
+        checkpoint.load(path, step=int)
+    with pytest.raises(UserError, match="its entry 'meta' should be of type dict; got nothing"):
+        checkpoint.load(path, meta=dict)
 
 
 def test_another_version_says_so(tmp_path):
