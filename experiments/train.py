@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from omegaconf import OmegaConf
@@ -83,12 +83,15 @@ class Trainer:
         self.run, self.out, self.config = run, out, run.config
         self.first_task, self.tasks = distributed.share(self.config.train.tasks)
         self.step, self.best, self._began = 0, -math.inf, time.perf_counter()
-        content = checkpoint.load(resume) if resume else None
+        entries = {"meta": dict, "optimizer": dict, "step": int, "best": float, "rng": dict}
+        content = checkpoint.load(resume, **entries) if resume else None
         if content is None:
             self.meta = run.learner.init(dict(run.model.named_parameters()))
         else:
             self.meta = evaluate.restore_meta(run, content["meta"])
-            self.step, self.best = content["step"], content["best"]
+            self.step = content["step"]
+            if (out / "best.pt").is_file():  # a copy may be without: then the next validation is the best
+                self.best = content["best"]
             self._began -= content.get("seconds", 0.0)  # older checkpoints have none
             if self.step > self.config.train.steps:
                 raise UserError(
@@ -137,7 +140,7 @@ class Trainer:
         """Take the steps that are left.
 
         Raises:
-            RunStoppedError: The loss or its gradient is no longer finite.
+            RunStoppedError: The loss, its gradient or a validation is no longer finite.
             StoppedBySignal: Ctrl-C or SIGTERM; ``latest.pt`` holds the last whole step.
             LostProcessError: Another process is gone.
         """
@@ -174,6 +177,8 @@ class Trainer:
                     self.save("latest.pt")
                     distributed.largest(0)  # no process ends before it is saved
                     raise StoppedBySignal(number)
+            if self.best == -math.inf:  # no step was left to take
+                self._validate()
 
     def _due(self, every: int) -> bool:
         return (self.step + 1) % every == 0 or self.step == 0
@@ -221,11 +226,7 @@ class Trainer:
         loss = means["loss_after"]
         if not (math.isfinite(loss) and math.isfinite(norm.item())):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm.item()}"
-            last = self.out / "latest.pt"
-            raise RunStoppedError(
-                f"the {what} at step {self.step + 1}; the last good checkpoint is {last}, of step "
-                f"{checkpoint.load(last)['step']}. Try a lower train.learning_rate or algorithm.learning_rate"
-            )
+            self._stop(f"{what} at step {self.step + 1}")
         self.optimizer.step()
         return means, rate
 
@@ -237,6 +238,13 @@ class Trainer:
             return self.captured(meta, tuple(batch.support), tuple(batch.query))
         # Annealed settings are constants of a graph: it would be another one at each step.
         return learner.value_and_grad(meta, *batch, chunk_size=self.config.train.chunk_size)
+
+    def _stop(self, what: str) -> NoReturn:
+        last = self.out / "latest.pt"
+        raise RunStoppedError(
+            f"the {what}; the last good checkpoint is {last}, of step {checkpoint.load(last, step=int)['step']}. Try a "
+            "lower train.learning_rate or algorithm.learning_rate"
+        )
 
     def _validate(self) -> None:
         """Metrics on validation tasks; a new best is saved."""
@@ -250,6 +258,8 @@ class Trainer:
         if distributed.is_first():
             tqdm.write(f"step {self.step:>6}  validation  {_postfix(row)}")
         score = row[f"{self.run.metric}_after"] * (-1 if self.run.metric == "loss" else 1)
+        if not math.isfinite(score):
+            self._stop(f"{self.run.metric} of validation is {score} at step {self.step}")
         if score > self.best:
             self.best = score
             self.save("best.pt")

@@ -485,6 +485,12 @@ def test_resuming_a_finished_run_evaluates_it_again(copy, finished, command):
     assert again == summary
 
 
+def test_a_copy_without_its_best_checkpoint_takes_the_next_validation(copy, command):
+    (copy / "best.pt").unlink()
+    assert command(f"resume={copy}", "threads=1", "test.tasks=2")[0] == 0
+    assert checkpoint.load(copy / "best.pt")["step"] == 20
+
+
 @pytest.mark.parametrize("before", [{"seconds": 1000.0}, {}])  # older checkpoints have none
 def test_the_seconds_of_all_sessions_count(before, copy, command):
     content = checkpoint.load(copy / "latest.pt")
@@ -492,6 +498,14 @@ def test_the_seconds_of_all_sessions_count(before, copy, command):
     checkpoint.save(copy / "latest.pt", {**content, **before})
     assert command(f"resume={copy}", "threads=1", "train.steps=21", "test.tasks=2")[0] == 0
     assert 0 < json.loads((copy / "summary.json").read_text())["seconds"] - before.get("seconds", 0.0) < 100
+
+
+def test_a_validation_that_is_not_finite_stops(command):
+    options = ("task=sinusoid", "model=tiny", "train.steps=1", "train.learning_rate=1e30", "train.warmup=0")
+    code, _, err = command(*SMOKE, *options)
+    last = err.strip().splitlines()[-1]
+    assert code == 1
+    assert last.startswith("error: the loss of validation is nan at step 1; the last good checkpoint is ")
 
 
 def test_a_loss_that_is_not_finite_names_step_and_checkpoint(command, tmp_path):
