@@ -188,8 +188,10 @@ def _heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple
 def _broadcast(query: Tensor, key: Tensor, value: Tensor, heads: tuple[int, int]) -> Sequence[Tensor]:
     """One batch shape for all; heads expanded, or repeated where key and value differ under GQA."""
     shapes = [t.shape[:-3] for t in (query, key, value)]
+    batch = shapes[0]
     try:
-        batch = torch.broadcast_shapes(*shapes)
+        if not shapes[0] == shapes[1] == shapes[2]:
+            batch = torch.broadcast_shapes(*shapes)
     except RuntimeError:
         raise ValueError(
             "the batch dimensions of query, key and value must broadcast; got "
@@ -203,7 +205,7 @@ def _expand(t: Tensor, shape: Sequence[int]) -> Tensor:
     """``t`` broadcast to ``shape``, its heads repeated in groups if there are fewer."""
     if t.shape[-3] not in (1, shape[-3]):
         t = t.repeat_interleave(shape[-3] // t.shape[-3], -3)
-    return t.expand(shape)
+    return t if t.shape == shape else t.expand(shape)  # a view would cost a node at every level of torch.func
 
 
 def same_form(name: str, primal: Tensor | None, tangent: Tensor | None, operand: Tensor | None) -> Tensor | None:

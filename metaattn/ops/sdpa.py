@@ -111,8 +111,12 @@ def sdpa(
     """
     p = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, backend)
     out, lse = rules.forward(p.call, p.x)
-    out = out.reshape(p.out_shape)
-    return (out, lse.reshape(p.out_shape[:-1])) if return_lse else out
+    out = _reshaped(out, p.out_shape)
+    return (out, _reshaped(lse, p.out_shape[:-1])) if return_lse else out
+
+
+def _reshaped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return t if t.shape == shape else t.reshape(shape)
 
 
 class Gradients(NamedTuple):
@@ -313,7 +317,7 @@ def _prepare_cotangent(p: Prepared, cotangent: Any) -> Rows:
 def _rows(p: Prepared, rows: Rows | Values) -> tuple[Tensor, Tensor]:
     assert rows.out is not None
     assert rows.lse is not None
-    return rows.out.reshape(p.out_shape), rows.lse.reshape(p.out_shape[:-1])
+    return _reshaped(rows.out, p.out_shape), _reshaped(rows.lse, p.out_shape[:-1])
 
 
 def _gradients(primals: Primals, grads: Tangent) -> Gradients:
