@@ -191,6 +191,31 @@ def gradient_tangent(*args: Any) -> tuple[Tensor, ...]:
     return *_four(both[0]), *_four(both[1])
 
 
+def any_directional(*args: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """``D_n`` by the operator for so many tangents."""
+    if len(tangents) == 4:
+        return directional(*args, *tangents)
+    _check_mapped(tangents)
+    return directional_further(*args, tangents)
+
+
+def any_gradient(*args: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """``G_n`` by the operator for so many tangents."""
+    if len(tangents) <= 4:
+        return gradient(*args, *(tangents or Tangent()))
+    _check_mapped(tangents)
+    return gradient_further(*args, tangents)
+
+
+def _check_mapped(tangents: Sequence[Tensor | None]) -> None:
+    """The vmap of ``is_grads_batched`` maps no operator that takes a list."""
+    if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tangents):
+        raise NotImplementedError(
+            "is_grads_batched and vectorize=True are served up to second order; take further derivatives by torch.func "
+            "(jacrev, jacfwd, hessian, vmap)"
+        )
+
+
 def _laid(out: Tensor, query: Tensor) -> Tensor:
     """Without gaps, in the order of the query's memory: see :func:`tokens_first`."""
     return out.transpose(-2, -3).contiguous().transpose(-2, -3) if tokens_first(query) else out.contiguous()

@@ -101,15 +101,6 @@ def gradient(
     return Tangent(*_gradient(*call.flat, bias_grad, *x, *rows, *flat(tangents)))
 
 
-def _check_further(args: Sequence[Tensor | None]) -> None:
-    """The vmap of ``is_grads_batched`` maps no operator that takes a list of tensors."""
-    if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in args):
-        raise NotImplementedError(
-            "is_grads_batched and vectorize=True are served up to second order; take further derivatives by torch.func "
-            "(jacrev, jacfwd, hessian, vmap)"
-        )
-
-
 # torch.compile puts these calls into its graph as they are and runs the rules when it traces that graph,
 # with the transforms active. Left to itself it would inline a Function's forward and drop its rules.
 
@@ -218,11 +209,8 @@ class _Directional(Rule):
 
     @staticmethod
     def forward(form: Form, *there: Any) -> Any:
-        call, args = form.static, form.fill(there)
-        if len(args) == 12:
-            return leaves.directional(*call.flat, *args)
-        _check_further(args)
-        return leaves.directional_further(*call.flat, *args[:8], args[8:])
+        args = form.fill(there)
+        return leaves.any_directional(*form.static.flat, *args[:8], tangents=args[8:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -282,12 +270,7 @@ class _Gradient(Rule):
     @staticmethod
     def forward(form: Form, *there: Any) -> Any:
         (call, bias_grad), args = form.static, form.fill(there)
-        x, rows, tangents = args[:6], args[6:14], args[14:]
-        if len(tangents) > 4:
-            _check_further(args)
-            grads = leaves.gradient_further(*call.flat, *x, bias_grad, *rows, tangents)
-        else:
-            grads = leaves.gradient(*call.flat, *x, bias_grad, *rows, *(tangents or Tangent()))
+        grads = leaves.any_gradient(*call.flat, *args[:6], bias_grad, *args[6:14], tangents=args[14:])
         return grads if bias_grad else grads[:3]
 
     @staticmethod

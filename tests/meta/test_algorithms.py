@@ -276,7 +276,7 @@ def test_errors_of_a_batch_of_tasks(method, params, tasks):
     for wrong, got in ((params, "a dict of "), (MODEL, "a Transformer"), (list(params.values()), "a list")):
         with pytest.raises(TypeError, match=rf"meta must be what this learner's init\(params\) returns.*got {got}"):
             method(learner, wrong, support, query)
-    with pytest.raises(TypeError, match="with 'params' and 'rates'; got a dict of"):
+    with pytest.raises(TypeError, match="with 'params' and 'rates'; its 'rates' are empty"):
         method(meta_sgd(_loss), meta, support, query)
     with pytest.raises(TypeError, match=r"support must be a sequence of tensors, .*got a Tensor"):
         method(learner, meta, support[0], query)
