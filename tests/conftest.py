@@ -23,6 +23,20 @@ NO_KERNELS = _registry.refuses("triton", Problem(1.0), Operands(*torch.zeros(3, 
 FUSED = [] if NO_KERNELS else ["triton"]  # float32 at the widest
 
 
+if FUSED:
+    from triton import language
+    from triton.runtime import interpreter
+
+    def _patch_once(fn, patch=interpreter._patch_lang):
+        """The interpreter patches its language anew in every function that a kernel calls: half of all its time."""
+        modules = [m for m in (language, language.core) if any(m is value for value in fn.__globals__.values())]
+        if any(language.core.is_builtin(m.load) for m in modules):
+            return patch(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = _patch_once
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
