@@ -105,6 +105,16 @@ WHO = [
 ]
 
 
+SWEPT = [
+    "metaattn reverse",
+    "metaattn mixed",
+    "metaattn reverse, graph",
+    "metaattn mixed, graph",
+    "torch.func, math",
+    "torch.func, math, graph",
+]
+
+
 def math_attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """PyTorch's math attention, called as :func:`metaattn.sdpa`."""
     kwargs.pop("window", None)
@@ -291,7 +301,7 @@ def sweep(
     failed: set[str] = set()
     for value in tqdm(values, desc=name, mininterval=5):
         p = start._replace(steps=value) if name == "steps" else start._replace(tokens=value)
-        for who in ("metaattn reverse", "metaattn mixed", "torch.func, math"):
+        for who in SWEPT:
             if who not in failed:  # what ran out of memory will do so at the next size as well
                 row = {name: value, **measure(p, who, device, seconds)}
                 failed |= {who} if "failed" in row else set()
@@ -415,7 +425,7 @@ def main() -> None:
                 content[name].append(row)
                 write(options.out, content)
             path = options.out.with_name(f"{options.out.name}_{name}.png")
-            plot(path, name, content[name], f"{machine['device']}, eager: {title(first, name)}")
+            plot(path, name, content[name], f"{machine['device']}: {title(first, name)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""The CPU's time of the rules alone: what a small problem on a GPU waits for in eager mode.
+
+    python scripts/bench_overhead.py
+
+Our backends are replaced by one that computes nothing, so that what is left is PyTorch's transforms, our rules and
+checks. Beside it the same through what :meth:`torch.autograd.Function.apply` does at every level, and PyTorch's math
+attention on a problem so small that it is all dispatch. The least of several runs, in turn in one process: on a shared
+machine only their ratios mean anything. Prints a table (Markdown).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.func import grad
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+import metaattn
+from metaattn.backends._protocol import Gradients, Operands, Values
+from metaattn.cli._rules import Attention, derivative
+from metaattn.ops import _leaves
+from metaattn.ops._function import Rule
+
+REPEATS, CALLS = 15, 20
+RULES = {
+    "forward": "fwd",
+    "backward": "grad",
+    "jvp": "jvp",
+    "Hessian product": "hvp",
+    "double backward": "dbl",
+    "Hessian products by vmap": "vmap",
+}
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def values(x: Operands) -> Values:
+    """Room for out and lse."""
+    return Values(torch.empty_like(x.query), x.query.new_empty(x.query.shape[:-1]))
+
+
+def gradients(x: Operands) -> Gradients:
+    """Room for the gradients."""
+    return Gradients(torch.empty_like(x.query), torch.empty_like(x.key), torch.empty_like(x.value), None)
+
+
+NOTHING = SimpleNamespace(
+    forward=lambda problem, x: values(x),
+    tangent=lambda problem, x, *_: values(x),
+    forward_tangent=lambda problem, x, _: (values(x), values(x)),
+    backward=lambda problem, x, *_, **__: gradients(x),
+    second=lambda problem, x, *_, **__: gradients(x),
+    backward_second=lambda problem, x, *_, **__: (gradients(x), gradients(x)),
+)
+
+
+@contextlib.contextmanager
+def without_work(*, own_levels: bool) -> Iterator[None]:
+    """Inside, no backend computes anything; and rules run at PyTorch's levels by its own means, or by ours."""
+    apply = Rule.__dict__["apply"] if own_levels else classmethod(Function.apply.__func__)  # type: ignore[attr-defined]
+    with mock.patch.object(_leaves, "select", return_value=NOTHING), mock.patch.object(Rule, "apply", apply):
+        yield
+
+
+def calls(f: Attention) -> dict[str, Callable[[], Any]]:
+    """Every rule as a call."""
+    torch.manual_seed(0)
+    x, t, (w, *_) = torch.randn(3, 3, 1, 1, 4, 8).unbind()
+    found = {name: derivative(rule, f, tuple(x), tuple(t), w) for name, rule in RULES.items()}
+
+    def gradient(*x: Tensor) -> Any:
+        return grad(lambda *x: (f(*x) * w).sum(), (0, 1, 2))(*x)
+
+    def twice(*x: Tensor) -> Any:
+        return grad(lambda *x: sum((g * u).sum() for g, u in zip(gradient(*x), t, strict=True)), (0, 1, 2))(*x)
+
+    return {**found, "grad of grad": lambda: twice(*x)}
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """The least time of a call."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        times.append((time.perf_counter() - start) / CALLS)
+    return min(times)
+
+
+def main() -> None:
+    """Measure, print."""
+    torch.set_num_threads(1)
+    ours, theirs = calls(lambda q, k, v: metaattn.sdpa(q, k, v, backend="reference")), calls(math_attention)
+    lines = ["| ms of the CPU | metaattn | through Function.apply | math attention |", "|---|---|---|---|"]
+    for name in tqdm(ours, desc="rules", mininterval=5):
+        times = []
+        for own_levels in (True, False):
+            with without_work(own_levels=own_levels):
+                times.append(seconds(ours[name]))
+        times.append(seconds(theirs[name]))
+        lines.append(f"| {name} | " + " | ".join(f"{1e3 * t:.2f}" for t in times) + " |")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
