@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.library import Library, register_fake
 
 from ..backends import blockwise, select
@@ -107,17 +109,39 @@ def _leaf(schema: str) -> Callable[[Callable[..., tuple[Tensor, ...]]], Callable
 
 
 def _no_derivative(operator: Any, keys: Any, *args: Any) -> tuple[Tensor, ...]:
-    """A leaf in a graph that was traced has left its rules behind: it must not pass for a constant."""
+    """A leaf in a graph that was traced has left its rules behind, and must not pass for a constant.
+
+    Its value may be asked for where gradients are on: then it is a backward pass that raises.
+    """
     tensors = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
-    reverse = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if reverse or (forward_ad._current_level >= 0 and any(map(_has_tangent, tensors))):
-        raise NotImplementedError(
-            f"{operator.name()} in a graph that was traced has no derivative: trace the derivative itself, as "
-            "make_fx(torch.func.grad(f)) does, or call metaattn.sdpa"
-        )
+    message = (
+        f"{operator.name()} in a graph that was traced has no derivative: trace the derivative itself, as "
+        "make_fx(torch.func.grad(f)) does, or call metaattn.sdpa"
+    )
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        raise NotImplementedError(message)
     with torch._C._AutoDispatchBelowAutograd():
         out: tuple[Tensor, ...] = operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
-        return out
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        with enable_single_level_autograd_function():  # the kernel of one level
+            out = _Lost.apply(message, len(out), *out, *tensors)  # type: ignore[attr-defined]
+    return out
+
+
+class _Lost(_SingleLevelFunction):
+    """The first tensors as they are; their gradients are lost."""
+
+    @staticmethod
+    def forward(message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.message = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Any:
+        raise NotImplementedError(ctx.message)
 
 
 def _has_tangent(t: Tensor) -> bool:

@@ -225,6 +225,11 @@ def test_a_traced_graph_has_lost_its_rules_and_says_so(transform, derivative):
         derivative(graph)
 
 
+def test_a_traced_graph_gives_its_value_where_gradients_are_on():
+    q = Q.clone().requires_grad_()
+    assert_close(make_fx(_loss({}))(Q)(q), _loss({})(Q))
+
+
 def test_a_compiled_function_in_forward_mode_says_so():
     with pytest.raises(NotImplementedError, match="has no derivative"):
         _dual(torch.compile(lambda q: metaattn.sdpa(q, K, V), backend="aot_eager"))
