@@ -49,7 +49,8 @@ def test_both_sides_agree(library):
         if author == library:
             theirs = gradients
         elif theirs:
-            assert_close(gradients or list(session["gradient"]["params"].values()), theirs)
+            # Adam's derivative loses digits where gradients are small: 1e-11 on one CPU, 1.3e-11 on another.
+            assert_close(gradients or list(session["gradient"]["params"].values()), theirs, factor=10)
             theirs, compared = [], compared + 1
     assert compared == PAIRS[library]
 
