@@ -21,6 +21,7 @@ from torch.library import Library, register_fake
 
 from ..backends import blockwise, select
 from ..backends._protocol import Gradients, Operands, Problem, Rows, Tangent, Values, accumulator, tokens_first
+from ._function import unflatten
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,6 @@ def _split(args: Sequence[Any]) -> tuple[Call, Problem, Operands, Sequence[Any]]
     """The call, its problem, the operands and the arguments after them."""
     call = Call(*args[:5])
     return call, call.problem, Operands(*args[5:11]), args[11:]
-
-
-def _tangents(parts: Sequence[Tensor | None]) -> list[Tangent]:
-    return [Tangent(*parts[i : i + 4]) for i in range(0, len(parts), 4)]
 
 
 def autocasts(device: str) -> bool:
@@ -114,17 +111,13 @@ def _no_derivative(operator: Any, keys: Any, *args: Any) -> tuple[Tensor, ...]:
     Its value may be asked for where gradients are on: then it is a backward pass that raises.
     """
     tensors = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
-    message = (
-        f"{operator.name()} in a graph that was traced has no derivative: trace the derivative itself, as "
-        "make_fx(torch.func.grad(f)) does, or call metaattn.sdpa"
-    )
     if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
-        raise NotImplementedError(message)
+        raise _lost(operator)
     with torch._C._AutoDispatchBelowAutograd():
         out: tuple[Tensor, ...] = operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         with enable_single_level_autograd_function():  # the kernel of one level
-            out = _Lost.apply(message, len(out), *out, *tensors)  # type: ignore[attr-defined]
+            out = _Lost.apply(operator, len(out), *out, *tensors)  # type: ignore[attr-defined]
     return out
 
 
@@ -132,16 +125,23 @@ class _Lost(_SingleLevelFunction):
     """The first tensors as they are; their gradients are lost."""
 
     @staticmethod
-    def forward(message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(operator: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.view_as(t) for t in tensors[:count])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.message = inputs[0]
+        ctx.operator = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> Any:
-        raise NotImplementedError(ctx.message)
+        raise _lost(ctx.operator)
+
+
+def _lost(operator: Any) -> NotImplementedError:
+    return NotImplementedError(
+        f"{operator.name()} in a graph that was traced has no derivative: trace the derivative itself, as "
+        "make_fx(torch.func.grad(f)) does, or call metaattn.sdpa"
+    )
 
 
 def _has_tangent(t: Tensor) -> bool:
@@ -168,7 +168,7 @@ def directional(*args: Any) -> tuple[Tensor, Tensor]:
 def directional_further(*args: Any) -> tuple[Tensor, Tensor]:
     """``D_n`` for several tangents, on every backend by the formulas."""
     _, problem, x, (out, lse, parts) = _split(args)
-    out_t, lse_t = blockwise.directional(problem, x, Values(out, lse), _tangents(parts))
+    out_t, lse_t = blockwise.directional(problem, x, Values(out, lse), unflatten(parts))
     return _laid(out_t, x.query), lse_t.contiguous()
 
 
@@ -200,7 +200,7 @@ def gradient_further(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, problem, x, (bias_grad, *rows) = _split(args)
     values, _, w, w_t = _rows(rows)
     return _four(
-        blockwise.gradient(problem, x, values, w, _tangents(rows[8]), cotangent_tangent=w_t, bias_grad=bias_grad)
+        blockwise.gradient(problem, x, values, w, unflatten(rows[8]), cotangent_tangent=w_t, bias_grad=bias_grad)
     )
 
 
