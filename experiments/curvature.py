@@ -122,7 +122,7 @@ class Study:
     """
 
     def __init__(self, path: Path, s: Settings) -> None:
-        content = checkpoint.load(path)
+        content = checkpoint.load(path, config=dict, meta=dict)
         stored = OmegaConf.merge(OmegaConf.structured(Config), content["config"])
         config = checked(stored)  # type: ignore[arg-type]
         if config.algorithm.kind in (Kind.cavia, Kind.prototypical):

@@ -70,8 +70,7 @@ def test(run: Setup, meta: MetaParams, out: Path, step: int) -> dict[str, Any]:
     """Evaluate on held-out test tasks; the first rank writes the plots and ``summary.json``; the summary."""
     c = run.config
     steps = max(c.algorithm.steps, 10) if c.test.steps is None else c.test.steps
-    if c.algorithm.steps == 0:  # prototypes are all the adaptation that there is
-        steps = 0
+    steps = steps if c.algorithm.steps else 0  # where prototypes are all the adaptation that there is
     curves, baseline = held_out(run, meta, "test", c.test.tasks, c.test.chunk_size, steps, progress=True)
     trained = min(c.algorithm.steps, steps)
     before, after = interval(curves[run.metric][:, 0]), interval(curves[run.metric][:, trained])

@@ -18,7 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metaattn.meta import capture
-from metaattn.meta.algorithms import MetaParams
 
 from . import checkpoint, distributed, evaluate, report
 from .config import Compile, Config, Kind, Schedule
@@ -286,9 +285,7 @@ def train(run: Setup, out: Path, resume: Path | None) -> dict[str, Any]:
                 seen = run.config.algorithm.kind is Kind.reptile
                 report.learning(out / "learning.png", trainer.metrics.rows, run.metric, run.chance, seen=seen)
     seconds = trainer.seconds
-    content = checkpoint.load(checkpoint.find(out, "best.pt"))
-    best: MetaParams = evaluate.restore_meta(run, content["meta"])
-    summary = evaluate.test(run, best, out, content["step"])
+    summary = evaluate.run_evaluation(run, checkpoint.find(out, "best.pt"), out)
     summary |= {"seconds": seconds, "parameters": sum(p.numel() for p in run.model.parameters())}
     if distributed.is_first():
         report.write_json(out / "summary.json", summary)
