@@ -19,12 +19,11 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import metaattn
+from metaattn.cli import bench
 from metaattn.cli._measure import peak_bytes, relative_error
 from metaattn.cli._rules import Attention, derivative
 
@@ -40,12 +39,7 @@ RULES = {"forward": "fwd", "backward": "grad", "jvp": "jvp", "hvp": "hvp", "doub
 def attention(name: str, causal: bool) -> Attention:
     """The attention of this name."""
     if name == "dense":
-
-        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with sdpa_kernel(SDPBackend.MATH):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-        return dense
+        return bench.attention("math", causal)
     return lambda q, k, v: metaattn.sdpa(q, k, v, is_causal=causal, backend=name)
 
 

@@ -11,7 +11,6 @@ machine only their ratios mean anything. Prints a table (Markdown).
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -21,17 +20,17 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.func import grad
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import metaattn
 from metaattn.backends._protocol import Gradients, Operands, Values
+from metaattn.cli._measure import milliseconds
 from metaattn.cli._rules import Attention, derivative
+from metaattn.cli.bench import attention
 from metaattn.ops import _leaves
 from metaattn.ops._function import Rule
 
-REPEATS, CALLS = 15, 20
+SECONDS = 0.3  # of each
 RULES = {
     "forward": "fwd",
     "backward": "grad",
@@ -40,12 +39,6 @@ RULES = {
     "double backward": "dbl",
     "Hessian products by vmap": "vmap",
 }
-
-
-def math_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's."""
-    with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(q, k, v)
 
 
 def values(x: Operands) -> Values:
@@ -91,29 +84,19 @@ def calls(f: Attention) -> dict[str, Callable[[], Any]]:
     return {**found, "grad of grad": lambda: twice(*x)}
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """The least time of a call."""
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            call()
-        times.append((time.perf_counter() - start) / CALLS)
-    return min(times)
-
-
 def main() -> None:
     """Measure, print."""
     torch.set_num_threads(1)
-    ours, theirs = calls(lambda q, k, v: metaattn.sdpa(q, k, v, backend="reference")), calls(math_attention)
+    ours = calls(lambda q, k, v: metaattn.sdpa(q, k, v, backend="reference"))
+    theirs = calls(attention("math", causal=False))
     lines = ["| ms of the CPU | metaattn | through Function.apply | math attention |", "|---|---|---|---|"]
     for name in tqdm(ours, desc="rules", mininterval=5):
         times = []
         for own_levels in (True, False):
             with without_work(own_levels=own_levels):
-                times.append(seconds(ours[name]))
-        times.append(seconds(theirs[name]))
-        lines.append(f"| {name} | " + " | ".join(f"{1e3 * t:.2f}" for t in times) + " |")
+                times.append(milliseconds(ours[name], SECONDS))
+        times.append(milliseconds(theirs[name], SECONDS))
+        lines.append(f"| {name} | " + " | ".join(f"{t:.2f}" for t in times) + " |")
     print("\n".join(lines))
 
 
