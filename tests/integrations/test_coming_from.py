@@ -50,7 +50,8 @@ def test_both_sides_agree(library):
             theirs = gradients
         elif theirs:
             # Adam's derivative loses digits where gradients are small: 1e-11 on one CPU, 1.3e-11 on another.
-            assert_close(gradients or list(session["gradient"]["params"].values()), theirs, factor=10)
+            got, factor = gradients or list(session["gradient"]["params"].values()), 2 if library == "TorchOpt" else 1
+            assert_close(got, theirs, factor=factor)
             theirs, compared = [], compared + 1
     assert compared == PAIRS[library]
 
