@@ -1,8 +1,8 @@
 """A rule's function under :mod:`torch.func`, level by level.
 
 What :meth:`torch.autograd.Function.apply` does there, for functions of one constant and tensors that return a tuple.
-It takes trees apart, makes a class and dispatches an operator at every level, which in a small problem takes more time
-than all else: without, a Hessian product takes half of the CPU's time and a double backward a third.
+It takes trees apart, makes a class and dispatches an operator at every level, which in a small problem takes longer
+than all else: without, Hessian products take about half of the CPU's time (``scripts/bench_overhead.py``).
 """
 
 from __future__ import annotations
