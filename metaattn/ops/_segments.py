@@ -27,6 +27,7 @@ from ._trees import Tensors
 DEPTH = 8  # operations in a row that are done again rather than their result kept
 SMALLER = 0.6  # of a result's size is what is kept for it
 _CHEAP = (torch.ops.aten._to_copy.default, torch.ops.aten.full.default)  # besides pointwise ones and views
+_TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 # A part's run takes its tensors in a list, and may empty it: what nothing else holds is then freed once it was used.
 Run = Callable[[list[Tensor]], Sequence[Any]]
 Lower = Callable[[fx.GraphModule, Sequence[Tensor]], Run]
@@ -36,6 +37,8 @@ _Values = dict[fx.Node, Any]
 # Kernels that do not need each other become one, of Inductor's own; on an H100 a small meta-step took a tenth less, and
 # its first one a fifth less. Its CPU kernels have no such thing.
 _ON_GPU = {"combo_kernels": True}
+# A scatter into zeros, as in the derivative of a cross-entropy, rewritten: before 2.13 that made it float32.
+_ALWAYS = {} if _TORCH >= (2, 13) else {"optimize_scatter_upon_const_tensor": False}
 
 
 def inductor(options: Mapping[str, Any]) -> Lower:
@@ -48,7 +51,7 @@ def inductor(options: Mapping[str, Any]) -> Lower:
         context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
         with warnings.catch_warnings(), tracing(context):
             warnings.simplefilter("ignore")  # it warns of itself
-            patches = {**(_ON_GPU if any(t.is_cuda for t in inputs) else {}), **options}
+            patches = {**_ALWAYS, **(_ON_GPU if any(t.is_cuda for t in inputs) else {}), **options}
             compiled: Any = compile_fx(module, list(inputs), config_patches=patches, ignore_shape_env=True)
         return _emptying(compiled)
 

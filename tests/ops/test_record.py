@@ -218,3 +218,14 @@ def test_inductor_empties_the_list():
     (out,) = run(given)
     assert given == []
     assert_close(out, X.sin() * X, torch.float32)
+
+
+def test_inductor_keeps_the_dtype_of_a_scatter():
+    """Else a product of what is made of it would have factors of two dtypes (PyTorch 2.11)."""
+
+    def f(x, rows):
+        return (torch.zeros_like(x).scatter(1, rows, -1.0) @ x.mT,)
+
+    given = X.bfloat16(), torch.tensor([[2], [0], [1]])
+    (out,) = Lowered(Recording(f, given), inductor({}), {})(*given)
+    assert_close(out, f(*given)[0], torch.bfloat16)
