@@ -110,6 +110,7 @@ def flex(s: Setting) -> Attention:
     if s.causal or s.window is not None:
         left = s.window or n
         block = create_block_mask(lambda b, h, i, j: (j <= i) & (i - j < left), None, None, n, n, device="cuda")
+    torch.compiler.reset()  # after eight forms it would run uncompiled, with all scores in memory
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=block, enable_gqa=s.kv_heads is not None)
 
