@@ -1,9 +1,13 @@
 """The exactness suite on a GPU: every nesting, on the fused backends, in their dtypes."""
 
+import functools
+
 import pytest
 import torch
 
 import metaattn
+from metaattn.cli._measure import relative_error
+from metaattn.cli._rules import derivative
 from tests.helpers import TOLERANCE, as_vector, assert_close, error
 from tests.ops.cases import CASES
 from tests.ops.nestings import FIRST, LARGE, NOT_EMPTY, SECOND, THIRD, eager_double, grad_grad, vmap_grad_grad
@@ -59,3 +63,43 @@ def test_grouped_queries(backend, causal):
     want = torch.func.jvp(gradient("reference"), tuple(a.double() for a in x), tuple(a.double() for a in t))
     assert_close(as_vector(got[1][0]), as_vector(want[1][0]), torch.bfloat16, factor=4)
     assert_close(as_vector(got[0][0]), as_vector(want[0][0]), torch.bfloat16, factor=4)
+
+
+# Arithmetic of the products: dtype, precision of float32, and the relative error that a result may have.
+ARITHMETIC = {
+    "float16": (torch.float16, "highest", 2e-3),
+    "bfloat16": (torch.bfloat16, "highest", 1e-2),
+    "tf32": (torch.float32, "high", 2e-3),
+    "float32": (torch.float32, "highest", 4e-6),
+}
+BANDS = {"full": {}, "causal": {"is_causal": True}, "window": {"window": (300, 40)}}
+
+
+@pytest.mark.parametrize("band", BANDS)
+@pytest.mark.parametrize("head_size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+def test_all_block_sizes(arithmetic, head_size, band):
+    """Every row of the table, at a length of many blocks that divide it and at one that none does."""
+    dtype, precision, bound = ARITHMETIC[arithmetic]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for length in (1024, 777):
+            errors = _errors(dtype, (1, 2, length, head_size), BANDS[band])
+            assert max(errors.values()) < bound, (length, errors)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _errors(dtype, shape, options, backend="triton", device="cuda"):
+    """Relative errors of all rules against float64."""
+    g = torch.Generator(device).manual_seed(0)
+    x = [torch.randn(shape, device=device, generator=g).to(dtype) for _ in range(7)]
+
+    def results(rule, backend, x):
+        f = functools.partial(metaattn.sdpa, **options, backend=backend)
+        return derivative(rule, f, x[:3], x[3:6], x[6])()
+
+    wide = [t.double() for t in x]
+    rules = ("fwd", "bwd", "jvp", "hvp", "dbl")
+    return {rule: relative_error(results(rule, backend, x), results(rule, "blockwise", wide)) for rule in rules}
