@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ._record import Recording, UnrecordableError
-from ._segments import Lower, Lowered, Run, as_recorded, inductor, start_compilers
+from ._segments import Lower, Lowered, Run, as_recorded, inductor
 from ._sources import Source
 from ._strangers import check_outputs
 from ._trees import Tensors
@@ -100,8 +100,6 @@ class Pieces:
         self, source: Source, function: Callable[..., Tensors], inputs: Sequence[Tensor]
     ) -> tuple[Lowered, list[tuple[bool, Any]]]:
         """The lowered function; and the tensors that it takes besides: one that is held by its place, or itself."""
-        if any(t.is_cuda for t in inputs):
-            start_compilers()  # while the function is recorded
         with _at_work(None), torch.enable_grad():  # as Remat runs it
             recording = Recording(function, inputs)
         check_outputs(recording.outputs)

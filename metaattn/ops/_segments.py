@@ -6,7 +6,6 @@ the first and the last: it is lowered once, so that the time to compile does not
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import operator
@@ -57,18 +56,6 @@ def inductor(options: Mapping[str, Any]) -> Lower:
         return _emptying(compiled)
 
     return lower
-
-
-@functools.cache
-def start_compilers() -> None:
-    """Start the processes in which Inductor compiles kernels: until they are there, this one compiles in their stead.
-
-    Each imports PyTorch, which takes seconds. Inductor itself would start them at its first kernel.
-    """
-    from torch._inductor.async_compile import AsyncCompile, maybe_warm_pool
-
-    maybe_warm_pool()
-    AsyncCompile.use_process_pool()
 
 
 def _emptying(compiled: Any) -> Run:
