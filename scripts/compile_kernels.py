@@ -5,8 +5,9 @@
 Each primitive runs as it would on that GPU, with a driver that compiles and loads and launches nothing: block sizes
 that do not fit its shared memory give way to smaller ones here as there. A table tells the blocks, registers of a
 thread, bytes of its stack (spilled registers, mostly) and shared memory of each kernel. Exits with 1 if a kernel does
-not compile, fits with no block sizes, or multiplies what may not be there yet (``_fences.py``). Triton's cache of compiled kernels is filled on the way: with --cache DIR that
-folder, which a machine with the same Triton then need not compile again.
+not compile, fits with no block sizes, or multiplies what may not be there yet (``_fences.py``). Triton's cache of
+compiled kernels is filled on the way: with --cache DIR that folder, which a machine with the same Triton then need not
+compile again.
 """
 
 from __future__ import annotations
