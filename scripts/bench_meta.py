@@ -346,7 +346,8 @@ def title(p: Problem, name: str) -> str:
     """What stays the same in a plot."""
     parts = {"tasks": p.tasks, "sequences": p.sequences, "tokens": p.tokens, "inner steps": p.steps}
     varied = "inner steps" if name == "steps" else name
-    sizes = ", ".join(f"{count} {part}" for part, count in parts.items() if part != varied)
+    shown = {part: count for part, count in parts.items() if part != varied}
+    sizes = ", ".join(f"{count} {part.rstrip('s') if count == 1 else part}" for part, count in shown.items())
     return f"{sizes}, {p.layers} layers of {p.width}, {str(p.dtype)[6:]}"
 
 
@@ -361,9 +362,9 @@ def plot(path: Path, name: str, rows: list[dict[str, Any]], title: str) -> None:
     for axis, label in zip(axes, ("ms", "peak MiB"), strict=True):
         axis.set(xlabel="inner steps" if name == "steps" else "tokens", ylabel=label)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=3, loc="lower center", fontsize=8, frameon=False)
     figure.suptitle(title)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
     figure.savefig(path, dpi=110)
 
 
