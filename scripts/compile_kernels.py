@@ -5,9 +5,8 @@
 Each primitive runs as it would on that GPU, with a driver that compiles and loads and launches nothing: block sizes
 that do not fit its shared memory give way to smaller ones here as there. A table tells the blocks, registers of a
 thread, bytes of its stack (spilled registers, mostly) and shared memory of each kernel. Exits with 1 if a kernel does
-not compile, fits with no block sizes, or multiplies what may not be there yet (``_fences.py``). Triton's cache of
-compiled kernels is filled on the way: with --cache DIR that folder, which a machine with the same Triton then need not
-compile again.
+not compile, or fits with no block sizes. Triton's cache of compiled kernels is filled on the way: with --cache DIR that
+folder, which a machine with the same Triton then need not compile again.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: interpret
 import torch
 import triton
 from _dtypes import DTYPES, arithmetic
-from _fences import unfenced
 from torch import Tensor
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
@@ -80,7 +78,6 @@ class Loaded(NamedTuple):
     registers: int
     stack_bytes: int
     shared_bytes: int
-    unfenced: int  # products
 
 
 class Dry:
@@ -91,9 +88,7 @@ class Dry:
         self.gpu = GPUS["h100"]
         self.loaded: list[Loaded] = []
         self.blocks = ""
-        self.unfenced = 0
         self.utils = self
-        triton.knobs.compilation.listener = self.compiled
 
     def use(self, gpu: Gpu) -> None:
         """Be that GPU from now on."""
@@ -124,15 +119,10 @@ class Dry:
         self.blocks = "{}x{} {} {}".format(*sizes)
         return lambda *_: None
 
-    def compiled(self, *, metadata_group: dict[str, str], **_: Any) -> None:
-        """Look at a kernel that was compiled, or found in the cache, before it is loaded."""
-        ptx = next(Path(path) for name, path in metadata_group.items() if name.endswith(".ptx"))
-        self.unfenced = unfenced(ptx.read_text())
-
     def load_binary(self, name: str, binary: bytes, shared: int, _: int) -> tuple[Any, ...]:
         """Note a kernel that fits."""
         registers, stack = usage(binary)
-        self.loaded.append(Loaded(name, self.blocks, registers, stack, shared, self.unfenced))
+        self.loaded.append(Loaded(name, self.blocks, registers, stack, shared))
         return object(), object(), registers, stack, 1024
 
 
@@ -239,9 +229,6 @@ def main() -> None:
         done = tqdm(pool.map(compile_one, todo), total=len(todo), desc="compile", mininterval=5, disable=None)
         for job, (loaded, problem) in zip(todo, done, strict=True):
             head = f"{job.gpu:8s} {job.dtype:9s} {job.head_size:4d}  {job.kind:8s} {job.primitive:16s}"
-            racing = [k.name for k in loaded if k.unfenced]
-            if racing and problem is None:
-                problem = f"products read what may not be there yet: {', '.join(racing)}"
             for k in loaded:
                 sizes = f"{k.registers:9d} {k.stack_bytes:8d} {math.ceil(k.shared_bytes / 1024):11d}"
                 print(f"{head} {k.name:8s} {k.blocks:12s} {sizes}", flush=True)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ._gradients import probabilities, products, score_gradient
 from ._rows import load_lse, load_stat
-from ._scores import key_head, load_key, load_query, locate, settle
+from ._scores import key_head, load_key, load_query, locate
 
 
 @triton.jit
@@ -23,7 +23,6 @@ def by_bias(
     SECOND: tl.constexpr,
     FOLD: tl.constexpr,
     EXACT: tl.constexpr,
-    SETTLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The gradient of one tile of a bias, over one share of the heads, rows and keys that it is broadcast to."""
@@ -86,7 +85,6 @@ def by_bias(
                 v = load_key(x.value, shared, problem, n * BN, c, dv, False)
                 k_t = load_key(x_t.key, shared, problem, n * BN, c, d, False) if x_t.key.ptr is not None else None
                 v_t = load_key(x_t.value, shared, problem, n * BN, c, dv, False) if x_t.value.ptr is not None else None
-                settle(SETTLE)
                 s, s_t, dp, dp_t = products(q, q_t, e, e_t, k, k_t, v, v_t, PRECISION)
                 p, _, dp, p_t, _, dp_t = probabilities(
                     s, s_t, dp, dp_t, lse, gain, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,

@@ -30,7 +30,6 @@ from ._scores import (
     row_range,
     schedule,
     sees_few,
-    settle,
     store_rows,
     transposed,
 )
@@ -146,7 +145,6 @@ def by_row(
     EXACT: tl.constexpr,
     SPLIT: tl.constexpr,
     HOLD: tl.constexpr,
-    SETTLE: tl.constexpr,
     EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -199,7 +197,6 @@ def by_row(
                 v = load_key(x.value, shared, problem, n, c, dv, False)
                 k_t = load_key(x_t.key, shared, problem, n, c, d, False) if x_t.key.ptr is not None else None
                 v_t = load_key(x_t.value, shared, problem, n, c, dv, False) if x_t.value.ptr is not None else None
-                settle(dtype == tl.float32)
                 s, s_t, dp, dp_t = products(q, q_t, e, e_t, k, k_t, v, v_t, PRECISION)
                 p, _, dp, p_t, _, dp_t = probabilities(
                     s, s_t, dp, dp_t, lse, None, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,
@@ -238,7 +235,6 @@ def by_row(
                 v = load_key(x.value, shared, problem, n, c, dv, even)
                 k_t = load_key(x_t.key, shared, problem, n, c, d, even) if x_t.key.ptr is not None else None
                 v_t = load_key(x_t.value, shared, problem, n, c, dv, even) if x_t.value.ptr is not None else None
-                settle(SETTLE)
                 s, s_t, dp, dp_t = products(q, q_t, e, e_t, k, k_t, v, v_t, PRECISION)
                 p, _, dp, p_t, _, dp_t = probabilities(
                     s, s_t, dp, dp_t, lse, gain, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,
@@ -281,7 +277,6 @@ def by_key(
     EXACT: tl.constexpr,
     SPLIT: tl.constexpr,
     HOLD: tl.constexpr,
-    SETTLE: tl.constexpr,
     EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -355,7 +350,6 @@ def by_key(
                     lse = load_lse(w.lse_value, flat, i, NQ)[None, :]
                     mu = load_stat(w.lse_value_t, flat, i, NQ, 0.0)[None, :] if SECOND else lse
                     gain = load_stat(w.gain, flat, i, NQ, 1.0)[None, :] if EXACT and not ALONE else None
-                    settle(SETTLE)
                     s, s_t, dp, dp_t = products(k, k_t, v, v_t, q, q_t, e, e_t, PRECISION)
                     p, pz, dp, p_t, pz_t, dp_t = probabilities(
                         s, s_t, dp, dp_t, lse, gain, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,

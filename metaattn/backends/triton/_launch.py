@@ -77,7 +77,6 @@ def run(
     while smaller is not None and (count := programs(smaller)):
         t = smaller
         sizes: dict[str, Any] = {"BM": t.rows, "BN": t.keys, "num_warps": t.warps, "num_stages": t.stages}
-        sizes["SETTLE"] = x.query.dtype == torch.float32 and t.stages == 1
         if x.query.dtype == torch.float32 or any(t is not None for t in x[3:]):
             # Told no limit, ptxas may give a large kernel 32 registers, and it a stack of 24 KB. Plain calls in 16 bits
             # have not been seen to need one, and are measured without: with it they take more registers than they must.

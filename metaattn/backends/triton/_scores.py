@@ -34,17 +34,6 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def settle(ON: tl.constexpr):
-    """Wait for all warps: before the products of a loop in float32 that is not pipelined, after its loads.
-
-    Else Triton (3.6, 3.7) puts the barrier between what is written to shared memory and the fence that lets the tensor
-    cores of an H100 see it: they may read what was there before. ``scripts/compile_kernels.py`` looks for that.
-    """
-    if ON:
-        tl.debug_barrier()
-
-
-@triton.jit
 def rounded(p, dtype: tl.constexpr, EXACT: tl.constexpr):
     """``p``, in float32, as a factor of products: rounded; and with EXACT, in 16 bits, what rounding took from it.
 

@@ -28,7 +28,6 @@ from ._scores import (
     row_block,
     schedule,
     sees_few,
-    settle,
     store_query,
 )
 
@@ -87,7 +86,6 @@ def values(
     EXACT: tl.constexpr,
     SPLIT: tl.constexpr,
     HOLD: tl.constexpr,
-    SETTLE: tl.constexpr,
     EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -139,7 +137,6 @@ def values(
                 for n in tl.range(walk[0], walk[3], BN, num_stages=1):
                     k = load_key(x.key, shared, problem, n, c, d, False)
                     k_t = load_key(x_t.key, shared, problem, n, c, d, False) if x_t.key.ptr is not None else None
-                    settle(dtype == tl.float32)
                     s, s_t = scores(
                         q, q_t, k, k_t, x_t, problem, bias_at, bias_t_at, mask_at,
                         i[:, None], (n + c)[None, :], TANGENT, FOLD, True, PRECISION,
@@ -172,7 +169,6 @@ def values(
                 j = n + c
                 k = load_key(x.key, shared, problem, n, c, d, even)
                 k_t = load_key(x_t.key, shared, problem, n, c, d, even) if x_t.key.ptr is not None else None
-                settle(SETTLE)
                 s, s_t = scores(
                     q, q_t, k, k_t, x_t, problem, bias_at, bias_t_at, mask_at,
                     i[:, None], j[None, :], TANGENT, FOLD, segment != 1, PRECISION,
