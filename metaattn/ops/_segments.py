@@ -27,7 +27,6 @@ from ._trees import Tensors
 DEPTH = 8  # operations in a row that are done again rather than their result kept
 SMALLER = 0.6  # of a result's size is what is kept for it
 _CHEAP = (torch.ops.aten._to_copy.default, torch.ops.aten.full.default)  # besides pointwise ones and views
-_TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 # A part's run takes its tensors in a list, and may empty it: what nothing else holds is then freed once it was used.
 Run = Callable[[list[Tensor]], Sequence[Any]]
 Lower = Callable[[fx.GraphModule, Sequence[Tensor]], Run]
@@ -37,8 +36,6 @@ _Values = dict[fx.Node, Any]
 # Kernels that do not need each other become one, of Inductor's own; on an H100 a small meta-step took a tenth less, and
 # its first one a fifth less. Its CPU kernels have no such thing.
 _ON_GPU = {"combo_kernels": True}
-# A scatter into zeros, as in the derivative of a cross-entropy, rewritten: before 2.13 that made it float32.
-_ALWAYS = {} if _TORCH >= (2, 13) else {"optimize_scatter_upon_const_tensor": False}
 
 
 def inductor(options: Mapping[str, Any]) -> Lower:
@@ -46,16 +43,33 @@ def inductor(options: Mapping[str, Any]) -> Lower:
 
     def lower(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Run:
         from torch._inductor.compile_fx import compile_fx  # here, for it takes a second
+        from torch._inductor.decomposition import select_decomp_table
 
         # Inductor's cache on disk serves only what has symbols for shapes at hand; none is used.
         context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
         with warnings.catch_warnings(), tracing(context):
             warnings.simplefilter("ignore")  # it warns of itself
-            patches = {**_ALWAYS, **(_ON_GPU if any(t.is_cuda for t in inputs) else {}), **options}
-            compiled: Any = compile_fx(module, list(inputs), config_patches=patches, ignore_shape_env=True)
+            patches = {**(_ON_GPU if any(t.is_cuda for t in inputs) else {}), **options}
+            table = {**select_decomp_table(), torch.ops.aten.scatter.value: _scattered}
+            compiled: Any = compile_fx(
+                module, list(inputs), config_patches=patches, decompositions=table, ignore_shape_env=True
+            )
         return _emptying(compiled)
 
     return lower
+
+
+def _scattered(x: Tensor, dim: int, index: Tensor, value: float) -> Tensor:
+    """A number at one place of each row, as in the derivative of a cross-entropy, as a choice, which fuses.
+
+    Inductor's own, where the rest is a constant, is in float32: before 2.13 also of 16 bits, and rounded in float64.
+    Left to its kernels for a CPU (2.11), the scatter comes before what it is put into.
+    """
+    row = [n if i == dim % x.ndim else 1 for i, n in enumerate(x.shape)]
+    if not row or [n * m for n, m in zip(index.shape, row, strict=True)] != list(x.shape):
+        return NotImplemented
+    at = torch.arange(x.shape[dim], device=x.device).view(row)
+    return torch.where(index == at, torch.full((), value, dtype=x.dtype, device=x.device), x)
 
 
 def _emptying(compiled: Any) -> Run:
