@@ -37,6 +37,11 @@ class Problem:
     right: int | None = None
     dropout_p: float = 0.0
 
+    @property
+    def banded(self) -> bool:
+        """Whether there is such a limit."""
+        return self.left is not None or self.right is not None
+
 
 class Operands(NamedTuple):
     """The tensors of one attention call, all of one rank ``>= 4``.

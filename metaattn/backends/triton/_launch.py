@@ -38,8 +38,7 @@ def tile_for(primitive: str, batch: Batch, problem: Problem) -> Tile:
     """The block sizes of a primitive for these operands."""
     x = batch.x
     head_size = max(x.query.shape[-1], x.value.shape[-1])
-    banded = problem.left is not None or problem.right is not None
-    return tile(primitive, x.query, head_size, batch.rows, batch.keys, banded=banded)
+    return tile(primitive, x.query, head_size, batch.rows, batch.keys, banded=problem.banded)
 
 
 def run(

@@ -73,8 +73,7 @@ def _device_refuses(problem: Problem, x: Operands) -> str | None:
             "backend='triton' needs a GPU of compute capability {}.{} or newer; got {}.{}. Ask for "
             "backend='blockwise' or 'auto'"
         ).format(*OLDEST, *capability)
-    banded = problem.left is not None or problem.right is not None
-    if banded and head_size in WRONG_TF32_HEADS and arithmetic(x.query.dtype) == "tf32":
+    if problem.banded and head_size in WRONG_TF32_HEADS and arithmetic(x.query.dtype) == "tf32":
         return (
             "backend='triton' does not serve float32 with tf32 products, head sizes from "
             f"{WRONG_TF32_HEADS[0]} to {WRONG_TF32_HEADS[-1]} and a causal mask or a window: Triton's compiler makes "
@@ -229,7 +228,7 @@ def _common_size(x: Operands) -> int | None:
 
 def _sees_few(problem: Problem, batch: Batch, most: int) -> bool:
     """Whether some row may see so few keys, at ``most``, that kernels take care of what it loses to rounding."""
-    return problem.left is not None or problem.right is not None or batch.keys <= most
+    return problem.banded or batch.keys <= most
 
 
 def _row_programs(batch: Batch) -> Callable[[Tile], int]:
