@@ -79,7 +79,7 @@ def draw(seed: int, dtype: str) -> Case:
     rows, keys = LENGTHS[kind.choice(list(LENGTHS))], LENGTHS[kind.choice(list(LENGTHS)[1:])]
     kinds = ["full", "causal", "window", "mask", "bias"]
     if dtype == "tf32" and size in _primitives.WRONG_TF32_HEADS:  # refused with a band
-        kinds = ["full", "full", "mask", "mask", "bias"]
+        kinds = ["full", "mask", "bias"]
     return Case(
         seed,
         dtype,

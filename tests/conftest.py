@@ -49,6 +49,14 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def precision():
+    """Sets that of float32's products, until the test is over."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Each backend in turn: a new one joins the whole suite by its name here."""

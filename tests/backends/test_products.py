@@ -80,18 +80,16 @@ def test_stages_give_way_to_shared_memory(monkeypatch):
     assert tried == [4, 3, 2, 2]
 
 
-def test_what_the_kernel_takes(monkeypatch):
+def test_what_the_kernel_takes(precision, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     x = torch.empty(2, 3, 4)
     assert linear.multiplies(x.half())
     assert linear.multiplies(x.bfloat16())
     assert not linear.multiplies(x)  # float32, exactly
     assert not linear.multiplies(x.double())
-    torch.set_float32_matmul_precision("high")
-    try:
-        assert linear.multiplies(x)
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    precision("high")
+    assert linear.multiplies(x)
+    precision("highest")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert not linear.multiplies(x.half())
     assert not served(x.half().cpu())
