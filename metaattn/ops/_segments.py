@@ -62,8 +62,9 @@ def inductor(options: Mapping[str, Any]) -> Lower:
 def _scattered(x: Tensor, dim: int, index: Tensor, value: float) -> Tensor:
     """A number at one place of each row, as in the derivative of a cross-entropy, as a choice, which fuses.
 
-    Inductor's own, where the rest is a constant, is in float32: before 2.13 also of 16 bits, and rounded in float64.
-    Left to its kernels for a CPU (2.11), the scatter comes before what it is put into.
+    Inductor makes such a choice too, where the rest is a constant, of float32: that rounds a number of float64, and
+    before 2.13 the result stays float32 in 16 bits. Left to its kernels for a CPU (2.11), the scatter comes before the
+    rest.
     """
     row = [n if i == dim % x.ndim else 1 for i, n in enumerate(x.shape)]
     if not row or [n * m for n, m in zip(index.shape, row, strict=True)] != list(x.shape):
