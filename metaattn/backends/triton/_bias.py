@@ -73,8 +73,8 @@ def by_bias(
             i = m * BM + r
             q = load_query(x.query, where, problem, m * BM, r, d, False)
             e = load_query(w.out, where, problem, m * BM, r, dv, False)
-            q_t = load_query(x_t.query, where, problem, m * BM, r, d, False) if x_t.query.ptr is not None else None
-            e_t = load_query(w.out_t, where, problem, m * BM, r, dv, False) if w.out_t.ptr is not None else None
+            q_t = load_query(x_t.query, where, problem, m * BM, r, d, False)
+            e_t = load_query(w.out_t, where, problem, m * BM, r, dv, False)
             delta = load_stat(w.delta, flat, i, NQ, 0.0)
             delta_t = load_stat(w.delta_t, flat, i, NQ, 0.0) if SECOND else delta
             mu = load_stat(w.lse_value_t, flat, i, NQ, 0.0)[:, None] if SECOND else delta
@@ -83,8 +83,8 @@ def by_bias(
             for n in range(first_key, last_key):
                 k = load_key(x.key, shared, problem, n * BN, c, d, False)
                 v = load_key(x.value, shared, problem, n * BN, c, dv, False)
-                k_t = load_key(x_t.key, shared, problem, n * BN, c, d, False) if x_t.key.ptr is not None else None
-                v_t = load_key(x_t.value, shared, problem, n * BN, c, dv, False) if x_t.value.ptr is not None else None
+                k_t = load_key(x_t.key, shared, problem, n * BN, c, d, False)
+                v_t = load_key(x_t.value, shared, problem, n * BN, c, dv, False)
                 s, s_t, dp, dp_t = products(q, q_t, e, e_t, k, k_t, v, v_t, PRECISION)
                 p, _, dp, p_t, _, dp_t = probabilities(
                     s, s_t, dp, dp_t, lse, gain, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,

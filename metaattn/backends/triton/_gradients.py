@@ -170,14 +170,14 @@ def by_row(
     q = load_query(x.query, where, problem, row, r, d, EVEN_M)
     e = load_query(w.out, where, problem, row, r, dv, EVEN_M)
     o = load_query(w.out_value, where, problem, row, r, dv, EVEN_M)
-    q_t = load_query(x_t.query, where, problem, row, r, d, EVEN_M) if x_t.query.ptr is not None else None
-    e_t = load_query(w.out_t, where, problem, row, r, dv, EVEN_M) if w.out_t.ptr is not None else None
+    q_t = load_query(x_t.query, where, problem, row, r, d, EVEN_M)
+    e_t = load_query(w.out_t, where, problem, row, r, dv, EVEN_M)
     o_t = load_query(w.out_value_t, where, problem, row, r, dv, EVEN_M) if SECOND else None
     dtype = q.dtype
     q = held(q, HOLD)
     e = held(e, HOLD)
-    q_t = held(q_t, HOLD) if q_t is not None else None
-    e_t = held(e_t, HOLD) if e_t is not None else None
+    q_t = held(q_t, HOLD)
+    e_t = held(e_t, HOLD)
     lse = load_lse(w.lse_value, flat, i, NQ)[:, None]
     mu = load_stat(w.lse_value_t, flat, i, NQ, 0.0)[:, None] if SECOND else lse
     bias_at = locate(problem.bias, where) if problem.bias.ptr is not None else None
@@ -195,8 +195,8 @@ def by_row(
             for n in tl.range(walk[0], walk[3], BN, num_stages=1):
                 k = load_key(x.key, shared, problem, n, c, d, False)
                 v = load_key(x.value, shared, problem, n, c, dv, False)
-                k_t = load_key(x_t.key, shared, problem, n, c, d, False) if x_t.key.ptr is not None else None
-                v_t = load_key(x_t.value, shared, problem, n, c, dv, False) if x_t.value.ptr is not None else None
+                k_t = load_key(x_t.key, shared, problem, n, c, d, False)
+                v_t = load_key(x_t.value, shared, problem, n, c, dv, False)
                 s, s_t, dp, dp_t = products(q, q_t, e, e_t, k, k_t, v, v_t, PRECISION)
                 p, _, dp, p_t, _, dp_t = probabilities(
                     s, s_t, dp, dp_t, lse, None, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,
@@ -233,8 +233,8 @@ def by_row(
             for n in range(first, last, BN):
                 k = load_key(x.key, shared, problem, n, c, d, even)
                 v = load_key(x.value, shared, problem, n, c, dv, even)
-                k_t = load_key(x_t.key, shared, problem, n, c, d, even) if x_t.key.ptr is not None else None
-                v_t = load_key(x_t.value, shared, problem, n, c, dv, even) if x_t.value.ptr is not None else None
+                k_t = load_key(x_t.key, shared, problem, n, c, d, even)
+                v_t = load_key(x_t.value, shared, problem, n, c, dv, even)
                 s, s_t, dp, dp_t = products(q, q_t, e, e_t, k, k_t, v, v_t, PRECISION)
                 p, _, dp, p_t, _, dp_t = probabilities(
                     s, s_t, dp, dp_t, lse, gain, mu, x_t, problem, bias_at, bias_t_at, mask_at, seed,
@@ -300,13 +300,13 @@ def by_key(
 
     k = load_key(x.key, shared, problem, key, c, d, EVEN_N)
     v = load_key(x.value, shared, problem, key, c, dv, EVEN_N)
-    k_t = load_key(x_t.key, shared, problem, key, c, d, EVEN_N) if x_t.key.ptr is not None else None
-    v_t = load_key(x_t.value, shared, problem, key, c, dv, EVEN_N) if x_t.value.ptr is not None else None
+    k_t = load_key(x_t.key, shared, problem, key, c, d, EVEN_N)
+    v_t = load_key(x_t.value, shared, problem, key, c, dv, EVEN_N)
     dtype = k.dtype
     k = held(k, HOLD)
     v = held(v, HOLD)
-    k_t = held(k_t, HOLD) if k_t is not None else None
-    v_t = held(v_t, HOLD) if v_t is not None else None
+    k_t = held(k_t, HOLD)
+    v_t = held(v_t, HOLD)
 
     grad_k = tl.zeros([BN, D], tl.float32)
     grad_v = tl.zeros([BN, DV], tl.float32)
@@ -339,8 +339,8 @@ def by_key(
                     i = m + r
                     q = load_query(x.query, where, problem, m, r, d, even)
                     e = load_query(w.out, where, problem, m, r, dv, even)
-                    q_t = load_query(x_t.query, where, problem, m, r, d, even) if x_t.query.ptr is not None else None
-                    e_t = load_query(w.out_t, where, problem, m, r, dv, even) if w.out_t.ptr is not None else None
+                    q_t = load_query(x_t.query, where, problem, m, r, d, even)
+                    e_t = load_query(w.out_t, where, problem, m, r, dv, even)
                     if ALONE:
                         delta = minus_lse_bar(w.lse, w.lse_value, flat, i, NQ)
                         delta_t = minus_lse_bar(w.lse_t, w.lse_value, flat, i, NQ) if SECOND else delta

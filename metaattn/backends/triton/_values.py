@@ -111,9 +111,9 @@ def values(
     q = load_query(x.query, where, problem, row, r, d, EVEN_M)
     dtype = q.dtype
     q = held(q, HOLD)
+    q_t = held(load_query(x_t.query, where, problem, row, r, d, EVEN_M), HOLD)
     bias_at = locate(problem.bias, where) if problem.bias.ptr is not None else None
     mask_at = locate(problem.mask, where) if problem.mask.ptr is not None else None
-    q_t = held(load_query(x_t.query, where, problem, row, r, d, EVEN_M), HOLD) if x_t.query.ptr is not None else None
     bias_t_at = locate(x_t.bias, where) if x_t.bias.ptr is not None else None
     if TANGENT:
         acc_t = tl.zeros([BM, DV], tl.float32)
@@ -136,7 +136,7 @@ def values(
                 weight = tl.zeros([BM], tl.float32)
                 for n in tl.range(walk[0], walk[3], BN, num_stages=1):
                     k = load_key(x.key, shared, problem, n, c, d, False)
-                    k_t = load_key(x_t.key, shared, problem, n, c, d, False) if x_t.key.ptr is not None else None
+                    k_t = load_key(x_t.key, shared, problem, n, c, d, False)
                     s, s_t = scores(
                         q, q_t, k, k_t, x_t, problem, bias_at, bias_t_at, mask_at,
                         i[:, None], (n + c)[None, :], TANGENT, FOLD, True, PRECISION,
@@ -168,7 +168,7 @@ def values(
             for n in range(first, last, BN):
                 j = n + c
                 k = load_key(x.key, shared, problem, n, c, d, even)
-                k_t = load_key(x_t.key, shared, problem, n, c, d, even) if x_t.key.ptr is not None else None
+                k_t = load_key(x_t.key, shared, problem, n, c, d, even)
                 s, s_t = scores(
                     q, q_t, k, k_t, x_t, problem, bias_at, bias_t_at, mask_at,
                     i[:, None], j[None, :], TANGENT, FOLD, segment != 1, PRECISION,
@@ -202,8 +202,8 @@ def values(
                     acc = product_of(pz, v, acc, EXACT, PRECISION)
                 if TANGENT:
                     acc_t = product_of(rounded(p_t, dtype, EXACT), v, acc_t, EXACT, PRECISION)
-                    if x_t.value.ptr is not None:
-                        v_t = load_key(x_t.value, shared, problem, n, c, dv, even)
+                    v_t = load_key(x_t.value, shared, problem, n, c, dv, even)
+                    if v_t is not None:
                         acc_t = product_of(pz, v_t, acc_t, EXACT, PRECISION)
 
     if VALUE:
