@@ -332,18 +332,6 @@ def test_what_the_refusal_offers_is_served(gpu, precision):
     assert triton.refuses(Problem(1.0), gpu(200, torch.float32, (8, 9), 99)) is None
 
 
-@pytest.mark.parametrize("band", [{"right": 0}, {"left": 5}])
-def test_what_the_compiler_makes_wrong_is_refused(gpu, band, precision):
-    hopper, problem = ((9, 0), 227), Problem(1.0, **band)
-    assert triton.refuses(problem, gpu(128, torch.float32, *hopper)) is None
-    precision("high")
-    assert "wrong gradients of it; got head size 128" in triton.refuses(problem, gpu(128, torch.float32, *hopper))
-    assert _auto.choose("backward", problem, gpu(128, torch.float32, *hopper)).backend.name == "blockwise"
-    assert triton.refuses(problem, gpu(64, torch.float32, *hopper)) is None
-    assert triton.refuses(problem, gpu(128, torch.bfloat16, *hopper)) is None
-    assert triton.refuses(Problem(1.0), gpu(128, torch.float32, *hopper)) is None
-
-
 def test_auto_on_a_gpu_that_was_never_measured(gpu):
     choice = _auto.choose("forward", Problem(1.0), gpu(64, torch.float16, (8, 0), 163))
     assert choice.backend.name == "triton"

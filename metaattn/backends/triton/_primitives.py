@@ -27,9 +27,6 @@ UNINTERPRETABLE = (
 )
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
-# Of head sizes in this range the gradients in tf32 with a band came out wrong by 8% on an H100, causal, in many blocks:
-# by the compiler (3.6), for the interpreter has them right. Refused until the cause is found.
-WRONG_TF32_HEADS = range(65, 129)
 LARGEST_FLOAT32_HEAD, ROOM = 128, 112 * 1024  # in float32 S of larger heads takes so many bytes of shared memory
 
 
@@ -61,11 +58,11 @@ def refuses(problem: Problem, x: Operands) -> str | None:
             f"backend='triton' serves head sizes up to {LARGEST_HEAD}; got {x.query.shape[-1]} for query and key and "
             f"{x.value.shape[-1]} for value. Ask for backend='blockwise' or 'auto'"
         )
-    return _device_refuses(problem, x) if device.type == "cuda" else None
+    return _device_refuses(x) if device.type == "cuda" else None
 
 
-def _device_refuses(problem: Problem, x: Operands) -> str | None:
-    """What this GPU has too little for, or its compiler makes wrong."""
+def _device_refuses(x: Operands) -> str | None:
+    """What this GPU has too little for."""
     device, head_size = x.query.device, max(x.query.shape[-1], x.value.shape[-1])
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
@@ -73,12 +70,6 @@ def _device_refuses(problem: Problem, x: Operands) -> str | None:
             "backend='triton' needs a GPU of compute capability {}.{} or newer; got {}.{}. Ask for "
             "backend='blockwise' or 'auto'"
         ).format(*OLDEST, *capability)
-    if problem.banded and head_size in WRONG_TF32_HEADS and arithmetic(x.query.dtype) == "tf32":
-        return (
-            "backend='triton' does not serve float32 with tf32 products, head sizes from "
-            f"{WRONG_TF32_HEADS[0]} to {WRONG_TF32_HEADS[-1]} and a causal mask or a window: Triton's compiler makes "
-            f"wrong gradients of it; got head size {head_size}. Ask for backend='blockwise' or 'auto'"
-        )
     if head_size > LARGEST_FLOAT32_HEAD and arithmetic(x.query.dtype) == "float32" and shared_bytes(device) < ROOM:
         return (
             f"backend='triton' serves float32 with head sizes above {LARGEST_FLOAT32_HEAD} on GPUs with "

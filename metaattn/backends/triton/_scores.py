@@ -10,21 +10,30 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 MANY = tl.constexpr(64)  # keys of a row, above which what it loses to rounding averages out
 
 
 @triton.jit
 def nearest(x):
     """float32 rounded to tf32, as cuBLAS does it: the tensor cores would cut the rest off, 3 times the error."""
-    bits = x.to(tl.int32, bitcast=True)
-    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return tl.where(x == x, rounded, x)  # in a NaN the carry would reach the sign
+    if INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, rounded, x)  # in a NaN the carry would reach the sign
+    else:
+        # One instruction: by bits there are four, and a predicate for each element. Of the 128 that a thread kept then
+        # ptxas made wrong code (docs/benchmarks).
+        asm: tl.constexpr = "cvt.rna.tf32.f32 $0, $1;"
+        bits = tl.inline_asm_elementwise(asm, "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
+        return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
     """``a b + acc`` on the tensor cores, in float32; ``acc`` may be ``None``."""
     if PRECISION == "tf32" and a.dtype == tl.float32:
+        # Here and not where they are loaded, once: that is slower by a tenth (T, F with T, S at head size 128).
         a = nearest(a)
         b = nearest(b)
     if acc is None:
