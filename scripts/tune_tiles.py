@@ -2,15 +2,16 @@
 
     python scripts/tune_tiles.py [--head-sizes 64 128] [--dtypes bfloat16 tf32 float32] [--primitives second_keys]
 
-Candidates compile side by side in as many processes as there are cores; then each is timed alone, and the best few
-again for longer, without a band and with one (a causal mask); with --bands full alone, what is best without one serves
-both. All times go to --out as JSON, beside those of other primitives, sizes and dtypes;
-``metaattn/backends/triton/tiles.json`` is updated in place.
+Candidates compile side by side in as many processes as there are cores; then each is checked against the formulas in
+float64 and timed alone, and the best few again for longer, without a band and with one (a causal mask). With --bands
+full alone, what is best without one serves both. All times go to --out as JSON, beside those of other primitives,
+sizes and dtypes; ``metaattn/backends/triton/tiles.json`` is updated in place.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -26,12 +27,15 @@ import torch
 import triton
 from _dtypes import DTYPES, arithmetic
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from metaattn.backends import blockwise
 from metaattn.backends import triton as backend
-from metaattn.backends._protocol import Operands, Problem, Rows, Tangent, Values
-from metaattn.backends.triton import _tiles
+from metaattn.backends._protocol import Operands, Problem, Rows, Tangent, Values, in_turn
+from metaattn.backends.triton import _launch, _tiles
 from metaattn.backends.triton._tiles import Tile
+from metaattn.cli._measure import relative_error
 
 PRIMITIVES = (
     "forward",
@@ -46,6 +50,7 @@ PRIMITIVES = (
 )
 TOKENS = 2048
 FINALISTS = 6
+BOUNDS = {"bfloat16": 1e-2, "tf32": 2e-3, "float32": 4e-6}  # of a relative error
 
 
 class Trial(NamedTuple):
@@ -59,7 +64,7 @@ class Trial(NamedTuple):
 
 
 def candidates(primitive: str, dtype: str, head_size: int, causal: bool) -> Iterator[Trial]:
-    """Block sizes worth a trial: what is kept in registers is at least 64 high, for the tensor cores, and fits."""
+    """Block sizes worth a trial: what is kept in registers fits; in 16 bits it is at least 64 high, for Hopper's."""
     keeps_rows = not primitive.endswith("_keys")
     at_once = primitive in ("forward_tangent", "backward_second_rows", "backward_second_keys")
     accumulators = (1 if keeps_rows else 2) * (2 if at_once else 1)
@@ -69,9 +74,10 @@ def candidates(primitive: str, dtype: str, head_size: int, causal: bool) -> Iter
     others = (16, 32, 64) if few else (32, 64, 128)
     splits = (True, False) if causal else (True,)
     holds = (False, True) if not wide and head_size <= 128 else (False,)
-    keeps = (32, 64, 128) if dtype == "float32" else (64, 128)
+    # With fewer than 4 warps the products are the older instructions', which read both factors from registers.
+    keeps, warps_of = ((32, 64, 128), (2, 4, 8)) if wide else ((64, 128), (4, 8))
     for kept, other, warps, stages, split, hold in itertools.product(
-        keeps, others, (4, 8), (1, 2, 3, 4), splits, holds
+        keeps, others, warps_of, (1, 2, 3, 4), splits, holds
     ):
         # 32-bit registers of a thread for the accumulators and for the tiles alive at once.
         registers = kept * (accumulators * head_size + scores * other) / (32 * warps)
@@ -90,37 +96,74 @@ def force(trial: Trial) -> None:
     column[trial.head_size] = (full, trial.tile) if trial.causal else (trial.tile, banded)
 
 
-def call(trial: Trial) -> Callable[[], Any]:
-    """The primitive of a trial on random tensors."""
-    dtype, heads = DTYPES[trial.dtype][0], max(1, 128 * 64 // trial.head_size)
+class Data(NamedTuple):
+    """What a primitive is given."""
+
+    x: Operands
+    t: Tangent
+    w: Rows
+    values: Values
+    values_t: Values
+
+
+@functools.lru_cache(maxsize=2)
+def data(dtype: str, head_size: int, causal: bool, exact: bool = False) -> Data:
+    """Random tensors, the same in each process; with ``exact`` in float64, with the values of these."""
+    g, heads = torch.Generator("cuda").manual_seed(0), max(1, 128 * 64 // head_size)
+    kind = DTYPES[dtype][0]
 
     def tensor() -> Tensor:
-        return torch.randn(1, heads, TOKENS, trial.head_size, device="cuda", dtype=dtype)
+        t = torch.randn(1, heads, TOKENS, head_size, device="cuda", generator=g).to(kind)
+        return t.double() if exact else t
 
     x, t, w = Operands(tensor(), tensor(), tensor()), Tangent(tensor(), tensor(), tensor()), Rows(tensor())
-    rows = Values(tensor(), torch.full((1, heads, TOKENS), 8.0, device="cuda"))
-    problem = Problem(trial.head_size**-0.5, None, 0 if trial.causal else None)
+    if exact:
+        return Data(x, t, w, *blockwise.forward_tangent(problem(head_size, causal), x, t))
+    known = data(dtype, head_size, causal, exact=True)
+    values, values_t = (Values(v.out.to(kind), v.lse.float()) for v in (known.values, known.values_t))
+    return Data(x, t, w, values, values_t)
+
+
+def problem(head_size: int, causal: bool) -> Problem:
+    """With a band or without one."""
+    return Problem(head_size**-0.5, None, 0 if causal else None)
+
+
+def call(trial: Trial, exact: bool = False) -> Callable[[], Any]:
+    """The primitive of a trial; with ``exact`` by the formulas, in float64."""
+    d = data(trial.dtype, trial.head_size, trial.causal, exact)
+    p, by, both = problem(trial.head_size, trial.causal), blockwise if exact else backend, in_turn(blockwise)
     if trial.primitive == "forward":
-        return lambda: backend.forward(problem, x)
+        return lambda: by.forward(p, d.x)
     if trial.primitive == "forward_tangent":
-        return lambda: backend.forward_tangent(problem, x, t)
+        return lambda: by.forward_tangent(p, d.x, d.t)
     if trial.primitive == "tangent":
-        return lambda: backend.tangent(problem, x, rows, t)
+        return lambda: by.tangent(p, d.x, d.values, d.t)
     if trial.primitive in ("backward_rows", "backward_keys"):
-        return lambda: backend.backward(problem, x, rows, w, bias_grad=False)
-    second = backend.second if trial.primitive.startswith("second") else backend.backward_second
-    return lambda: second(problem, x, rows, rows, w, t, cotangent_tangent=Rows(), bias_grad=False)
+        return lambda: by.backward(p, d.x, d.values, d.w, bias_grad=False)
+    fused = both if exact else backend.backward_second
+    second = by.second if trial.primitive.startswith("second") else fused
+    return lambda: second(p, d.x, d.values, d.values_t, d.w, d.t, cotangent_tangent=Rows(), bias_grad=False)
+
+
+def wrong(trial: Trial, want: Any) -> float | None:
+    """The relative error of a candidate, if it is more than rounding: ptxas has made wrong code of some."""
+    force(trial)
+    got, want = ([t for t in tree_leaves(results) if t is not None] for results in (call(trial)(), want))
+    error = relative_error(got, want)
+    return None if error < BOUNDS[trial.dtype] else error
 
 
 def compile_one(trial: Trial) -> str | None:
     """Compile a candidate, into Triton's cache on disk; why not, if it cannot be launched."""
     force(trial)
+    _launch._smaller.clear()
     try:
         call(trial)()
         torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-    return None
+    return "does not fit: smaller blocks ran" if any(trial.tile in key for key in _launch._smaller) else None
 
 
 def milliseconds(trial: Trial, rep: int = 16) -> float | None:
@@ -163,9 +206,16 @@ def main() -> None:
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
     content = json.loads(_tiles.PATH.read_text())
     rows: list[dict[str, Any]] = []
-    for group, members in itertools.groupby(usable, key=lambda t: t[:4]):
+    for group, same in itertools.groupby(usable, key=lambda t: t[:4]):
+        members = list(same)
         primitive, dtype, size, causal = group
-        timed = [(ms, t) for t in members if (ms := milliseconds(t)) is not None]
+        want, right = call(members[0], exact=True)(), []
+        for t in members:
+            if (error := wrong(t, want)) is None:
+                right.append(t)
+            else:
+                print(f"WRONG by {error:.1e}, left out: {t}", flush=True)
+        timed = [(ms, t) for t in right if (ms := milliseconds(t)) is not None]
         timed.sort(key=lambda pair: pair[0])
         if not timed:
             continue
