@@ -40,6 +40,13 @@ TILES = [
     for inner, stages in ((32, 3), (32, 4), (64, 2), (64, 3), (128, 2))
     if (rows, inner) != (128, 128)
 ]
+# For tf32 beside these. Fewer rows or warps take the older instructions of the tensor cores, which read factors from
+# registers: Hopper's want both along the sum, and Triton turns those that lie otherwise through shared memory.
+TILES_TF32 = [
+    Blocks(rows, cols, inner, warps, stages)
+    for rows, cols, warps in ((32, 64, 4), (32, 128, 4), (64, 64, 2), (64, 32, 4), (128, 32, 4))
+    for inner, stages in ((32, 3), (32, 4), (64, 2), (64, 3))
+]
 REPEATS = 10
 Work = tuple[tuple[int, int, int], tuple[int, int], str, str]
 
@@ -98,8 +105,9 @@ def main() -> None:
     a = p.parse_args()
     torch.set_float32_matmul_precision("high")
     works: list[Work] = [(SIZES[i], layer, kind, a.dtype) for i in a.sizes for layer in LAYERS for kind in KINDS]
+    tiles = TILES + TILES_TF32 if a.dtype == "float32" else TILES
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        trials = list(itertools.product(works, TILES))
+        trials = list(itertools.product(works, tiles))
         errors = list(tqdm(pool.map(compile_one, trials), total=len(trials), desc="compile", mininterval=5))
     usable = {trial for trial, error in zip(trials, errors, strict=True) if error is None}
     print(f"{len(usable)} of {len(trials)} can be launched")
@@ -108,8 +116,8 @@ def main() -> None:
         given = jobs(work)
         row: dict[str, Any] = dict(zip(("size", "layer", "kind", "dtype"), work, strict=True))
         row["PyTorch"] = milliseconds(functools.partial(all_in_pytorch, given))
-        tiles = [t for t in TILES if (work, t) in usable]
-        timed = sorted((milliseconds(functools.partial(multiply, given, t)), t) for t in tiles)
+        launched = [t for t in tiles if (work, t) in usable]
+        timed = sorted((milliseconds(functools.partial(multiply, given, t)), t) for t in launched)
         rows.append(row | {"ours": timed})
         best = ", ".join(f"{tuple(t)} {ms:.4f}" for ms, t in timed[:4])
         print(f"{work[:3]} PyTorch {row['PyTorch']:.4f}; {best}", flush=True)
