@@ -203,7 +203,7 @@ def main() -> None:
     usable = [t for t, error in zip(trials, results, strict=True) if error is None]
     print(f"{len(usable)} of {len(trials)} candidates can be launched")
 
-    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    device, capability = torch.cuda.get_device_name(), ".".join(map(str, torch.cuda.get_device_capability()))
     content = json.loads(_tiles.PATH.read_text())
     rows: list[dict[str, Any]] = []
     for group, same in itertools.groupby(usable, key=lambda t: t[:4]):
@@ -221,7 +221,7 @@ def main() -> None:
             continue
         timed = final(timed)
         for ms, t in timed:
-            rows.append({**t._asdict(), "ms": ms})
+            rows.append({**t._asdict(), "ms": ms, "device": device})
         best = timed[0][1]
         for band in {causal, causal or True not in bands}:
             force(best._replace(causal=band))  # what follows is timed beside the best
@@ -231,7 +231,7 @@ def main() -> None:
         write(content)
         top = ", ".join(f"{(*map(int, t.tile),)} {ms:.3f}" for ms, t in timed[:5])
         print(f"{primitive} {dtype} {size} {'causal' if causal else 'full'}: {top}", flush=True)
-    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    machine = {"torch": torch.__version__, "triton": triton.__version__}
     before = json.loads(a.out.read_text())["rows"] if a.out.exists() else []
     measured = {t[:3] for t in trials}
     others = [r for r in before if (r["primitive"], r["dtype"], r["head_size"]) not in measured]
