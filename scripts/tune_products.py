@@ -3,9 +3,9 @@
     python scripts/tune_products.py [--out docs/benchmarks/products.json] [--dtype bfloat16]
 
 Shapes are those of a linear layer of each task: ``x w^T`` with tangents, both gradients with tangents (that of the
-weight without its value), and both without. All of a shape compile side by side, then each is timed as a replayed CUDA
-graph. Prints the best few and the time of PyTorch's products and sums; block sizes are set by hand in
-``metaattn/backends/triton/_linear.py``, from what this shows.
+weight without its value), and both without. All of a shape compile side by side, then each is checked against float64
+and timed as a replayed CUDA graph. Prints the best few and the time of PyTorch's products and sums; block sizes are set
+by hand in ``metaattn/backends/triton/_linear.py``, from what this shows. Times of other dtypes in --out are kept.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from triton.testing import do_bench
 
 from metaattn.backends.products import Product, in_pytorch
 from metaattn.backends.triton._linear import Blocks, multiply
+from metaattn.cli._measure import relative_error
 
 # Tasks, rows of each, width: of a layer from width to width, to three and four times as much, and back.
 SIZES = [(16, 320, 128), (8, 2560, 256), (8, 160, 64), (32, 80, 64), (4, 4096, 256), (1, 8192, 512)]
@@ -48,6 +50,7 @@ TILES_TF32 = [
     for inner, stages in ((32, 3), (32, 4), (64, 2), (64, 3))
 ]
 REPEATS = 10
+BOUND = 1e-2  # of a relative error
 Work = tuple[tuple[int, int, int], tuple[int, int], str, str]
 
 
@@ -72,6 +75,22 @@ def all_in_pytorch(given: list[Product]) -> None:
     """PyTorch's own products."""
     for job in given:
         in_pytorch(job)
+
+
+def right(given: list[Product], tile: Blocks) -> bool:
+    """Whether products with these blocks are those of float64 but for rounding; says so if not."""
+    wide = [
+        job._replace(a=job.a.double(), b=job.b.double(), a_t=_double(job.a_t), b_t=_double(job.b_t)) for job in given
+    ]
+    want = [t for job in wide for t in in_pytorch(job)]
+    error = max(map(relative_error, multiply(given, tile) or [], want), default=math.inf)
+    if not error < BOUND:
+        print(f"WRONG by {error:.1e}, left out: {tile}", flush=True)
+    return error < BOUND
+
+
+def _double(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.double()
 
 
 def compile_one(work: tuple[Work, Blocks]) -> str | None:
@@ -111,19 +130,21 @@ def main() -> None:
         errors = list(tqdm(pool.map(compile_one, trials), total=len(trials), desc="compile", mininterval=5))
     usable = {trial for trial, error in zip(trials, errors, strict=True) if error is None}
     print(f"{len(usable)} of {len(trials)} can be launched")
+    before = json.loads(a.out.read_text())["rows"] if a.out.exists() else []
+    others = [row for row in before if row["dtype"] != a.dtype]
     rows: list[dict[str, Any]] = []
     for work in works:
         given = jobs(work)
         row: dict[str, Any] = dict(zip(("size", "layer", "kind", "dtype"), work, strict=True))
         row["PyTorch"] = milliseconds(functools.partial(all_in_pytorch, given))
-        launched = [t for t in tiles if (work, t) in usable]
+        launched = [t for t in tiles if (work, t) in usable and right(given, t)]
         timed = sorted((milliseconds(functools.partial(multiply, given, t)), t) for t in launched)
         rows.append(row | {"ours": timed})
         best = ", ".join(f"{tuple(t)} {ms:.4f}" for ms, t in timed[:4])
         print(f"{work[:3]} PyTorch {row['PyTorch']:.4f}; {best}", flush=True)
         machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
         a.out.parent.mkdir(parents=True, exist_ok=True)
-        a.out.write_text(json.dumps({"machine": machine, "rows": rows}))
+        a.out.write_text(json.dumps({"machine": machine, "rows": others + rows}))
 
 
 if __name__ == "__main__":
