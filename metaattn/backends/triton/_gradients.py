@@ -172,7 +172,7 @@ def by_row(
     o = load_query(w.out_value, where, problem, row, r, dv, EVEN_M)
     q_t = load_query(x_t.query, where, problem, row, r, d, EVEN_M)
     e_t = load_query(w.out_t, where, problem, row, r, dv, EVEN_M)
-    o_t = load_query(w.out_value_t, where, problem, row, r, dv, EVEN_M) if SECOND else None
+    o_t = load_query(w.out_value_t, where, problem, row, r, dv, EVEN_M)
     dtype = q.dtype
     q = held(q, HOLD)
     e = held(e, HOLD)

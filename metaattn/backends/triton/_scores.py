@@ -22,8 +22,8 @@ def nearest(x):
         rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         return tl.where(x == x, rounded, x)  # in a NaN the carry would reach the sign
     else:
-        # One instruction: by bits there are four, and a predicate for each element. Of the 128 that a thread kept then
-        # ptxas made wrong code (docs/benchmarks).
+        # One instruction: by bits there are four, and a predicate for each element. A thread kept 128 of these, and
+        # ptxas made wrong code of it (docs/benchmarks).
         asm: tl.constexpr = "cvt.rna.tf32.f32 $0, $1;"
         bits = tl.inline_asm_elementwise(asm, "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
         return bits.to(tl.float32, bitcast=True)

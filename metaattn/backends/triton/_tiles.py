@@ -1,11 +1,11 @@
 """Block sizes: rows and keys of a tile, warps, stages of the pipeline, and two choices of how the loop is made.
 
 ``tiles.json`` holds what ``scripts/tune_tiles.py`` found fastest, by compute capability, primitive, arithmetic of the
-products and head size; without a band (a causal mask, a window) and with one. All of 8.0, and on 9.0 tf32 at head size
-32 and float32 at 32 and 256, are not measured yet: they are large and spill few registers, as
-``scripts/compile_kernels.py`` shows. A device without a row of its own has that of the newest before it; a head size
-without one that of the next larger. B and S are computed at once (``backward_second``) only for the head sizes in the
-table: the results of larger ones have no room in registers.
+products and head size; without a band (a causal mask, a window) and with one. What has no times in
+``docs/benchmarks/tiles.json`` (all of 8.0, and on 9.0 some of tf32 and float32) is not measured yet: those are large
+and spill few registers, as ``scripts/compile_kernels.py`` shows. A device without a row of its own has that of the
+newest before it; a head size without one that of the next larger. B and S are computed at once (``backward_second``)
+only for the head sizes in the table: the results of larger ones have no room in registers.
 """
 
 from __future__ import annotations
