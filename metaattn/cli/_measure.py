@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
@@ -19,6 +20,11 @@ def relative_error(got: Any, want: Any) -> float:
     pairs = list(zip(tree_leaves(got), tree_leaves(want), strict=True))
     top = sum((a.detach().to(b.device, torch.float64) - b).square().sum().item() for a, b in pairs)
     return math.sqrt(top / max(1e-300, sum(b.double().square().sum().item() for _, b in pairs)))
+
+
+def largest_error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """The largest relative error of results one by one; NaN if one of them is."""
+    return torch.tensor([relative_error(a, b) for a, b in zip(got, want, strict=True)]).max().item()
 
 
 def milliseconds(call: Callable[[], Any], least: float) -> float:

@@ -10,8 +10,6 @@ from tests.helpers import TOLERANCE, as_vector, assert_close, error
 from tests.ops.cases import CASES
 from tests.ops.nestings import FIRST, LARGE, NOT_EMPTY, SECOND, THIRD, eager_double, grad_grad, vmap_grad_grad
 
-pytest.importorskip("triton")
-
 pytestmark = pytest.mark.gpu
 
 EVERY_DTYPE = ("causal", "gqa_uneven", "mask", "bias", "window_causal", "value_size")
@@ -86,7 +84,7 @@ TABLE = ("full", "causal", "window")
 
 @pytest.mark.parametrize(
     ("head_size", "kind"),
-    # What is not in the table's choice of blocks is compiled for minutes at head size 256.
+    # A mask, a bias and dropout have the same blocks; at head size 256 their kernels compile for minutes.
     [(size, kind) for size in (16, 32, 64, 128, 256) for kind in KINDS if size in (64, 128) or kind in TABLE],
 )
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
@@ -100,7 +98,7 @@ def test_all_block_sizes(arithmetic, head_size, kind, precision):
     precision(name)
     for length in (1024, 777):
         errors = _errors(dtype, (1, 2, length, head_size), kind)
-        assert max(errors.values()) < bound, (length, errors)
+        assert all(error < bound for error in errors.values()), (length, errors)  # of NaN there is no maximum
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from metaattn.cli._measure import milliseconds, peak_bytes, relative_error
+from metaattn.cli._measure import largest_error, milliseconds, peak_bytes, relative_error
 from metaattn.cli._rules import RULES, derivative
 
 
@@ -50,6 +50,14 @@ def test_relative_error():
     assert relative_error([one, one], [one, one]) == 0
     assert relative_error([1.1 * one], [one]) == pytest.approx(0.1)
     assert not relative_error([one * torch.nan], [one]) <= 1  # NaN passes no bound
+
+
+def test_largest_error():
+    one = torch.ones(3, dtype=torch.float64)
+    assert largest_error([one, 1.1 * one], [one, one]) == pytest.approx(0.1)
+    assert not largest_error([one, one * torch.nan], [one, one]) <= 1
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        largest_error([one], [one, one])
 
 
 def test_peak_bytes(capfd):
