@@ -1,5 +1,7 @@
 """The dtypes that the kernels are checked, tuned and compiled in: each with PyTorch's precision of float32 products."""
 
+from typing import Any
+
 import torch
 
 from metaattn.backends.triton import _tiles
@@ -17,3 +19,8 @@ def arithmetic(name: str) -> str:
     dtype, precision = DTYPES[name]
     torch.set_float32_matmul_precision(precision)
     return _tiles.arithmetic(dtype)
+
+
+def in_float64(part: Any) -> Any:
+    """A named tuple with its tensors in float64."""
+    return part._replace(**{name: t.double() for name, t in part._asdict().items() if isinstance(t, torch.Tensor)})

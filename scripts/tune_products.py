@@ -14,7 +14,6 @@ import argparse
 import functools
 import itertools
 import json
-import math
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -24,13 +23,15 @@ from typing import Any
 
 import torch
 import triton
+from _dtypes import in_float64
 from torch import Tensor
 from tqdm import tqdm
 from triton.testing import do_bench
 
 from metaattn.backends.products import Product, in_pytorch
+from metaattn.backends.triton import _linear
 from metaattn.backends.triton._linear import Blocks, multiply
-from metaattn.cli._measure import relative_error
+from metaattn.cli._measure import largest_error
 
 # Tasks, rows of each, width: of a layer from width to width, to three and four times as much, and back.
 SIZES = [(16, 320, 128), (8, 2560, 256), (8, 160, 64), (32, 80, 64), (4, 4096, 256), (1, 8192, 512)]
@@ -77,26 +78,25 @@ def all_in_pytorch(given: list[Product]) -> None:
         in_pytorch(job)
 
 
-def right(given: list[Product], tile: Blocks) -> bool:
+def exactly(given: list[Product]) -> list[Tensor]:
+    """The products in float64."""
+    return [t for job in map(in_float64, given) for t in in_pytorch(job)]
+
+
+def right(given: list[Product], tile: Blocks, want: list[Tensor]) -> bool:
     """Whether products with these blocks are those of float64 but for rounding; says so if not."""
-    wide = [
-        job._replace(a=job.a.double(), b=job.b.double(), a_t=_double(job.a_t), b_t=_double(job.b_t)) for job in given
-    ]
-    want = [t for job in wide for t in in_pytorch(job)]
-    error = max(map(relative_error, multiply(given, tile) or [], want), default=math.inf)
+    error = largest_error(multiply(given, tile) or [], want)
     if not error < BOUND:
         print(f"WRONG by {error:.1e}, left out: {tile}", flush=True)
     return error < BOUND
 
 
-def _double(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.double()
-
-
 def compile_one(work: tuple[Work, Blocks]) -> str | None:
     """Compile, into Triton's cache on disk; why not, if it cannot be launched."""
+    _linear._stages.clear()
     try:
-        multiply(jobs(work[0]), work[1])
+        if multiply(jobs(work[0]), work[1]) is None or _linear._stages:
+            return "does not fit"
         torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
@@ -125,7 +125,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     works: list[Work] = [(SIZES[i], layer, kind, a.dtype) for i in a.sizes for layer in LAYERS for kind in KINDS]
     tiles = TILES + TILES_TF32 if a.dtype == "float32" else TILES
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn, start = multiprocessing.get_context("spawn"), torch.set_float32_matmul_precision
+    with ProcessPoolExecutor(os.cpu_count(), spawn, initializer=start, initargs=("high",)) as pool:
         trials = list(itertools.product(works, tiles))
         errors = list(tqdm(pool.map(compile_one, trials), total=len(trials), desc="compile", mininterval=5))
     usable = {trial for trial, error in zip(trials, errors, strict=True) if error is None}
@@ -137,7 +138,8 @@ def main() -> None:
         given = jobs(work)
         row: dict[str, Any] = dict(zip(("size", "layer", "kind", "dtype"), work, strict=True))
         row["PyTorch"] = milliseconds(functools.partial(all_in_pytorch, given))
-        launched = [t for t in tiles if (work, t) in usable and right(given, t)]
+        want = exactly(given)
+        launched = [t for t in tiles if (work, t) in usable and right(given, t, want)]
         timed = sorted((milliseconds(functools.partial(multiply, given, t)), t) for t in launched)
         rows.append(row | {"ours": timed})
         best = ", ".join(f"{tuple(t)} {ms:.4f}" for ms, t in timed[:4])

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from _dtypes import DTYPES, arithmetic
+from _dtypes import DTYPES, arithmetic, in_float64
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,7 +34,7 @@ from metaattn.backends import triton as backend
 from metaattn.backends._protocol import Operands, Problem, Rows, Tangent, Values, in_turn
 from metaattn.backends.triton import _launch, _tiles
 from metaattn.backends.triton._tiles import Tile
-from metaattn.cli._measure import relative_error
+from metaattn.cli._measure import largest_error
 
 PRIMITIVES = (
     "forward",
@@ -106,36 +106,32 @@ class Data(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def exactly(dtype: str, head_size: int, causal: bool) -> Data:
-    """Random numbers of a dtype, the same in each process, in float64."""
-    g, heads = torch.Generator("cuda").manual_seed(0), max(1, 128 * 64 // head_size)
+def random(dtype: str, head_size: int) -> Data:
+    """Random numbers; the values are not those of the operands, which to compile does not matter."""
+    heads = max(1, 128 * 64 // head_size)
 
     def tensor() -> Tensor:
-        t = torch.randn(1, heads, TOKENS, head_size, device="cuda", generator=g)
-        return t.to(DTYPES[dtype][0]).double()
+        return torch.randn(1, heads, TOKENS, head_size, device="cuda", dtype=DTYPES[dtype][0])
 
     x, t, w = Operands(tensor(), tensor(), tensor()), Tangent(tensor(), tensor(), tensor()), Rows(tensor())
-    return Data(x, t, w, *blockwise.forward_tangent(problem(head_size, causal), x, t))
+    values = Values(tensor(), torch.full((1, heads, TOKENS), 8.0, device="cuda"))
+    return Data(x, t, w, values, values)
 
 
-@functools.lru_cache(maxsize=1)
-def data(dtype: str, head_size: int, causal: bool) -> Data:
-    """The same in their dtype."""
-    kind, (x, t, w, values, values_t) = DTYPES[dtype][0], exactly(dtype, head_size, causal)
-    query, key, value, *tangents, out = (a.to(kind) for a in (*x[:3], *t[:3], w.out) if a is not None)
-    rounded = (Values(v.out.to(kind), v.lse.float()) for v in (values, values_t))
-    return Data(Operands(query, key, value), Tangent(*tangents), Rows(out), *rounded)
+def exactly(given: Data, p: Problem) -> Data:
+    """The same numbers in float64, with the values that the formulas give."""
+    x, t, w = map(in_float64, given[:3])
+    return Data(x, t, w, *blockwise.forward_tangent(p, x, t))
 
 
-def problem(head_size: int, causal: bool) -> Problem:
+def problem(trial: Trial) -> Problem:
     """With a band or without one."""
-    return Problem(head_size**-0.5, None, 0 if causal else None)
+    return Problem(trial.head_size**-0.5, None, 0 if trial.causal else None)
 
 
-def call(trial: Trial, exact: bool = False) -> Callable[[], Any]:
-    """The primitive of a trial; with ``exact`` by the formulas, in float64."""
-    d = (exactly if exact else data)(trial.dtype, trial.head_size, trial.causal)
-    p, by, both = problem(trial.head_size, trial.causal), blockwise if exact else backend, in_turn(blockwise)
+def call(trial: Trial, d: Data, by: Any = backend) -> Callable[[], Any]:
+    """The primitive of a trial, of our kernels or of another backend."""
+    p = problem(trial)
     if trial.primitive == "forward":
         return lambda: by.forward(p, d.x)
     if trial.primitive == "forward_tangent":
@@ -144,8 +140,8 @@ def call(trial: Trial, exact: bool = False) -> Callable[[], Any]:
         return lambda: by.tangent(p, d.x, d.values, d.t)
     if trial.primitive in ("backward_rows", "backward_keys"):
         return lambda: by.backward(p, d.x, d.values, d.w, bias_grad=False)
-    fused = both if exact else backend.backward_second
-    second = by.second if trial.primitive.startswith("second") else fused
+    both = getattr(by, "backward_second", in_turn(by))
+    second = by.second if trial.primitive.startswith("second") else both
     return lambda: second(p, d.x, d.values, d.values_t, d.w, d.t, cotangent_tangent=Rows(), bias_grad=False)
 
 
@@ -159,14 +155,13 @@ def written(primitive: str, results: Any) -> list[Tensor]:
     return [t for values in kinds for t in values]
 
 
-def error_of(trial: Trial, want: Any) -> float:
+def error_of(trial: Trial, d: Data, want: list[Tensor]) -> float:
     """The largest relative error of a candidate's results: ptxas has made wrong code of some (docs/benchmarks)."""
     force(trial)
     try:
-        results = [written(trial.primitive, r) for r in (call(trial)(), want)]
+        return largest_error(written(trial.primitive, call(trial, d)()), want)
     except Exception:
         return math.inf
-    return max(itertools.starmap(relative_error, zip(*results, strict=True)))
 
 
 def compile_one(trial: Trial) -> str | None:
@@ -174,29 +169,29 @@ def compile_one(trial: Trial) -> str | None:
     force(trial)
     _launch._smaller.clear()
     try:
-        call(trial)()
+        call(trial, random(trial.dtype, trial.head_size))()
         torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
     return "does not fit: smaller blocks ran" if any(trial.tile in key for key in _launch._smaller) else None
 
 
-def milliseconds(trial: Trial, rep: int = 16) -> float | None:
+def milliseconds(trial: Trial, d: Data, rep: int = 16) -> float | None:
     """The time of the primitive, all its kernels together."""
     from triton.testing import do_bench
 
     force(trial)
     try:
-        ms: float = do_bench(call(trial), warmup=4, rep=rep, return_mode="median")
+        ms: float = do_bench(call(trial, d), warmup=4, rep=rep, return_mode="median")
     except Exception:
         return None
     return ms
 
 
-def final(timed: list[tuple[float, Trial]]) -> list[tuple[float, Trial]]:
+def final(timed: list[tuple[float, Trial]], d: Data) -> list[tuple[float, Trial]]:
     """The times with the best few measured again, in turns and for longer: of many short timings the least is luck."""
     best = [t for _, t in timed[:FINALISTS]]
-    rounds = [[milliseconds(t, rep=60) or math.inf for t in best] for _ in range(3)]
+    rounds = [[milliseconds(t, d, rep=60) or math.inf for t in best] for _ in range(3)]
     again = [(statistics.median(times), t) for times, t in zip(zip(*rounds, strict=True), best, strict=True)]
     return sorted(again, key=lambda pair: pair[0]) + timed[FINALISTS:]
 
@@ -228,15 +223,19 @@ def main() -> None:
         kind = arithmetic(dtype)
         tiles = _tiles._device(0).setdefault((primitive, kind), {})
         known = dict(tiles)
-        want = call(members[0], exact=True)()
-        errors = {t: error_of(t, want) for t in members}
+        given = random(dtype, size)
+        exact = exactly(given, problem(members[0]))
+        values = (Values(v.out.to(given.w.out), v.lse.float()) for v in (exact.values, exact.values_t))
+        given = Data(*given[:3], *values)
+        want = written(primitive, call(members[0], exact, blockwise)())
+        errors = {t: error_of(t, given, want) for t in members}
         wrong = [t for t in members if not errors[t] < BOUNDS[dtype]]
         for t in wrong:
             print(f"WRONG by {errors[t]:.1e}, left out: {t}", flush=True)
-        timed = [(ms, t) for t in members if t not in wrong and (ms := milliseconds(t)) is not None]
-        timed = final(sorted(timed, key=lambda pair: pair[0]))
+        timed = [(ms, t) for t in members if t not in wrong and (ms := milliseconds(t, given)) is not None]
+        timed = final(sorted(timed, key=lambda pair: pair[0]), given)
         rows += [{**t._asdict(), "ms": ms, "device": device} for ms, t in timed]
-        rows += [{**t._asdict(), "wrong": errors[t], "device": device} for t in wrong]
+        rows += [{**t._asdict(), "wrong": f"{errors[t]:.1e}", "device": device} for t in wrong]
         save(a.out, before, rows)
         tiles.clear()
         tiles.update(known)
