@@ -7,16 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from triton.runtime.errors import OutOfResources
 
 from .._protocol import Operands, Problem
+from ._scores import INTERPRETED
 from ._tiles import Tile, arithmetic, fit, tile
 from ._views import Batch
 
 # Six products of bfloat16 parts, three of each operand, are as exact as one in float32. Three of tf32 parts would take
 # as long, lose a digit and need more registers. Triton's interpreter has neither.
-FLOAT32 = "ieee" if triton.knobs.runtime.interpret else "bf16x6"
+FLOAT32 = "ieee" if INTERPRETED.value else "bf16x6"
 
 # What did not fit, by all that a kernel's size depends on: found when it first happens, not tried again. ``None``:
 # nothing smaller is left.

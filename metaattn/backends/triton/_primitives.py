@@ -16,11 +16,10 @@ from .._protocol import Gradients, Operands, Pair, Problem, Rows, Tangent, Value
 from . import _bias, _values
 from . import _gradients as gradients
 from ._launch import constants, run, tile_for
-from ._scores import MANY
+from ._scores import INTERPRETED, MANY
 from ._tiles import OLDEST, Tile, all_keys, arithmetic, fit, known
 from ._views import Batch, Share, align, align_rows, align_tangent, block
 
-INTERPRETED = triton.knobs.runtime.interpret
 # Its interpreter takes a bound of a loop, an array of one element, for a number, which numpy no longer does.
 UNINTERPRETABLE = (
     tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
@@ -33,7 +32,7 @@ LARGEST_FLOAT32_HEAD, ROOM = 128, 112 * 1024  # in float32 S of larger heads tak
 def refuses(problem: Problem, x: Operands) -> str | None:
     """Serves CUDA tensors of 16 and 32 bits with head sizes up to 256."""
     device = x.query.device
-    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+    if device.type != "cuda" and not (INTERPRETED.value and device.type == "cpu"):
         return (
             f"backend='triton' needs a CUDA device; the tensors are on {device}. Move them to a GPU, or ask for "
             "backend='blockwise' or 'auto'"
