@@ -43,20 +43,30 @@ def inductor(options: Mapping[str, Any]) -> Lower:
 
     def lower(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Run:
         from torch._inductor.compile_fx import compile_fx  # here, for it takes a second
-        from torch._inductor.decomposition import select_decomp_table
 
         # Inductor's cache on disk serves only what has symbols for shapes at hand; none is used.
         context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
         with warnings.catch_warnings(), tracing(context):
             warnings.simplefilter("ignore")  # it warns of itself
             patches = {**(_ON_GPU if any(t.is_cuda for t in inputs) else {}), **options}
-            table = {**select_decomp_table(), torch.ops.aten.scatter.value: _scattered}
             compiled: Any = compile_fx(
-                module, list(inputs), config_patches=patches, decompositions=table, ignore_shape_env=True
+                module, list(inputs), config_patches=patches, decompositions=_Decompositions(), ignore_shape_env=True
             )
         return _emptying(compiled)
 
     return lower
+
+
+class _Decompositions(dict[Any, Callable[..., Any]]):
+    """Inductor's and ours. Its cache on disk takes them by our source: functions among its own cannot be pickled."""
+
+    def __init__(self, source: str = "") -> None:
+        from torch._inductor.decomposition import select_decomp_table
+
+        super().__init__({**select_decomp_table(), torch.ops.aten.scatter.value: _scattered})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Decompositions, (inspect.getsource(_scattered),)
 
 
 def _scattered(x: Tensor, dim: int, index: Tensor, value: float) -> Tensor:

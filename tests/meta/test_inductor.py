@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -160,6 +161,25 @@ def test_inductor(gradient):
         assert_close(fast(meta, *data), learner.value_and_grad(meta, *data))
     assert fast.reason is None
     assert not fast.pieces.reasons
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_second_process_finds_what_one_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    learner = maml(lambda params, x, y: F.cross_entropy(x @ params["w"], y), steps=2, learning_rate=0.1)
+    meta = learner.init(PARAMS)
+    data = tuple((x, (y > 0).long()) for x, y in tasks())
+    found = []
+    for _ in range(2):
+        torch._inductor.utils.clear_caches()  # those in memory
+        counters["inductor"].clear()
+        fast = capture(learner.value_and_grad, mode="inductor")
+        assert_close(fast(meta, *data), learner.value_and_grad(meta, *data))
+        assert not fast.pieces.reasons
+        found.append([counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")])
+    (_, missed, _), after = found
+    assert missed > 0
+    assert after == [missed, 0, 0]
 
 
 @pytest.mark.gpu
