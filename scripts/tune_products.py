@@ -37,19 +37,22 @@ from metaattn.cli._measure import largest_error
 SIZES = [(16, 320, 128), (8, 2560, 256), (8, 160, 64), (32, 80, 64), (4, 4096, 256), (1, 8192, 512)]
 LAYERS = [(1, 1), (3, 1), (4, 1), (1, 4)]
 KINDS = ("forward with tangents", "gradients with tangents", "gradients")
-TILES = [
-    Blocks(rows, cols, inner, warps, stages)
-    for rows, cols, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8))
-    for inner, stages in ((32, 3), (32, 4), (64, 2), (64, 3), (128, 2))
-    if (rows, inner) != (128, 128)
-]
-# For tf32 beside these. Fewer rows or warps take the older instructions of the tensor cores, which read factors from
-# registers: Hopper's want both along the sum, and Triton turns those that lie otherwise through shared memory.
-TILES_TF32 = [
-    Blocks(rows, cols, inner, warps, stages)
-    for rows, cols, warps in ((32, 64, 4), (32, 128, 4), (64, 64, 2), (64, 32, 4), (128, 32, 4))
-    for inner, stages in ((32, 3), (32, 4), (64, 2), (64, 3))
-]
+WGMMA = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8))  # rows, columns, warps
+# Fewer rows or warps take the older instructions of the tensor cores, which read factors from registers: Hopper's want
+# both of a tf32 product along the sum, and Triton turns those that lie otherwise through shared memory.
+MMA = ((32, 64, 4), (32, 128, 4), (64, 64, 2), (64, 32, 4), (128, 32, 4))
+
+
+def tiles_for(dtype: str) -> list[Blocks]:
+    """What to try."""
+    inner = [(32, 3), (32, 4), (64, 2), (64, 3), (128, 2)]  # inner sizes and stages
+    found = [(r, c, i, w, s) for r, c, w in WGMMA for i, s in inner if (r, i) != (128, 128)]
+    if dtype == "float32":
+        found += [(r, c, i, w, s) for r, c, w in WGMMA for i, s in ((16, 3), (16, 4), (32, 2))]
+        found += [(r, c, i, w, s) for r, c, w in MMA for i, s in ((32, 2), (32, 3), (32, 4), (64, 2), (64, 3))]
+    return [Blocks(*tile) for tile in found]
+
+
 REPEATS = 10
 BOUND = 1e-2  # of a relative error
 Work = tuple[tuple[int, int, int], tuple[int, int], str, str]
@@ -124,19 +127,20 @@ def main() -> None:
     a = p.parse_args()
     torch.set_float32_matmul_precision("high")
     works: list[Work] = [(SIZES[i], layer, kind, a.dtype) for i in a.sizes for layer in LAYERS for kind in KINDS]
-    tiles = TILES + TILES_TF32 if a.dtype == "float32" else TILES
+    tiles = tiles_for(a.dtype)
     spawn, start = multiprocessing.get_context("spawn"), torch.set_float32_matmul_precision
     with ProcessPoolExecutor(os.cpu_count(), spawn, initializer=start, initargs=("high",)) as pool:
         trials = list(itertools.product(works, tiles))
         errors = list(tqdm(pool.map(compile_one, trials), total=len(trials), desc="compile", mininterval=5))
     usable = {trial for trial, error in zip(trials, errors, strict=True) if error is None}
     print(f"{len(usable)} of {len(trials)} can be launched")
-    before = json.loads(a.out.read_text())["rows"] if a.out.exists() else []
+    before = json.loads(a.out.read_text()) if a.out.exists() else []
     others = [row for row in before if row["dtype"] != a.dtype]
+    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     rows: list[dict[str, Any]] = []
     for work in works:
         given = jobs(work)
-        row: dict[str, Any] = dict(zip(("size", "layer", "kind", "dtype"), work, strict=True))
+        row: dict[str, Any] = machine | dict(zip(("size", "layer", "kind", "dtype"), work, strict=True))
         row["PyTorch"] = milliseconds(functools.partial(all_in_pytorch, given))
         want = exactly(given)
         launched = [t for t in tiles if (work, t) in usable and right(given, t, want)]
@@ -144,9 +148,8 @@ def main() -> None:
         rows.append(row | {"ours": timed})
         best = ", ".join(f"{tuple(t)} {ms:.4f}" for ms, t in timed[:4])
         print(f"{work[:3]} PyTorch {row['PyTorch']:.4f}; {best}", flush=True)
-        machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
         a.out.parent.mkdir(parents=True, exist_ok=True)
-        a.out.write_text(json.dumps({"machine": machine, "rows": others + rows}))
+        a.out.write_text(json.dumps(others + rows))
 
 
 if __name__ == "__main__":

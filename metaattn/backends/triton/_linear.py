@@ -52,7 +52,9 @@ class Blocks(NamedTuple):
 
 # By scripts/tune_products.py on an H100: one with a tangent; two, or without; and what fills the GPU several times.
 ONE, SEVERAL, LARGE = Blocks(64, 64, 32, 4, 3), Blocks(64, 128, 32, 4, 4), Blocks(128, 128, 64, 8, 3)
-LARGE_TF32 = Blocks(128, 64, 32, 8, 3)  # by the compiler's report alone
+# For tf32 on an H200, small or large. Two warps take older instructions, which read factors as they lie; Hopper's want
+# both along the sum, as those of a layer's gradients are not, and what is turned for them took three times as long.
+ONE_TF32, SEVERAL_TF32 = Blocks(64, 128, 32, 4, 3), Blocks(64, 64, 32, 2, 3)
 LARGE_FROM = 1024  # blocks of 64 x 128
 _stages: dict[tuple[Any, ...], int] = {}  # as many as fit; found when more first did not
 
@@ -73,9 +75,12 @@ def _fits(job: Product) -> bool:
 
 
 def _blocks_for(jobs: Sequence[Product]) -> Blocks:
+    several = len(jobs) > 1 or jobs[0].a_t is None
+    if jobs[0].a.dtype == torch.float32:
+        return SEVERAL_TF32 if several else ONE_TF32
     if sum(job.a.shape[0] * -(-job.a.shape[1] // 64) * -(-job.b.shape[2] // 128) for job in jobs) >= LARGE_FROM:
-        return LARGE_TF32 if jobs[0].a.dtype == torch.float32 else LARGE
-    return SEVERAL if len(jobs) > 1 or jobs[0].a_t is None else ONE
+        return LARGE
+    return SEVERAL if several else ONE
 
 
 def multiply(jobs: Sequence[Product], blocks: Blocks | None = None) -> list[Tensor] | None:
