@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ._ahead import Ahead
 from ._record import Recording, UnrecordableError
 from ._segments import Lower, Lowered, Run, as_recorded, inductor
 from ._sources import Source
@@ -35,6 +36,7 @@ class Pieces:
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         self.lower: Lower = inductor(options or {})
+        self._ahead = Ahead(options or {})
         self.reasons: dict[Hashable, str] = {}
         self.structures: dict[Hashable, list[Any]] = {}
         self._made: dict[Hashable, dict[Hashable, tuple[Lowered, list[tuple[bool, Any]]]]] = {}
@@ -105,7 +107,7 @@ class Pieces:
         check_outputs(recording.outputs)
         places = {id(t): i for i, t in enumerate(source.held)}
         found = [(id(t) in places, places.get(id(t), t)) for t in recording.found]
-        return Lowered(recording, self._lower, self._known), found
+        return Lowered(recording, self._lower, self._known, self._ahead), found
 
     def _lower(self, module: fx.GraphModule, inputs: Sequence[Tensor]) -> Run:
         """What is between two leaves, compiled; as it was recorded if that fails, and the rest is compiled still."""

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._trees import Tensors
+from ._trees import Tensors, form_of
 
 _LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
 _VIEWS = tuple(getattr(torch.ops.aten, name).default for name in ("alias", "detach", "expand", "view", "_unsafe_view"))
@@ -39,7 +39,8 @@ class Recording:
 
     Attributes:
         graph: Takes the inputs and then the tensors ``found``, returns a tuple. An operation has in its ``meta`` the
-            ``shapes`` of what it is given, and if that is one tensor its ``result``, a fake one.
+            ``shapes`` of what it is given, and if that is one tensor its ``result``, a fake one; what is given, or one
+            of several results, has its ``form``.
         found: Tensors that the function uses and was not given: as they are, not copies.
     """
 
@@ -115,7 +116,8 @@ class _Recorder(TorchDispatchMode):
         elif isinstance(out, (tuple, list)):
             for i, t in enumerate(out):
                 if isinstance(t, Tensor):
-                    self._nodes[t] = self.graph.call_function(operator.getitem, (node, i))
+                    self._nodes[t] = item = self.graph.call_function(operator.getitem, (node, i))
+                    item.meta["form"] = form_of(t)
         return out
 
     def node(self, t: Tensor) -> fx.Node:
@@ -138,6 +140,7 @@ class _Recorder(TorchDispatchMode):
         at = self.graph.inserting_after(self._last) if self._last else self.graph.inserting_before()
         with at:
             self._last = self._nodes[t] = self.graph.placeholder(f"x{self._count}")
+        self._last.meta["form"] = form_of(t)
         self._count += 1
         if found:
             self.found.append(t)

@@ -19,10 +19,11 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from ._ahead import Ahead, Work
 from ._leaves import is_leaf
-from ._products import joined
+from ._products import PRODUCTS, joined
 from ._record import Recording
-from ._trees import Tensors
+from ._trees import Form, Tensors, form_of
 
 DEPTH = 8  # operations in a row that are done again rather than their result kept
 SMALLER = 0.6  # of a result's size is what is kept for it
@@ -108,15 +109,17 @@ class Lowered:
         recording: What to run.
         lower: What makes a function of a module; called once for modules that are the same.
         known: What has been made before, by what it does; added to.
+        ahead: What compiles parts before their turn.
     """
 
-    def __init__(self, recording: Recording, lower: Lower, known: dict[Hashable, Run]) -> None:
-        self._lower, self._known = lower, known
+    def __init__(self, recording: Recording, lower: Lower, known: dict[Hashable, Run], ahead: Ahead) -> None:
+        self._lower, self._known, self._ahead = lower, known, ahead
         nodes = list((joined(recording.graph) if recording.functional else recording.graph).nodes)
         self._given = [n for n in nodes if n.op == "placeholder"]
         self._returned: tuple[fx.Node, ...] = nodes[-1].args[0]
         groups = _cut([n for n in nodes if n.op == "call_function"], whole=not recording.functional)
         needed, parts = set(self._returned), list[Callable[[_Values], None]]()
+        self._works: dict[Hashable, Work] = {}
         for group in reversed(groups):
             made = [n for n in group if n in needed]
             of_leaf = is_leaf(group[0])
@@ -124,9 +127,10 @@ class Lowered:
                 group = [*_again(group, needed), *group]
             outside = {a for n in group for a in n.all_input_nodes}.difference(group)
             last = outside - needed  # what nothing needs afterwards
-            parts.append(self._leaf(group[0], made, last) if of_leaf else self._segment(group, made, last))
+            parts.append(self._leaf(group, made, last) if of_leaf else self._segment(group, made, last))
             needed |= outside
         self._parts = parts[::-1]
+        ahead.ask(dict(sorted(self._works.items(), key=lambda item: not item[1].compiled)))
 
     def __call__(self, *tensors: Tensor) -> Tensors:
         """Run it."""
@@ -136,10 +140,15 @@ class Lowered:
                 part(values)
         return tuple(values[n] for n in self._returned)
 
-    def _leaf(self, leaf: fx.Node, outputs: list[fx.Node], last: set[fx.Node]) -> Callable[[_Values], None]:
-        places = [(item, item.args[1]) for item in outputs]
+    def _leaf(self, group: list[fx.Node], outputs: list[fx.Node], last: set[fx.Node]) -> Callable[[_Values], None]:
+        leaf, places = group[0], [(item, item.args[1]) for item in outputs]
+        key = self._expect(*_module(group, outputs), compiled=False)
 
         def run(values: _Values) -> None:
+            nonlocal key
+            if key is not None:
+                self._ahead.take(key)
+                key = None
             args = fx.map_arg(leaf.args, values.__getitem__)
             out = leaf.target(*args)  # type: ignore[operator]
             values.update((item, out[i]) for item, i in places)
@@ -151,18 +160,37 @@ class Lowered:
     def _segment(self, group: list[fx.Node], outputs: list[fx.Node], last: set[fx.Node]) -> Callable[[_Values], None]:
         module, inputs, text = _module(group, outputs)
         chosen: dict[Hashable, Run] = {}
+        for n in group:
+            if n.target is PRODUCTS:
+                self._expect(*_module([n], []), compiled=False)
+        self._expect(module, inputs, text, compiled=True)
 
         def run(values: _Values) -> None:
             tensors = [values.pop(n) if n in last else values[n] for n in inputs]
-            form = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+            form = tuple(map(form_of, tensors))
             if form not in chosen:
                 key = (text, form)
                 if key not in self._known:
+                    self._ahead.take(key)
                     self._known[key] = self._lower(module, tensors)
                 chosen[form] = self._known[key]
             values.update(zip(outputs, chosen[form](tensors), strict=True))
 
         return run
+
+    def _expect(self, module: fx.GraphModule, inputs: list[fx.Node], text: Hashable, *, compiled: bool) -> Hashable:
+        """Have made ahead what a module will need; what that is known by, or ``None`` if its inputs' forms are not."""
+        forms = [form for n in inputs if (form := _form(n)) is not None]
+        key = (text, tuple(forms))
+        if len(forms) < len(inputs) or key in self._known:
+            return None
+        self._works[key] = Work(module, forms, compiled)
+        return key
+
+
+def _form(node: fx.Node) -> Form | None:
+    form: Form | None = form_of(node.meta["result"]) if "result" in node.meta else node.meta.get("form")
+    return form
 
 
 def _cut(nodes: list[fx.Node], whole: bool) -> list[list[fx.Node]]:

@@ -1,14 +1,29 @@
-"""Trees of tensors and constants, as the tensors in them."""
+"""Trees of tensors and constants, as the tensors in them; and what code depends on of a tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Tensors = tuple[Tensor, ...]
+
+
+class Form(NamedTuple):
+    """What code depends on of a tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def form_of(t: Tensor) -> Form:
+    """The form of a tensor."""
+    return Form(tuple(t.shape), t.stride(), t.dtype, t.device)
 
 
 def tensors_of(tree: Any) -> tuple[Tensors, Callable[[Sequence[Tensor]], Any]]:

@@ -1,0 +1,152 @@
+"""Parts of a step compiled ahead of their turn, by other processes, where there are cores for them.
+
+Inductor works on a part in one thread, waits for the compilers of its kernels, and only then begins the next; a step
+has a dozen of them, and kernels of attention besides. What other processes have compiled, Inductor and Triton find in
+their caches on disk, where they look in any case: if a process fails, or a part comes in another form than was
+expected, it is compiled at its turn, as without them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from ._trees import Form
+
+MOST = 8  # processes
+FREE = 2 << 30  # bytes of a GPU for each of them: its context, and what a part takes
+PATIENCE = 120.0  # seconds to wait for one
+
+
+class Work(NamedTuple):
+    """A module; the forms of its inputs; whether Inductor compiles it, or it runs as it is, for the kernels it has."""
+
+    module: fx.GraphModule
+    forms: Sequence[Form]
+    compiled: bool
+
+
+class Ahead:
+    """What is compiled ahead for one step.
+
+    Args:
+        options: Of Inductor.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = dict(options)
+        self._waiting: dict[Hashable, Work] = {}
+        self._begun: dict[Hashable, threading.Event | None] = {}  # None: by the caller
+        if processes():
+            helpers()  # it takes as long as the first recording until they are there
+
+    def ask(self, works: Mapping[Hashable, Work]) -> None:
+        """Begin with as many as there are processes for, in their order; but the caller compiles the first part."""
+        if processes():
+            new = {key: work for key, work in works.items() if key not in self._begun}
+            new.pop(next((key for key, work in new.items() if work.compiled), None), None)
+            self._waiting |= new
+            self._fill()
+
+    def take(self, key: Hashable) -> None:
+        """The turn of a work has come: wait for the process that is at it, or leave it to the caller."""
+        self._waiting.pop(key, None)
+        self._fill()
+        if (begun := self._begun.setdefault(key, None)) is not None:
+            begun.wait(PATIENCE)
+
+    def _fill(self) -> None:
+        at_work = sum(done is not None and not done.is_set() for done in self._begun.values())
+        for key in list(self._waiting)[: max(0, processes() - at_work)]:
+            work = self._waiting.pop(key)
+            devices = {form.device for form in work.forms if form.device.type == "cuda"}
+            if all(torch.cuda.mem_get_info(device)[0] >= FREE for device in devices):
+                with contextlib.suppress(Exception):  # what cannot be pickled is compiled at its turn
+                    self._begun[key] = helpers().begin(work, self._options)
+
+
+def processes() -> int:
+    """How many may be at work: half of the cores that this process may use, of its share of them, up to a limit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(MOST, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // 2)
+    return count if count > 1 and hasattr(os, "fork") else 0
+
+
+class Helpers:
+    """The process that forks others, of :mod:`._ahead_worker`: it ends with this one, they with their work."""
+
+    def __init__(self) -> None:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a GPU must not be touched before a fork, not even to count it
+            "TORCH_WARM_POOL": "0",  # no processes on import
+        }
+        command = [sys.executable, "-P", "-c", "from metaattn.ops._ahead_worker import main; main()"]
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, env=environment)
+        self._numbers = itertools.count()
+        self._at_work: dict[int, threading.Event] = {}
+        self._unsent: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=f, daemon=True) for f in (self._send, self._listen)]
+        for thread in self._threads:
+            thread.start()
+
+    def begin(self, work: Work, options: Mapping[str, Any]) -> threading.Event | None:
+        """Have a work done; what is set when it is, well or not. ``None`` if the process is gone."""
+        from ._ahead_worker import LENGTH, packed  # here, for it takes seconds
+
+        number, done = next(self._numbers), threading.Event()
+        surroundings = torch.get_float32_matmul_precision(), torch.get_num_threads()
+        data = pickle.dumps((number, packed(work.module), work.forms, work.compiled, options, *surroundings))
+        with self._lock:
+            if self._process.poll() is not None:
+                return None
+            self._at_work[number] = done
+        self._unsent.put(LENGTH.pack(len(data)) + data)
+        return done
+
+    def end(self) -> None:
+        """Take no more work, and wait until all is done."""
+        self._unsent.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _send(self) -> None:  # in a thread of its own: it takes seconds until the process reads
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError), self._process.stdin as given:
+            while (data := self._unsent.get()) is not None:
+                given.write(data)
+                given.flush()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as answers:
+            while len(head := answers.read(8)) == 8:
+                with self._lock:
+                    done = self._at_work.pop(int.from_bytes(head, "little"), None)
+                if done is not None:
+                    done.set()
+        with self._lock:
+            self._process.wait()
+            for done in self._at_work.values():
+                done.set()
+
+
+@functools.cache
+def helpers() -> Helpers:
+    """Those of this process."""
+    return Helpers()

@@ -1,0 +1,121 @@
+"""Parts compiled ahead by other processes: found when their turn comes, and not needed."""
+
+import os
+
+import pytest
+import torch
+from torch import fx
+from torch._dynamo.utils import counters
+from torch.func import functional_call
+
+import metaattn
+from metaattn.meta import capture, maml
+from metaattn.ops import _ahead, _ahead_worker, _products
+from metaattn.ops._segments import as_recorded
+from tests.helpers import assert_close
+
+
+@pytest.fixture
+def step():
+    """A meta-gradient with attention in it, so that there is more than one part, and its arguments."""
+    model = metaattn.Transformer(
+        input="continuous", in_features=3, output="pooled", out_features=1, dim=8, heads=2, depth=1
+    )
+    torch.nn.init.normal_(model.double().get_parameter("head.weight"))
+    learner = maml(
+        lambda params, x: functional_call(model, params, (x,)).square().mean(),
+        steps=1,
+        learning_rate=0.1,
+        gradient="first_order",
+    )
+    x = torch.randn(2, 2, 4, 5, 3, dtype=torch.float64)
+    return learner.value_and_grad, (learner.init(dict(model.named_parameters())), (x[0],), (x[1],))
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """What is begun ahead, by two processes."""
+    works = []
+    begin = _ahead.Helpers.begin
+
+    def recorded(self, work, options):
+        works.append(work)
+        return begin(self, work, options)
+
+    monkeypatch.setattr(_ahead, "processes", lambda: 2)
+    monkeypatch.setattr(_ahead.Helpers, "begin", recorded)
+    _ahead.helpers.cache_clear()
+    yield works
+    if _ahead.helpers.cache_info().currsize:
+        _ahead.helpers().end()
+    _ahead.helpers.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore")  # Inductor's own
+def test_what_is_compiled_ahead_is_found(step, begun, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._inductor.utils.clear_caches()  # those in memory
+    counters["inductor"].clear()
+    value_and_grad, args = step
+    fast = capture(value_and_grad, mode="inductor")
+    assert_close(fast(*args), value_and_grad(*args))
+    assert not fast.pieces.reasons
+    compiled = [work for work in begun if work.compiled]
+    assert len(compiled) > 1
+    assert counters["inductor"]["fxgraph_cache_hit"] == len(compiled)
+
+
+def test_what_is_not_compiled_runs(step, begun, monkeypatch):
+    """As it does in a process: kernels of attention and products, on tensors whose numbers do not matter."""
+    monkeypatch.setattr(_ahead.Helpers, "__init__", lambda self: None)
+    monkeypatch.setattr(_ahead.Helpers, "end", lambda self: None)
+    monkeypatch.setattr(_ahead.Helpers, "begin", lambda self, work, options: begun.append(work))
+    monkeypatch.setattr(_products, "served", lambda like: True)
+    value_and_grad, args = step
+    fast = capture(value_and_grad, mode="inductor")
+    fast.pieces.lower = as_recorded
+    fast(*args)
+    names = set()
+    for work in begun:
+        if not work.compiled:
+            names |= {str(n.target) for n in work.module.graph.nodes if n.op == "call_function"}
+            _ahead_worker.work_on(_ahead_worker.packed(work.module), work.forms, False, {}, "highest", 1)
+    assert {"metaattn._gradient.default", "metaattn._products.default"} <= names
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_process_that_is_gone_is_not_missed(step, begun):
+    _ahead.helpers().end()
+    value_and_grad, args = step
+    fast = capture(value_and_grad, mode="inductor")
+    fast.pieces.lower = as_recorded
+    assert_close(fast(*args), value_and_grad(*args))
+    assert begun
+
+
+def test_a_process_that_dies_is_noticed(begun):
+    """The pickle that it takes makes it end."""
+
+    class Fatal:
+        def __reduce__(self):
+            return os._exit, (1,)
+
+    graph = fx.Graph()
+    graph.output((graph.placeholder("x"),))
+    work = _ahead.Work(fx.GraphModule(torch.nn.Module(), graph), [_ahead.Form((1,), (1,), torch.float32, "cpu")], False)
+    here = _ahead.helpers()
+    assert here.begin(work, {}).wait(60)
+    assert here.begin(work._replace(forms=[Fatal()]), {}).wait(60)  # all of them
+    for thread in here._threads[1:]:
+        thread.join(60)
+    assert here.begin(work, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "count"), [(1, 1, 0), (3, 1, 0), (4, 1, 2), (16, 1, 8), (64, 1, 8), (64, 8, 4)]
+)
+def test_how_many_processes(cores, ranks, count, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(_ahead, "MOST", 8)
+    assert _ahead.processes() == count
