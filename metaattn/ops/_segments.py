@@ -109,10 +109,12 @@ class Lowered:
         recording: What to run.
         lower: What makes a function of a module; called once for modules that are the same.
         known: What has been made before, by what it does; added to.
-        ahead: What compiles parts before their turn.
+        ahead: What compiles parts before their turn, if anything does.
     """
 
-    def __init__(self, recording: Recording, lower: Lower, known: dict[Hashable, Run], ahead: Ahead) -> None:
+    def __init__(
+        self, recording: Recording, lower: Lower, known: dict[Hashable, Run], ahead: Ahead | None = None
+    ) -> None:
         self._lower, self._known, self._ahead = lower, known, ahead
         nodes = list((joined(recording.graph) if recording.functional else recording.graph).nodes)
         self._given = [n for n in nodes if n.op == "placeholder"]
@@ -130,7 +132,8 @@ class Lowered:
             parts.append(self._leaf(group, made, last) if of_leaf else self._segment(group, made, last))
             needed |= outside
         self._parts = parts[::-1]
-        ahead.ask(dict(sorted(self._works.items(), key=lambda item: not item[1].compiled)))
+        if ahead is not None:
+            ahead.ask(dict(sorted(self._works.items(), key=lambda item: not item[1].compiled)))
 
     def __call__(self, *tensors: Tensor) -> Tensors:
         """Run it."""
@@ -146,7 +149,7 @@ class Lowered:
 
         def run(values: _Values) -> None:
             nonlocal key
-            if key is not None:
+            if key is not None and self._ahead is not None:
                 self._ahead.take(key)
                 key = None
             args = fx.map_arg(leaf.args, values.__getitem__)
@@ -171,7 +174,8 @@ class Lowered:
             if form not in chosen:
                 key = (text, form)
                 if key not in self._known:
-                    self._ahead.take(key)
+                    if self._ahead is not None:
+                        self._ahead.take(key)
                     self._known[key] = self._lower(module, tensors)
                 chosen[form] = self._known[key]
             values.update(zip(outputs, chosen[form](tensors), strict=True))
