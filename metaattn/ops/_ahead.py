@@ -1,9 +1,8 @@
 """Parts of a step compiled ahead of their turn, by other processes, where there are cores for them.
 
 Inductor works on a part in one thread, waits for the compilers of its kernels, and only then begins the next; a step
-has a dozen of them, and kernels of attention besides. What other processes have compiled, Inductor and Triton find in
-their caches on disk, where they look in any case: if a process fails, or a part comes in another form than was
-expected, it is compiled at its turn, as without them.
+has a dozen of them. What other processes have compiled, it finds in its cache on disk, where it looks in any case: if
+a process fails, or a part comes in another form than was expected, it is compiled at its turn, as without them.
 """
 
 from __future__ import annotations
@@ -30,12 +29,11 @@ FREE = 2 << 30  # bytes of a GPU for each of them: its context, and what a part 
 PATIENCE = 120.0  # seconds to wait for one
 
 
-class Work(NamedTuple):
-    """A module; the forms of its inputs; whether Inductor compiles it, or it runs as it is, for the kernels it has."""
+class Part(NamedTuple):
+    """A module, and the forms of its inputs."""
 
     module: fx.GraphModule
     forms: Sequence[Form]
-    compiled: bool
 
 
 class Ahead:
@@ -47,21 +45,20 @@ class Ahead:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._options = dict(options)
-        self._waiting: dict[Hashable, Work] = {}
+        self._waiting: dict[Hashable, Part] = {}
         self._begun: dict[Hashable, threading.Event | None] = {}  # None: by the caller
         if processes():
             helpers()  # it takes as long as the first recording until they are there
 
-    def ask(self, works: Mapping[Hashable, Work]) -> None:
-        """Begin with as many as there are processes for, in their order; but the caller compiles the first part."""
+    def ask(self, parts: Mapping[Hashable, Part]) -> None:
+        """Begin with as many as there are processes for, in their order; but the caller compiles the first."""
         if processes():
-            new = {key: work for key, work in works.items() if key not in self._begun}
-            new.pop(next((key for key, work in new.items() if work.compiled), None), None)
-            self._waiting |= new
+            new = [(key, part) for key, part in parts.items() if key not in self._begun]
+            self._waiting |= dict(new[1:])
             self._fill()
 
     def take(self, key: Hashable) -> None:
-        """The turn of a work has come: wait for the process that is at it, or leave it to the caller."""
+        """The turn of a part has come: wait for the process that is at it, or leave it to the caller."""
         self._waiting.pop(key, None)
         self._fill()
         if (begun := self._begun.setdefault(key, None)) is not None:
@@ -70,11 +67,11 @@ class Ahead:
     def _fill(self) -> None:
         at_work = sum(done is not None and not done.is_set() for done in self._begun.values())
         for key in list(self._waiting)[: max(0, processes() - at_work)]:
-            work = self._waiting.pop(key)
-            devices = {form.device for form in work.forms if form.device.type == "cuda"}
+            part = self._waiting.pop(key)
+            devices = {form.device for form in part.forms if form.device.type == "cuda"}
             if all(torch.cuda.mem_get_info(device)[0] >= FREE for device in devices):
                 with contextlib.suppress(Exception):  # what cannot be pickled is compiled at its turn
-                    self._begun[key] = helpers().begin(work, self._options)
+                    self._begun[key] = helpers().begin(part, self._options)
 
 
 def processes() -> int:
@@ -105,13 +102,13 @@ class Helpers:
         for thread in self._threads:
             thread.start()
 
-    def begin(self, work: Work, options: Mapping[str, Any]) -> threading.Event | None:
-        """Have a work done; what is set when it is, well or not. ``None`` if the process is gone."""
+    def begin(self, part: Part, options: Mapping[str, Any]) -> threading.Event | None:
+        """Have a part compiled; what is set when it is, well or not. ``None`` if the process is gone."""
         from ._ahead_worker import LENGTH, packed  # here, for it takes seconds
 
         number, done = next(self._numbers), threading.Event()
         surroundings = torch.get_float32_matmul_precision(), torch.get_num_threads()
-        data = pickle.dumps((number, packed(work.module), work.forms, work.compiled, options, *surroundings))
+        data = pickle.dumps((number, packed(part.module), part.forms, options, *surroundings))
         with self._lock:
             if self._process.poll() is not None:
                 return None

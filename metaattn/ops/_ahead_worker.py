@@ -1,6 +1,6 @@
-"""The processes of :mod:`._ahead`: one that imports all and touches no GPU, and forks another for each work.
+"""The processes of :mod:`._ahead`: one that imports all and touches no GPU, and forks another for each part.
 
-Run as a program. On its standard input it takes works, each as its length and a pickle; on its standard output the
+Run as a program. On its standard input it takes parts, each as its length and a pickle; on its standard output the
 number of each comes back when it is done, and when its process has ended, well or not.
 """
 
@@ -26,7 +26,7 @@ from ._segments import inductor
 from ._trees import Form
 
 LENGTH = struct.Struct("<q")
-THREADS = 3  # processes of each that compile a part's kernels of Triton side by side
+THREADS = 4  # processes of each that compile a part's kernels of Triton side by side
 
 
 def packed(module: fx.GraphModule) -> bytes:
@@ -34,28 +34,23 @@ def packed(module: fx.GraphModule) -> bytes:
     return GraphPickler.dumps(module, Options(ops_filter=None))
 
 
-def work_on(
-    module: bytes, forms: Sequence[Form], compiled: bool, options: Mapping[str, Any], precision: str, threads: int
+def compile_part(
+    module: bytes, forms: Sequence[Form], options: Mapping[str, Any], precision: str, threads: int
 ) -> None:
-    """Compile a part, or run what is none, on tensors of the forms, whose numbers do not matter."""
+    """Compile a part for tensors of the forms, whose numbers do not matter."""
     config.compile_threads, config.worker_start_method = THREADS, "fork"
     if torch.get_float32_matmul_precision() != precision:  # that it was set is part of Inductor's keys
         torch.set_float32_matmul_precision(precision)
     torch.set_num_threads(threads)
     graph: Any = GraphPickler.loads(module, FakeTensorMode(shape_env=ShapeEnv()))
     with torch.no_grad():
-        tensors = [torch.empty_strided(f.shape, f.stride, dtype=f.dtype, device=f.device) for f in forms]
-        if compiled:
-            inductor(options)(graph, tensors)
-        else:
-            graph.recompile()  # a graph comes without code
-            graph(*tensors)
-            if any(t.is_cuda for t in tensors):
-                torch.cuda.synchronize()
+        inductor(options)(
+            graph, [torch.empty_strided(f.shape, f.stride, dtype=f.dtype, device=f.device) for f in forms]
+        )
 
 
 def main() -> None:
-    """Take works until there are no more."""
+    """Take parts until there are no more."""
     given, answers = sys.stdin.buffer, os.dup(1)
     os.dup2(2, 1)  # what a compiler prints is no answer
     at_work: dict[int, int] = {}
@@ -74,13 +69,13 @@ def main() -> None:
 
     signal.signal(signal.SIGCHLD, ended)
     while head := given.read(LENGTH.size):
-        number, *work = pickle.loads(given.read(*LENGTH.unpack(head)))
+        number, *part = pickle.loads(given.read(*LENGTH.unpack(head)))
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         if (child := os.fork()) == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
             try:
-                work_on(*work)
+                compile_part(*part)
                 os.write(answers, LENGTH.pack(number))  # the end takes a while
             finally:
                 async_compile.shutdown_compile_workers()

@@ -19,9 +19,9 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ._ahead import Ahead, Work
+from ._ahead import Ahead, Part
 from ._leaves import is_leaf
-from ._products import PRODUCTS, joined
+from ._products import joined
 from ._record import Recording
 from ._trees import Form, Tensors, form_of
 
@@ -121,7 +121,7 @@ class Lowered:
         self._returned: tuple[fx.Node, ...] = nodes[-1].args[0]
         groups = _cut([n for n in nodes if n.op == "call_function"], whole=not recording.functional)
         needed, parts = set(self._returned), list[Callable[[_Values], None]]()
-        self._works: dict[Hashable, Work] = {}
+        self._expected: dict[Hashable, Part] = {}
         for group in reversed(groups):
             made = [n for n in group if n in needed]
             of_leaf = is_leaf(group[0])
@@ -129,11 +129,11 @@ class Lowered:
                 group = [*_again(group, needed), *group]
             outside = {a for n in group for a in n.all_input_nodes}.difference(group)
             last = outside - needed  # what nothing needs afterwards
-            parts.append(self._leaf(group, made, last) if of_leaf else self._segment(group, made, last))
+            parts.append(self._leaf(group[0], made, last) if of_leaf else self._segment(group, made, last))
             needed |= outside
         self._parts = parts[::-1]
         if ahead is not None:
-            ahead.ask(dict(sorted(self._works.items(), key=lambda item: not item[1].compiled)))
+            ahead.ask(dict(list(self._expected.items())[::-1]))
 
     def __call__(self, *tensors: Tensor) -> Tensors:
         """Run it."""
@@ -143,15 +143,10 @@ class Lowered:
                 part(values)
         return tuple(values[n] for n in self._returned)
 
-    def _leaf(self, group: list[fx.Node], outputs: list[fx.Node], last: set[fx.Node]) -> Callable[[_Values], None]:
-        leaf, places = group[0], [(item, item.args[1]) for item in outputs]
-        key = self._expect(*_module(group, outputs), compiled=False)
+    def _leaf(self, leaf: fx.Node, outputs: list[fx.Node], last: set[fx.Node]) -> Callable[[_Values], None]:
+        places = [(item, item.args[1]) for item in outputs]
 
         def run(values: _Values) -> None:
-            nonlocal key
-            if key is not None and self._ahead is not None:
-                self._ahead.take(key)
-                key = None
             args = fx.map_arg(leaf.args, values.__getitem__)
             out = leaf.target(*args)  # type: ignore[operator]
             values.update((item, out[i]) for item, i in places)
@@ -163,10 +158,9 @@ class Lowered:
     def _segment(self, group: list[fx.Node], outputs: list[fx.Node], last: set[fx.Node]) -> Callable[[_Values], None]:
         module, inputs, text = _module(group, outputs)
         chosen: dict[Hashable, Run] = {}
-        for n in group:
-            if n.target is PRODUCTS:
-                self._expect(*_module([n], []), compiled=False)
-        self._expect(module, inputs, text, compiled=True)
+        forms = tuple(form for n in inputs if (form := _form(n)) is not None)
+        if len(forms) == len(inputs) and (text, forms) not in self._known:
+            self._expected[text, forms] = Part(module, forms)
 
         def run(values: _Values) -> None:
             tensors = [values.pop(n) if n in last else values[n] for n in inputs]
@@ -181,15 +175,6 @@ class Lowered:
             values.update(zip(outputs, chosen[form](tensors), strict=True))
 
         return run
-
-    def _expect(self, module: fx.GraphModule, inputs: list[fx.Node], text: Hashable, *, compiled: bool) -> Hashable:
-        """Have made ahead what a module will need; what that is known by, or ``None`` if its inputs' forms are not."""
-        forms = [form for n in inputs if (form := _form(n)) is not None]
-        key = (text, tuple(forms))
-        if len(forms) < len(inputs) or key in self._known:
-            return None
-        self._works[key] = Work(module, forms, compiled)
-        return key
 
 
 def _form(node: fx.Node) -> Form | None:

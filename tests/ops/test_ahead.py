@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 import metaattn
 from metaattn.meta import capture, maml
-from metaattn.ops import _ahead, _ahead_worker, _products
+from metaattn.ops import _ahead
 from metaattn.ops._segments import as_recorded
 from tests.helpers import assert_close
 
@@ -35,17 +35,17 @@ def step():
 @pytest.fixture
 def begun(monkeypatch):
     """What is begun ahead, by two processes."""
-    works = []
+    parts = []
     begin = _ahead.Helpers.begin
 
-    def recorded(self, work, options):
-        works.append(work)
-        return begin(self, work, options)
+    def recorded(self, part, options):
+        parts.append(part)
+        return begin(self, part, options)
 
     monkeypatch.setattr(_ahead, "processes", lambda: 2)
     monkeypatch.setattr(_ahead.Helpers, "begin", recorded)
     _ahead.helpers.cache_clear()
-    yield works
+    yield parts
     if _ahead.helpers.cache_info().currsize:
         _ahead.helpers().end()
     _ahead.helpers.cache_clear()
@@ -60,27 +60,8 @@ def test_what_is_compiled_ahead_is_found(step, begun, tmp_path, monkeypatch):
     fast = capture(value_and_grad, mode="inductor")
     assert_close(fast(*args), value_and_grad(*args))
     assert not fast.pieces.reasons
-    compiled = [work for work in begun if work.compiled]
-    assert len(compiled) > 1
-    assert counters["inductor"]["fxgraph_cache_hit"] == len(compiled)
-
-
-def test_what_is_not_compiled_runs(step, begun, monkeypatch):
-    """As it does in a process: kernels of attention and products, on tensors whose numbers do not matter."""
-    monkeypatch.setattr(_ahead.Helpers, "__init__", lambda self: None)
-    monkeypatch.setattr(_ahead.Helpers, "end", lambda self: None)
-    monkeypatch.setattr(_ahead.Helpers, "begin", lambda self, work, options: begun.append(work))
-    monkeypatch.setattr(_products, "served", lambda like: True)
-    value_and_grad, args = step
-    fast = capture(value_and_grad, mode="inductor")
-    fast.pieces.lower = as_recorded
-    fast(*args)
-    names = set()
-    for work in begun:
-        if not work.compiled:
-            names |= {str(n.target) for n in work.module.graph.nodes if n.op == "call_function"}
-            _ahead_worker.work_on(_ahead_worker.packed(work.module), work.forms, False, {}, "highest", 1)
-    assert {"metaattn._gradient.default", "metaattn._products.default"} <= names
+    assert len(begun) > 1
+    assert counters["inductor"]["fxgraph_cache_hit"] == len(begun)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -102,13 +83,13 @@ def test_a_process_that_dies_is_noticed(begun):
 
     graph = fx.Graph()
     graph.output((graph.placeholder("x"),))
-    work = _ahead.Work(fx.GraphModule(torch.nn.Module(), graph), [_ahead.Form((1,), (1,), torch.float32, "cpu")], False)
+    part = _ahead.Part(fx.GraphModule(torch.nn.Module(), graph), [_ahead.Form((1,), (1,), torch.float32, "nowhere")])
     here = _ahead.helpers()
-    assert here.begin(work, {}).wait(60)
-    assert here.begin(work._replace(forms=[Fatal()]), {}).wait(60)  # all of them
+    assert here.begin(part, {}).wait(60)  # an error ends the process that compiles
+    assert here.begin(part._replace(forms=[Fatal()]), {}).wait(60)  # all of them
     for thread in here._threads[1:]:
         thread.join(60)
-    assert here.begin(work, {}) is None
+    assert here.begin(part, {}) is None
 
 
 @pytest.mark.parametrize(
