@@ -16,7 +16,6 @@ that what is compared is of one run.
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
 import itertools
 import json
@@ -30,6 +29,7 @@ import matplotlib as mpl
 import torch
 import triton
 from _attention import OURS, PRODUCTS, SDPA, SHAPES, SMALL, Setting, compile_all, measure, oracle
+from _results import of_machine, replaced
 from tqdm import tqdm
 from triton.testing import do_bench
 
@@ -47,8 +47,8 @@ PARTS = ("auto", "large", "small", "other", "jax", "lengths")
 LEGEND = """`setting`: batch, heads, tokens, head size. `rule`: forward; backward alone; jvp with its forward; hvp, a
 Hessian-vector product with all before it; dbl, a double backward with all before it. `ms`: the GPU's time, of a
 replayed CUDA graph. `TFLOP/s`: of the products that the mathematics needs, half when causal. `of the ceiling`: share of
-what a large matrix product reaches here, {ceiling:.0f} TFLOP/s. `eager ms`: a plain call, the CPU's work included.
-`peak MiB`: above what there was. `error`: against float64, relative, on a slice."""
+what a large matrix product reaches there, as the heading says. `eager ms`: a plain call, the CPU's work included. `peak
+MiB`: above what there was. `error`: against float64, relative, on a slice."""
 
 
 def length_rows(quick: bool) -> list[dict[str, Any]]:
@@ -92,7 +92,13 @@ def main() -> None:
     if "auto" in a.parts:
         choose_automatically(a.quick)
     rows: list[dict[str, Any]] = []
-    save = functools.partial(write, a.out, machine, read(a.out, machine))
+    runs, run = of_machine(a.out.with_suffix(".json"), machine, versions=("torch", "triton"))
+    before = run["rows"]
+
+    def save(rows: list[dict[str, Any]]) -> None:
+        run["rows"] = replaced(before, rows, lambda row: (row["setting"], row["rule"]))
+        write(a.out, runs)
+
     if {"large", "small", "other"} & set(a.parts):
         setting_rows(rows, a, save)
     if "jax" in a.parts and importlib.util.find_spec("jax"):
@@ -100,9 +106,9 @@ def main() -> None:
             rows.append(row)
             save(rows)  # what was measured is not lost where the time is over
     if rows:
-        every = save(rows)
-        plot_speed(a.out.with_suffix(".png"), every, machine)
-        print("\n".join(verdict(every)))
+        save(rows)
+        plot_speed(a.out.with_suffix(".png"), run["rows"], machine)
+        print("\n".join(verdict(run["rows"])))
     if "lengths" in a.parts:
         lengths = length_rows(a.quick)
         (a.out.with_name(a.out.name + "_lengths.json")).write_text(json.dumps({"machine": machine, "rows": lengths}))
@@ -188,26 +194,17 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def read(out: Path, machine: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier run on the same device and versions."""
-    path = out.with_suffix(".json")
-    content = json.loads(path.read_text()) if path.exists() else {"machine": {}, "rows": []}
-    same = all(content["machine"].get(k) == machine[k] for k in ("device", "torch", "triton"))
-    return [r | {"shape": tuple(r["shape"])} for r in content["rows"]] if same else []
-
-
-def write(
-    out: Path, machine: dict[str, Any], before: list[dict[str, Any]], rows: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """JSON and table, after every setting: nothing measured is lost. Returns all the rows."""
-    measured = {(r["setting"], r["rule"]) for r in rows}
-    every = [r for r in before if (r["setting"], r["rule"]) not in measured] + rows
-    out.with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": every}, indent=0))
-    text = "\n".join(table(every, machine["matrix_product_tflops"]))
-    about = f"{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}.\n\n"
-    about += LEGEND.format(ceiling=machine["matrix_product_tflops"])
-    out.with_suffix(".md").write_text(f"# Attention on a GPU\n\n{about}\n\n{text}\n")
-    return every
+def write(out: Path, runs: list[dict[str, Any]]) -> None:
+    """JSON and tables, after every setting: nothing measured is lost."""
+    out.with_suffix(".json").write_text(json.dumps(runs, indent=0))
+    lines = ["# Attention on a GPU", "", LEGEND]
+    for run in runs:
+        machine = run["machine"]
+        about = "## {device}, torch {torch}, Triton {triton}: {matrix_product_tflops:.0f} TFLOP/s"
+        lines += ["", about.format(**machine), ""]
+        lines += [run["note"], ""] if "note" in run else []  # kept by hand
+        lines += table(run["rows"], machine["matrix_product_tflops"])
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 def table(rows: list[dict[str, Any]], ceiling: float) -> list[str]:

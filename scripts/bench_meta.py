@@ -11,8 +11,8 @@ with what it compiles (but kernels that an earlier row compiled, or a run before
 the dtype's bound against float64, and more than twice as much as math attention does in the same dtype, is reported as
 wrong, without a time. ``--profile`` adds what the kernels of a step are: their number and time, by kind. Parts: table,
 jax, and the plots of time and memory against inner steps (1 to 64) and tokens (64 to 16,384); ``--who``, ``--sizes``
-and ``--dtypes`` leave out others. Writes JSON, a table (Markdown) and plots. What an earlier run on the same device and
-version of PyTorch has in --out stays, but for the problems and plots that are measured again.
+and ``--dtypes`` leave out others. Writes JSON, tables (Markdown) and plots. What earlier runs have in --out stays, but
+for the problems and plots that are measured again on the same device with the same version of PyTorch.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import _jax_lines
 import matplotlib as mpl
 import torch
 import torch.nn.functional as F
+from _results import of_machine, replaced
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -322,23 +323,14 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def read(out: Path, machine: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier run on the same device and version has written."""
-    path = out.with_suffix(".json")
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"machine": None}
-    if content["machine"] == machine:
-        return content
-    return {"machine": machine, "rows": [], "steps": [], "tokens": [], "earlier": []}
-
-
-def write(out: Path, content: dict[str, Any]) -> None:
+def write(out: Path, runs: list[dict[str, Any]]) -> None:
     """JSON and page, after every row: what was measured is not lost where the time is over."""
-    out.with_suffix(".json").write_text(json.dumps(content, indent=0))
-    machine = content["machine"]
-    lines = ["# One meta-step", "", f"{machine['device']}, torch {machine['torch']}.", "", LEGEND, ""]
-    lines += table(content["rows"])
-    for section in content["earlier"]:  # kept by hand: what newer rows are compared with
-        lines += ["", f"## {section['title']}", "", *table(section["rows"])]
+    out.with_suffix(".json").write_text(json.dumps(runs, indent=0))
+    lines = ["# One meta-step", "", LEGEND]
+    for run in runs:
+        lines += ["", f"## {run['machine']['device']}, torch {run['machine']['torch']}", "", *table(run["rows"])]
+        for section in run.get("earlier", ()):  # kept by hand: what newer rows are compared with
+            lines += ["", f"### {section['title']}", "", *table(section["rows"])]
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
@@ -389,15 +381,14 @@ def main() -> None:
     if device.type == "cuda":
         machine["device"] = torch.cuda.get_device_name()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    content = read(options.out, machine)
-
-    before, rows = content["rows"], []
+    runs, content = of_machine(options.out.with_suffix(".json"), machine)
+    before, rows = content["rows"], list[dict[str, Any]]()
 
     def save(row: dict[str, Any]) -> None:
+        print(table([row])[-1], flush=True)
         rows.append(row)
-        again = {r["setting"] for r in rows}  # with all rows of it: what is compared is of one run
-        content["rows"] = [r for r in before if r["setting"] not in again] + rows
-        write(options.out, content)
+        content["rows"] = replaced(before, rows, lambda row: row["setting"])
+        write(options.out, runs)
 
     sizes = TINY if options.tiny else list(map(SIZES.__getitem__, options.sizes))
     dtypes: list[torch.dtype] = [torch.float32] if options.tiny else [getattr(torch, name) for name in options.dtypes]
@@ -405,7 +396,6 @@ def main() -> None:
         for p in [Problem(*size, dtype) for size in sizes for dtype in dtypes]:
             for who in options.who:
                 row = measure(p, who, device, seconds, options.profile)
-                print(table([row])[-1], flush=True)
                 if "kernels" in row:
                     print(json.dumps(row["kernels"], indent=1), flush=True)
                 save(row)
@@ -424,7 +414,7 @@ def main() -> None:
             content[name] = []
             for row in sweep(name, values, first, device, seconds):
                 content[name].append(row)
-                write(options.out, content)
+                write(options.out, runs)
             path = options.out.with_name(f"{options.out.name}_{name}.png")
             plot(path, name, content[name], f"{machine['device']}: {title(first, name)}")
 
