@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._inductor import config
 
 from ._trees import Form
 
@@ -47,12 +48,14 @@ class Ahead:
         self._options = dict(options)
         self._waiting: dict[Hashable, Part] = {}
         self._begun: dict[Hashable, threading.Event | None] = {}  # None: by the caller
-        if processes():
+        caches = {name: options.get(name, getattr(config, name)) for name in ("fx_graph_cache", "force_disable_caches")}
+        self._most = processes() if caches["fx_graph_cache"] and not caches["force_disable_caches"] else 0
+        if self._most:
             helpers()  # it takes as long as the first recording until they are there
 
     def ask(self, parts: Mapping[Hashable, Part]) -> None:
         """Begin with as many as there are processes for, in their order; but the caller compiles the first."""
-        if processes():
+        if self._most:
             new = [(key, part) for key, part in parts.items() if key not in self._begun]
             self._waiting |= dict(new[1:])
             self._fill()
@@ -66,10 +69,10 @@ class Ahead:
 
     def _fill(self) -> None:
         at_work = sum(done is not None and not done.is_set() for done in self._begun.values())
-        for key in list(self._waiting)[: max(0, processes() - at_work)]:
+        for count, key in enumerate(list(self._waiting)[: max(0, self._most - at_work)], at_work + 1):
             part = self._waiting.pop(key)
             devices = {form.device for form in part.forms if form.device.type == "cuda"}
-            if all(torch.cuda.mem_get_info(device)[0] >= FREE for device in devices):
+            if all(torch.cuda.mem_get_info(device)[0] >= count * FREE for device in devices):
                 with contextlib.suppress(Exception):  # what cannot be pickled is compiled at its turn
                     self._begun[key] = helpers().begin(part, self._options)
 

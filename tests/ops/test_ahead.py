@@ -74,6 +74,16 @@ def test_a_process_that_is_gone_is_not_missed(step, begun):
     assert begun
 
 
+@pytest.mark.parametrize("options", [{"force_disable_caches": True}, {"fx_graph_cache": False}])
+def test_without_caches_nothing_is_compiled_ahead(step, begun, options):
+    value_and_grad, args = step
+    fast = capture(value_and_grad, mode="inductor", options=options)
+    fast.pieces.lower = as_recorded
+    fast(*args)
+    assert not begun
+    assert not _ahead.helpers.cache_info().currsize
+
+
 def test_a_process_that_dies_is_noticed(begun):
     """The pickle that it takes makes it end."""
 
