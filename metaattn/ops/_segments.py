@@ -6,6 +6,7 @@ the first and the last: it is lowered once, so that the time to compile does not
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import operator
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
+from torch.compiler import config as compiler_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ._ahead import Ahead, Part
 from ._leaves import is_leaf
 from ._products import joined
 from ._record import Recording
+from ._replay import surroundings
 from ._trees import Form, Tensors, form_of
 
 DEPTH = 8  # operations in a row that are done again rather than their result kept
@@ -47,7 +50,8 @@ def inductor(options: Mapping[str, Any]) -> Lower:
 
         # Inductor's cache on disk serves only what has symbols for shapes at hand; none is used.
         context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
-        with warnings.catch_warnings(), tracing(context):
+        tag = f"{compiler_config.cache_key_tag} {torch.get_default_dtype()}"  # of which PyTorch 2.11 takes no account
+        with warnings.catch_warnings(), tracing(context), compiler_config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
             warnings.simplefilter("ignore")  # it warns of itself
             patches = {**(_ON_GPU if any(t.is_cuda for t in inputs) else {}), **options}
             compiled: Any = compile_fx(
@@ -115,7 +119,7 @@ class Lowered:
     def __init__(
         self, recording: Recording, lower: Lower, known: dict[Hashable, Run], ahead: Ahead | None = None
     ) -> None:
-        self._lower, self._known, self._ahead = lower, known, ahead
+        self._lower, self._known, self._ahead, self._around = lower, known, ahead, surroundings()
         nodes = list((joined(recording.graph) if recording.functional else recording.graph).nodes)
         self._given = [n for n in nodes if n.op == "placeholder"]
         self._returned: tuple[fx.Node, ...] = nodes[-1].args[0]
@@ -138,7 +142,7 @@ class Lowered:
     def __call__(self, *tensors: Tensor) -> Tensors:
         """Run it."""
         values: _Values = dict(zip(self._given, tensors, strict=True))
-        with torch.no_grad():
+        with torch.no_grad(), torch._C._DisableAutocast():  # which was at work above what was recorded
             for part in self._parts:
                 part(values)
         return tuple(values[n] for n in self._returned)
@@ -159,18 +163,17 @@ class Lowered:
         module, inputs, text = _module(group, outputs)
         chosen: dict[Hashable, Run] = {}
         forms = tuple(form for n in inputs if (form := _form(n)) is not None)
-        if len(forms) == len(inputs) and (text, forms) not in self._known:
-            self._expected[text, forms] = Part(module, forms)
+        if len(forms) == len(inputs) and (self._around, text, forms) not in self._known:
+            self._expected[self._around, text, forms] = Part(module, forms)
 
         def run(values: _Values) -> None:
             tensors = [values.pop(n) if n in last else values[n] for n in inputs]
             form = tuple(map(form_of, tensors))
             if form not in chosen:
-                key = (text, form)
+                key = (self._around, text, form)
                 if key not in self._known:
-                    if self._ahead is not None:
-                        self._ahead.take(key)
-                    self._known[key] = self._lower(module, tensors)
+                    with self._ahead.turn(key) if self._ahead is not None else contextlib.nullcontext():
+                        self._known[key] = self._lower(module, tensors)
                 chosen[form] = self._known[key]
             values.update(zip(outputs, chosen[form](tensors), strict=True))
 

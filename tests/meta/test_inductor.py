@@ -219,6 +219,42 @@ def test_a_shape_change_is_captured_anew_on_a_gpu():
         assert fast.reason is None
 
 
+def test_autocast_is_not_applied_to_what_was_recorded_below_it():
+    def in_float32(params, x, y):
+        with torch.autocast("cpu", enabled=False):
+            return loss(params, x, y)
+
+    learner = maml(in_float32, steps=1, learning_rate=1e-9)  # a gradient's own products are under autocast, eagerly too
+    meta = learner.init({k: t.float() for k, t in PARAMS.items()})
+    data = tasks(dtype=torch.float32)
+    fast = capture(learner.value_and_grad, mode="inductor")
+    seen = []
+
+    def lower(module, inputs):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return as_recorded(module)
+
+    fast.pieces.lower = lower
+    with torch.autocast("cpu", torch.bfloat16):
+        got = fast(meta, *data)[0]
+    assert_close(got, learner.value_and_grad(meta, *data)[0], torch.float32)
+    assert seen
+    assert not any(seen)
+
+
+def test_another_default_dtype_is_compiled_anew():
+    fast = recorded(maml(loss, steps=1, learning_rate=0.1).value_and_grad)
+    meta = maml(loss, steps=1, learning_rate=0.1).init(PARAMS)
+    fast(meta, *tasks())
+    count = len(fast.lowered)
+    torch.set_default_dtype(torch.float64)
+    try:
+        fast(meta, *tasks())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(fast.lowered) == 2 * count > 0
+
+
 def test_another_shape_is_recorded_anew():
     learner = maml(loss, steps=2, learning_rate=0.1)
     fast, meta = recorded(learner.value_and_grad), learner.init(PARAMS)
