@@ -22,6 +22,6 @@ def of_machine(path: Path, machine: dict[str, Any], *, versions: Iterable[str] =
 
 
 def replaced(before: list[Row], rows: list[Row], by: Callable[[Row], Hashable]) -> list[Row]:
-    """The rows with earlier ones of whoever was measured again left out: what is compared is of one run."""
+    """The rows with earlier ones of what was measured again left out, everyone's: what is compared is of one run."""
     again = {by(row) for row in rows}
     return [row for row in before if by(row) not in again] + rows

@@ -5,7 +5,8 @@
 Shapes are those of a linear layer of each task: ``x w^T`` with tangents, both gradients with tangents (that of the
 weight without its value), and both without. All of a shape compile side by side, then each is checked against float64
 and timed as a replayed CUDA graph. Prints the best few and the time of PyTorch's products and sums; block sizes are set
-by hand in ``metaattn/backends/triton/_linear.py``, from what this shows. Times of other dtypes in --out are kept.
+by hand in ``metaattn/backends/triton/_linear.py``, from what this shows. Times of other devices, dtypes and shapes in
+--out are kept.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 import triton
 from _dtypes import in_float64
+from _results import replaced
 from torch import Tensor
 from tqdm import tqdm
 from triton.testing import do_bench
@@ -135,9 +137,12 @@ def main() -> None:
     usable = {trial for trial, error in zip(trials, errors, strict=True) if error is None}
     print(f"{len(usable)} of {len(trials)} can be launched")
     before = json.loads(a.out.read_text()) if a.out.exists() else []
-    others = [row for row in before if row["dtype"] != a.dtype]
     machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     rows: list[dict[str, Any]] = []
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["device"], row["dtype"], *row["size"], *row["layer"], row["kind"]
+
     for work in works:
         given = jobs(work)
         row: dict[str, Any] = machine | dict(zip(("size", "layer", "kind", "dtype"), work, strict=True))
@@ -149,7 +154,7 @@ def main() -> None:
         best = ", ".join(f"{tuple(t)} {ms:.4f}" for ms, t in timed[:4])
         print(f"{work[:3]} PyTorch {row['PyTorch']:.4f}; {best}", flush=True)
         a.out.parent.mkdir(parents=True, exist_ok=True)
-        a.out.write_text(json.dumps(others + rows))
+        a.out.write_text(json.dumps(replaced(before, rows, key)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import pytest
 
 from metaattn.backends import _registry, _tiles
 from metaattn.backends._protocol import Operands, Problem
-from metaattn.ops import _ahead
 
 mpl.use("Agg")
 with contextlib.suppress(AttributeError, TypeError):  # glibc's alone
@@ -23,7 +22,7 @@ with contextlib.suppress(AttributeError, TypeError):  # glibc's alone
     ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
 torch.set_num_threads(1)  # pytest-xdist runs a process for each core
-_ahead.MOST = 0  # and none of them needs more, but where they are tested
+os.environ["METAATTN_COMPILE_PROCESSES"] = "0"  # and none of them needs more
 
 BACKENDS = ["reference", "blockwise"]  # those that serve float64
 # Why the kernels do not run on the suite's tensors, which are on the CPU: there is a GPU, and so no interpreter; or the

@@ -203,8 +203,8 @@ def capture(
             that draws random numbers, branches on numbers, changes in place what it did not make, or closes over a
             tensor that is differentiated. Tensors and numbers that it closes over may change between calls, but for
             settings deep in objects and modules. Compiled, ``"reverse"`` recomputes activations as ``"mixed"`` does.
-            Where this process may use four cores or more, half of them (at most eight) compile for it at first, in
-            processes that have ended when the step is ready; each takes some hundred MB of a GPU as long as it runs.
+            Where this process may use four cores or more, half of them (at most eight, or as the environment variable
+            ``METAATTN_COMPILE_PROCESSES`` says, 0 for none) compile for it at first, in processes of their own.
         state: Tensors, besides the arguments, that the step changes in place (parameters and what an optimizer made
             with ``capturable=True`` keeps): the trial runs before a capture leave them as they were.
         most: How many graphs are kept, each with memory of its own; the least recently used goes first.

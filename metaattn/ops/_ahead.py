@@ -10,24 +10,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 import os
 import pickle
 import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._dynamo.utils import counters
 from torch._inductor import config
 
 from ._trees import Form
 
 MOST = 8  # processes
-FREE = 2 << 30  # bytes of a GPU for each of them: its context, and what a part takes
+FREE = 2 << 30  # bytes of a GPU for each of them, besides what a part takes
 PATIENCE = 120.0  # seconds to wait for one
+_log = logging.getLogger(__name__)
 
 
 class Part(NamedTuple):
@@ -51,7 +54,10 @@ class Ahead:
         caches = {name: options.get(name, getattr(config, name)) for name in ("fx_graph_cache", "force_disable_caches")}
         self._most = processes() if caches["fx_graph_cache"] and not caches["force_disable_caches"] else 0
         if self._most:
-            helpers()  # it takes as long as the first recording until they are there
+            try:
+                helpers()  # it takes as long as the first recording until they are there
+            except Exception:
+                self._give_up("no process can be started")
 
     def ask(self, parts: Mapping[Hashable, Part]) -> None:
         """Begin with as many as there are processes for, in their order; but the caller compiles the first."""
@@ -60,27 +66,48 @@ class Ahead:
             self._waiting |= dict(new[1:])
             self._fill()
 
-    def take(self, key: Hashable) -> None:
-        """The turn of a part has come: wait for the process that is at it, or leave it to the caller."""
+    @contextlib.contextmanager
+    def turn(self, key: Hashable) -> Iterator[None]:
+        """In which the caller compiles a part, after waiting for the process that is at it, if one is.
+
+        If that was in vain, nothing is compiled ahead any more: a setting may differ that is part of Inductor's keys.
+        """
         self._waiting.pop(key, None)
         self._fill()
-        if (begun := self._begun.setdefault(key, None)) is not None:
-            begun.wait(PATIENCE)
+        begun = self._begun.setdefault(key, None)
+        if begun is not None and not begun.wait(PATIENCE):
+            self._give_up("a process takes too long")
+        before = counters["inductor"]["fxgraph_cache_hit"]
+        yield
+        if begun is not None and counters["inductor"]["fxgraph_cache_hit"] == before:
+            self._give_up("what a process compiled is not found")
+
+    def _give_up(self, reason: str) -> None:
+        _log.debug("nothing is compiled ahead: %s", reason, exc_info=True)
+        self._most = 0
+        self._waiting.clear()
+        self._begun.clear()
 
     def _fill(self) -> None:
         at_work = sum(done is not None and not done.is_set() for done in self._begun.values())
         for count, key in enumerate(list(self._waiting)[: max(0, self._most - at_work)], at_work + 1):
             part = self._waiting.pop(key)
+            needed = count * FREE + sum(form.bytes for form in part.forms)
             devices = {form.device for form in part.forms if form.device.type == "cuda"}
-            if all(torch.cuda.mem_get_info(device)[0] >= count * FREE for device in devices):
-                with contextlib.suppress(Exception):  # what cannot be pickled is compiled at its turn
+            try:
+                if all(torch.cuda.mem_get_info(device)[0] >= needed for device in devices):
                     self._begun[key] = helpers().begin(part, self._options)
+            except Exception:  # what cannot be pickled, say, is compiled at its turn
+                _log.debug("a part is not compiled ahead", exc_info=True)
 
 
 def processes() -> int:
     """How many may be at work: half of the cores that this process may use, of its share of them, up to a limit."""
+    most = os.environ.get("METAATTN_COMPILE_PROCESSES", str(MOST))
+    if not most.isdecimal():
+        raise ValueError(f"METAATTN_COMPILE_PROCESSES must be a number, 0 for none; got {most!r}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(MOST, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // 2)
+    count = min(int(most), cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) // 2)
     return count if count > 1 and hasattr(os, "fork") else 0
 
 
@@ -90,13 +117,16 @@ class Helpers:
     def __init__(self) -> None:
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a GPU must not be touched before a fork, not even to count it
             "TORCH_WARM_POOL": "0",  # no processes on import
         }
         command = [sys.executable, "-P", "-c", "from metaattn.ops._ahead_worker import main; main()"]
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, env=environment)
+        # A session of its own: what interrupts this process alone is to end it.
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=null, env=environment, start_new_session=True
+        )
         self._numbers = itertools.count()
         self._at_work: dict[int, threading.Event] = {}
         self._unsent: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -107,16 +137,15 @@ class Helpers:
 
     def begin(self, part: Part, options: Mapping[str, Any]) -> threading.Event | None:
         """Have a part compiled; what is set when it is, well or not. ``None`` if the process is gone."""
-        from ._ahead_worker import LENGTH, packed  # here, for it takes seconds
+        from ._ahead_worker import HEAD, Settings, packed  # here, for it takes seconds
 
         number, done = next(self._numbers), threading.Event()
-        surroundings = torch.get_float32_matmul_precision(), torch.get_num_threads()
-        data = pickle.dumps((number, packed(part.module), part.forms, options, *surroundings))
+        data = pickle.dumps((packed(part.module), part.forms, options, Settings.now()))
         with self._lock:
             if self._process.poll() is not None:
                 return None
             self._at_work[number] = done
-        self._unsent.put(LENGTH.pack(len(data)) + data)
+        self._unsent.put(HEAD.pack(number, len(data)) + data)
         return done
 
     def end(self) -> None:

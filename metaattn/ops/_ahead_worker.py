@@ -1,7 +1,7 @@
 """The processes of :mod:`._ahead`: one that imports all and touches no GPU, and forks another for each part.
 
-Run as a program. On its standard input it takes parts, each as its length and a pickle; on its standard output the
-number of each comes back when it is done, and when its process has ended, well or not.
+Run as a program. On its standard input it takes parts, each as a number, a length and a pickle; on its standard output
+the number of each comes back when it is done, and when its process has ended, well or not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import struct
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -25,7 +25,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from ._segments import inductor
 from ._trees import Form
 
-LENGTH = struct.Struct("<q")
+HEAD = struct.Struct("<qq")  # a number and a length
+NUMBER = struct.Struct("<q")
+LIMIT = 300  # seconds for a part
 THREADS = 4  # processes of each that compile a part's kernels of Triton side by side
 
 
@@ -34,14 +36,39 @@ def packed(module: fx.GraphModule) -> bytes:
     return GraphPickler.dumps(module, Options(ops_filter=None))
 
 
-def compile_part(
-    module: bytes, forms: Sequence[Form], options: Mapping[str, Any], precision: str, threads: int
-) -> None:
+class Settings(NamedTuple):
+    """What code depends on beside a part. Most of it is in Inductor's keys."""
+
+    dtype: torch.dtype
+    precision: str
+    matmul: str
+    deterministic: bool
+    threads: int
+
+    @classmethod
+    def now(cls) -> Settings:
+        """Those of this process."""
+        return cls(
+            torch.get_default_dtype(),
+            torch.get_float32_matmul_precision(),
+            torch.backends.cuda.matmul.fp32_precision,
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_num_threads(),
+        )
+
+    def set(self) -> None:
+        """Have them here."""
+        torch.set_default_dtype(self.dtype)
+        torch.set_float32_matmul_precision(self.precision)
+        torch.backends.cuda.matmul.fp32_precision = self.matmul  # differs where a precision was set and set back
+        torch.use_deterministic_algorithms(self.deterministic)
+        torch.set_num_threads(self.threads)
+
+
+def compile_part(module: bytes, forms: Sequence[Form], options: Mapping[str, Any], settings: Settings) -> None:
     """Compile a part for tensors of the forms, whose numbers do not matter."""
     config.compile_threads, config.worker_start_method = THREADS, "fork"
-    if torch.get_float32_matmul_precision() != precision:  # that it was set is part of Inductor's keys
-        torch.set_float32_matmul_precision(precision)
-    torch.set_num_threads(threads)
+    settings.set()
     graph: Any = GraphPickler.loads(module, FakeTensorMode(shape_env=ShapeEnv()))
     with torch.no_grad():
         inductor(options)(
@@ -59,7 +86,7 @@ def main() -> None:
         """Say of a child that it has ended, if one has; or, without options, when one has."""
         child, _ = os.waitpid(-1, options)
         if child:
-            os.write(answers, LENGTH.pack(at_work.pop(child)))
+            os.write(answers, NUMBER.pack(at_work.pop(child)))
         return child != 0
 
     def ended(signum: int, frame: Any) -> None:
@@ -68,15 +95,17 @@ def main() -> None:
                 pass
 
     signal.signal(signal.SIGCHLD, ended)
-    while head := given.read(LENGTH.size):
-        number, *part = pickle.loads(given.read(*LENGTH.unpack(head)))
+    while head := given.read(HEAD.size):
+        number, length = HEAD.unpack(head)
+        data = given.read(length)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         if (child := os.fork()) == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+            signal.alarm(LIMIT)  # one that hangs ends
             try:
-                compile_part(*part)
-                os.write(answers, LENGTH.pack(number))  # the end takes a while
+                compile_part(*pickle.loads(data))
+                os.write(answers, NUMBER.pack(number))  # the end takes a while
             finally:
                 async_compile.shutdown_compile_workers()
                 os._exit(0)

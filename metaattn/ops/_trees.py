@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,11 @@ class Form(NamedTuple):
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        """Of its numbers."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def form_of(t: Tensor) -> Form:

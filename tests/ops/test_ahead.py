@@ -1,6 +1,8 @@
 """Parts compiled ahead by other processes: found when their turn comes, and not needed."""
 
 import os
+import sys
+import threading
 
 import pytest
 import torch
@@ -52,7 +54,9 @@ def begun(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")  # Inductor's own
-def test_what_is_compiled_ahead_is_found(step, begun, tmp_path, monkeypatch):
+def test_what_is_compiled_ahead_is_found(step, begun, precision, tmp_path, monkeypatch):
+    precision("high")
+    precision("highest")  # which is not what it was before, to Inductor's keys
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._inductor.utils.clear_caches()  # those in memory
     counters["inductor"].clear()
@@ -72,6 +76,34 @@ def test_a_process_that_is_gone_is_not_missed(step, begun):
     fast.pieces.lower = as_recorded
     assert_close(fast(*args), value_and_grad(*args))
     assert begun
+    assert set(fast.pieces._ahead._begun.values()) == {None}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_where_all_is_in_vain_no_more_is_compiled_ahead(step, begun, monkeypatch):
+    """An event that is never set; one that is, though nothing was compiled."""
+    value_and_grad, args = step
+    for done in (False, True):
+        begun.clear()
+        event = threading.Event()
+        if done:
+            event.set()
+        monkeypatch.setattr(_ahead.Helpers, "begin", lambda self, part, options, e=event: begun.append(part) or e)
+        monkeypatch.setattr(_ahead, "PATIENCE", 0.1)
+        fast = capture(value_and_grad, mode="inductor")
+        fast.pieces.lower = as_recorded
+        assert_close(fast(*args), value_and_grad(*args))
+        assert 0 < len(begun) <= 2  # as many as there are processes, and none after the first turn
+        assert fast.pieces._ahead._most == 0
+
+
+def test_where_no_process_can_be_started_the_step_runs(step, begun, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "")
+    value_and_grad, args = step
+    fast = capture(value_and_grad, mode="inductor")
+    fast.pieces.lower = as_recorded
+    assert_close(fast(*args), value_and_grad(*args))
+    assert not begun
 
 
 @pytest.mark.parametrize("options", [{"force_disable_caches": True}, {"fx_graph_cache": False}])
@@ -85,9 +117,9 @@ def test_without_caches_nothing_is_compiled_ahead(step, begun, options):
 
 
 def test_a_process_that_dies_is_noticed(begun):
-    """The pickle that it takes makes it end."""
-
     class Fatal:
+        """Makes the process end that reads it."""
+
         def __reduce__(self):
             return os._exit, (1,)
 
@@ -95,10 +127,11 @@ def test_a_process_that_dies_is_noticed(begun):
     graph.output((graph.placeholder("x"),))
     part = _ahead.Part(fx.GraphModule(torch.nn.Module(), graph), [_ahead.Form((1,), (1,), torch.float32, "nowhere")])
     here = _ahead.helpers()
-    assert here.begin(part, {}).wait(60)  # an error ends the process that compiles
-    assert here.begin(part._replace(forms=[Fatal()]), {}).wait(60)  # all of them
-    for thread in here._threads[1:]:
-        thread.join(60)
+    assert here.begin(part._replace(forms=[Fatal()]), {}).wait(60)
+    done = here.begin(part, {})  # an error; but the one that forks the others is still there
+    assert done.wait(60)
+    here._process.kill()
+    here._process.wait()
     assert here.begin(part, {}) is None
 
 
@@ -108,5 +141,10 @@ def test_a_process_that_dies_is_noticed(begun):
 def test_how_many_processes(cores, ranks, count, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    monkeypatch.setattr(_ahead, "MOST", 8)
+    monkeypatch.delenv("METAATTN_COMPILE_PROCESSES")
     assert _ahead.processes() == count
+    monkeypatch.setenv("METAATTN_COMPILE_PROCESSES", "0")
+    assert _ahead.processes() == 0
+    monkeypatch.setenv("METAATTN_COMPILE_PROCESSES", "all")
+    with pytest.raises(ValueError, match="must be a number"):
+        _ahead.processes()
