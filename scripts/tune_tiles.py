@@ -4,8 +4,8 @@
 
 Candidates compile side by side in as many processes as there are cores; then each is checked against the formulas in
 float64 and timed alone, and the best few again for longer, without a band and with one (a causal mask). With --bands
-full alone, what is best without one serves both. All times go to --out as JSON, beside those of other primitives,
-sizes and dtypes; ``metaattn/backends/triton/tiles.json`` is updated in place.
+full alone, what is best without one serves both. All times go to --out as JSON, beside those of other devices,
+primitives, sizes and dtypes; ``metaattn/backends/triton/tiles.json`` is updated in place.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from _dtypes import DTYPES, arithmetic, in_float64
+from _results import replaced
 from torch import Tensor
 from tqdm import tqdm
 
@@ -252,16 +253,14 @@ def main() -> None:
 
 
 def save(out: Path, before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
-    """All times, after every group: those of the same primitive, dtype, head size and band are replaced."""
+    """All times, after every group: those of the same device, primitive, dtype, head size and band are replaced."""
 
     def group(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["primitive"], row["dtype"], row["head_size"], row["causal"]
+        return row["device"], row["primitive"], row["dtype"], row["head_size"], row["causal"]
 
-    measured = set(map(group, rows))
-    every = [r for r in before if group(r) not in measured] + rows
     out.parent.mkdir(parents=True, exist_ok=True)
     machine = {"torch": torch.__version__, "triton": triton.__version__}
-    out.write_text(json.dumps({"machine": machine, "rows": every}))
+    out.write_text(json.dumps({"machine": machine, "rows": replaced(before, rows, group)}))
 
 
 def write(content: dict[str, Any]) -> None:
