@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import queue
+import struct
 import subprocess
 import sys
 import threading
@@ -30,6 +31,8 @@ from ._trees import Form
 MOST = 8  # processes
 FREE = 2 << 30  # bytes of a GPU for each of them, besides what a part takes
 PATIENCE = 120.0  # seconds to wait for one
+HEAD = struct.Struct("<qq")  # before a part: its number, and the length of what follows
+NUMBER = struct.Struct("<q")  # the answer
 _log = logging.getLogger(__name__)
 
 
@@ -56,8 +59,8 @@ class Ahead:
         if self._most:
             try:
                 helpers()  # it takes as long as the first recording until they are there
-            except Exception:
-                self._give_up("no process can be started")
+            except Exception as error:
+                self._give_up(f"no process can be started ({error})")
 
     def ask(self, parts: Mapping[Hashable, Part]) -> None:
         """Begin with as many as there are processes for, in their order; but the caller compiles the first."""
@@ -83,7 +86,7 @@ class Ahead:
             self._give_up("what a process compiled is not found")
 
     def _give_up(self, reason: str) -> None:
-        _log.debug("nothing is compiled ahead: %s", reason, exc_info=True)
+        _log.debug("nothing is compiled ahead any more: %s", reason)
         self._most = 0
         self._waiting.clear()
         self._begun.clear()
@@ -137,7 +140,7 @@ class Helpers:
 
     def begin(self, part: Part, options: Mapping[str, Any]) -> threading.Event | None:
         """Have a part compiled; what is set when it is, well or not. ``None`` if the process is gone."""
-        from ._ahead_worker import HEAD, Settings, packed  # here, for it takes seconds
+        from ._ahead_worker import Settings, packed  # here, for it takes seconds
 
         number, done = next(self._numbers), threading.Event()
         data = pickle.dumps((packed(part.module), part.forms, options, Settings.now()))
@@ -164,9 +167,10 @@ class Helpers:
     def _listen(self) -> None:
         assert self._process.stdout is not None
         with self._process.stdout as answers:
-            while len(head := answers.read(8)) == 8:
+            while len(answer := answers.read(NUMBER.size)) == NUMBER.size:
+                (number,) = NUMBER.unpack(answer)
                 with self._lock:
-                    done = self._at_work.pop(int.from_bytes(head, "little"), None)
+                    done = self._at_work.pop(number, None)
                 if done is not None:
                     done.set()
         with self._lock:

@@ -10,7 +10,6 @@ import contextlib
 import os
 import pickle
 import signal
-import struct
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,11 +21,10 @@ from torch._subclasses import FakeTensorMode
 from torch.fx._graph_pickler import GraphPickler, Options
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from ._ahead import HEAD, NUMBER
 from ._segments import inductor
 from ._trees import Form
 
-HEAD = struct.Struct("<qq")  # a number and a length
-NUMBER = struct.Struct("<q")
 LIMIT = 300  # seconds for a part
 THREADS = 4  # processes of each that compile a part's kernels of Triton side by side
 
