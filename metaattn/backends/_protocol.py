@@ -15,7 +15,7 @@ Backends see plain tensors: no autograd, no ``torch.func`` wrappers. :mod:`metaa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -29,13 +29,15 @@ class Problem:
     """The static part of one attention call.
 
     Key ``j`` takes part in row ``i`` if ``i - left <= j <= i + right`` (``None``: no limit). A causal
-    mask is ``right=0``: the band is aligned to the top left, as in PyTorch's ``is_causal``.
+    mask is ``right=0``: the band is aligned to the top left, as in PyTorch's ``is_causal``. ``in_one``: gradients are
+    wanted as :func:`in_one` makes them, and cost nothing more where a backend writes them into :func:`room_in_one`.
     """
 
     scale: float
     left: int | None = None
     right: int | None = None
     dropout_p: float = 0.0
+    in_one: bool = False
 
     @property
     def banded(self) -> bool:
@@ -196,6 +198,26 @@ def tokens_first(query: Tensor) -> bool:
     """
     heads, rows = query.shape[-3:-1]
     return heads > 1 and rows > 1 and 0 < query.stride(-3) < query.stride(-2)
+
+
+def room_in_one(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Room for tensors like these, ``[*B, H, N, D]`` with one N and D, where :func:`in_one` need not copy them."""
+    (*batch, _, rows, size), heads = parts[0].shape, [t.shape[-3] for t in parts]
+    room = parts[0].new_empty(*batch, rows, sum(heads), size)
+    return [part.transpose(-3, -2) for part in room.split(heads, -2)]
+
+
+def in_one(parts: Sequence[Tensor]) -> Tensor:
+    """Gradients ``[*B, H, N, D]`` of query, key and value as that ``[*B, N, heads of all, D]`` of what was split."""
+    first, *others = turned = [t.transpose(-3, -2) for t in parts]
+    heads = [t.shape[-2] for t in turned]
+    shape = torch.Size((*first.shape[:-2], sum(heads), first.shape[-1]))
+    at, stride = first.data_ptr(), torch.empty(shape, device="meta").stride()
+    for t, before in zip(others, heads, strict=False):
+        at += before * t.shape[-1] * t.element_size()
+        if t.data_ptr() != at or t.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return torch.cat(turned, -2)
+    return first.as_strided(shape, stride) if all(t.stride() == stride for t in turned) else torch.cat(turned, -2)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

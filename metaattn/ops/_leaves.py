@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.library import Library, register_fake
 
 from ..backends import blockwise, select
-from ..backends._protocol import Gradients, Operands, Problem, Rows, Tangent, Values, accumulator, tokens_first
+from ..backends._protocol import Gradients, Operands, Problem, Rows, Tangent, Values, accumulator, in_one, tokens_first
 from ._function import unflatten
 
 
@@ -215,6 +215,21 @@ def gradient_tangent(*args: Any) -> tuple[Tensor, ...]:
     return *_four(both[0]), *_four(both[1])
 
 
+@_leaf(f"({_CALL}, {_X}, bool both, {_ROWS}, {_TANGENT}) -> Tensor[]")
+def gradients_in_one(*args: Any) -> tuple[Tensor, ...]:
+    """As :func:`gradient`, or :func:`gradient_tangent` for ``both``: query, key and value :func:`in_one`, no bias."""
+    call, problem, x, (both, *rows) = _split(args)
+    values, values_t, w, w_t = _rows(rows)
+    backend, tangent = select(call.backend, problem, x), Tangent(*rows[8:])
+    given = (replace(problem, in_one=True), x, values)
+    if both:
+        pair = backend.backward_second(*given, values_t, w, tangent, cotangent_tangent=w_t, bias_grad=False)
+        return tuple(in_one(grads[:3]) for grads in pair)
+    if tangent.is_zero:
+        return (in_one(backend.backward(*given, w, bias_grad=False)[:3]),)
+    return (in_one(backend.second(*given, values_t, w, tangent, cotangent_tangent=w_t, bias_grad=False)[:3]),)
+
+
 def any_directional(*args: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """``D_n`` by the operator for so many tangents."""
     if len(tangents) == 4:
@@ -302,3 +317,10 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     return tuple(
         t for _ in range(2) for t in (_like(q), _like(k), _like(v), _like(bias) if bias_grad else _like(q, shape=(0,)))
     )
+
+
+@register_fake("metaattn::_gradients_in_one", lib=LIBRARY)
+def _(*args: Any) -> list[Tensor]:
+    q, both = args[5], args[11]
+    heads = sum(t.shape[-3] for t in args[5:8])
+    return [_like(q, shape=(*q.shape[:-3], q.shape[-2], heads, q.shape[-1])) for _ in range(1 + both)]

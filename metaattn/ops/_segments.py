@@ -22,6 +22,7 @@ from torch.compiler import config as compiler_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ._ahead import Ahead, Part
+from ._in_one import written_in_one
 from ._leaves import is_leaf
 from ._products import joined
 from ._record import Recording
@@ -120,7 +121,7 @@ class Lowered:
         self, recording: Recording, lower: Lower, known: dict[Hashable, Run], ahead: Ahead | None = None
     ) -> None:
         self._lower, self._known, self._ahead, self._around = lower, known, ahead, surroundings()
-        nodes = list((joined(recording.graph) if recording.functional else recording.graph).nodes)
+        nodes = list((written_in_one(joined(recording.graph)) if recording.functional else recording.graph).nodes)
         self._given = [n for n in nodes if n.op == "placeholder"]
         self._returned: tuple[fx.Node, ...] = nodes[-1].args[0]
         groups = _cut([n for n in nodes if n.op == "call_function"], whole=not recording.functional)

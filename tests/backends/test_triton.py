@@ -4,12 +4,13 @@ Without a GPU in Triton's interpreter, in float32; ``scripts/check_attention.py`
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from metaattn.backends import _auto, reference
-from metaattn.backends._protocol import Operands, Problem, Rows, Tangent
+from metaattn.backends._protocol import Operands, Problem, Rows, Tangent, in_one
 from tests.conftest import NO_KERNELS
 from tests.helpers import assert_close
 
@@ -151,6 +152,47 @@ def test_primitives(name):
     close(triton.second(*residuals, **options), second)
     assert triton.fuses(x, bias_grad) == (not bias_grad)
     close(triton.backward_second(*residuals, **options), (first, second))
+
+
+IN_ONE = {
+    "even": {"heads": 2, "rows": 32, "keys": 32, "size": 16, "value_size": 16},
+    "one_block_of_keys": {"heads": 2, "rows": 13, "keys": 13, "size": 16, "value_size": 16},
+    "causal_gqa": {"heads": 4, "rows": 37, "keys": 37, "size": 16, "value_size": 16, "right": 0},
+    "transposed": {"heads": 2, "rows": 33, "keys": 33, "size": 16, "value_size": 16, "transposed": True},
+    "two_batches": {"batch": (2, 3), "rows": 20, "keys": 20, "size": 16, "value_size": 16, "expanded": True},
+}
+
+
+@pytest.mark.parametrize("name", [*IN_ONE, "even_float16"])
+@pytest.mark.usefixtures("blocks")
+def test_gradients_in_one(name):
+    """The same bit for bit, and written as one tensor."""
+    problem, x, t, w, w_t = _call(**IN_ONE[name.removesuffix("_float16")])
+    if name.endswith("float16"):
+        x, t, w, w_t = (type(a)(*(None if p is None else p.half() for p in a)) for a in (x, t, w, w_t))
+    values = triton.forward(problem, x)
+    values_t = triton.tangent(problem, x, values, t)
+
+    def gradients(problem):
+        residuals, options = (problem, x, values, values_t, w, t), {"cotangent_tangent": w_t, "bias_grad": False}
+        first = triton.backward(problem, x, values, w, bias_grad=False)
+        return [first, triton.second(*residuals, **options), *triton.backward_second(*residuals, **options)]
+
+    for got, want in zip(gradients(replace(problem, in_one=True)), gradients(problem), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got[:3], want[:3], strict=True))
+        one = in_one(got[:3])
+        assert one.data_ptr() == got.query.data_ptr()
+        assert torch.equal(one, in_one(want[:3]))
+
+
+@pytest.mark.parametrize("name", ["ragged", "gqa", "bias", "three_batches"])
+@pytest.mark.usefixtures("blocks")
+def test_gradients_that_are_not_written_in_one(name):
+    """Padded, of two lengths, with batches that do not merge: they are what they are without being asked for so."""
+    problem, x, _, w, _ = _call(**CALLS[name])
+    values = triton.forward(problem, x)
+    got, want = (triton.backward(p, x, values, w, bias_grad=False) for p in (replace(problem, in_one=True), problem))
+    assert all(torch.equal(a, b) for a, b in zip(got[:3], want[:3], strict=True))
 
 
 @pytest.mark.parametrize("call", ["window", "causal", "few_rows", "few_rows_one_block"])

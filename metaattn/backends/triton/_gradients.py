@@ -30,7 +30,8 @@ from ._scores import (
     row_range,
     schedule,
     sees_few,
-    store_rows,
+    store_key,
+    store_query,
     transposed,
 )
 
@@ -133,8 +134,8 @@ def by_row(
     x_t,
     problem,
     w,  # cotangents, residuals and scratch
-    grad_query,  # [L, NQ, D] contiguous
-    first_query,  # the same, or None: B's gradient, beside S's
+    grad_query,  # View, written
+    first_query,  # what lies like it, or None: B's gradient, beside S's
     D: tl.constexpr,
     DV: tl.constexpr,
     BM: tl.constexpr,
@@ -250,9 +251,11 @@ def by_row(
                         first_grad = product_of(ds, k, first_grad, EXACT, PRECISION)
                 else:
                     grad = product_of(ds, k, grad, EXACT, PRECISION)
-    store_rows(grad_query + flat * NQ * D, grad * problem.scale, row, r, d, NQ, D)
+    grad = grad * problem.scale
+    store_query(grad_query, grad_query.ptr, grad, where, flat, problem, row, r, d, D)
     if first_query is not None:
-        store_rows(first_query + flat * NQ * D, first_grad * problem.scale, row, r, d, NQ, D)
+        first_grad = first_grad * problem.scale
+        store_query(grad_query, first_query, first_grad, where, flat, problem, row, r, d, D)
 
 
 @triton.jit
@@ -263,9 +266,9 @@ def by_key(
     w,
     grad_query,
     first_query,
-    grad_key,  # [L / GROUP, NK, D] contiguous
-    first_key,
-    grad_value,  # [L / GROUP, NK, DV] contiguous
+    grad_key,  # View, written
+    first_key,  # as first_query
+    grad_value,  # View, written
     first_value,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -376,12 +379,16 @@ def by_key(
                         grad_q = product_of(transposed(ds_t), k, None, EXACT, PRECISION)
                         if k_t is not None:
                             grad_q = product_of(transposed(ds), k_t, grad_q, EXACT, PRECISION)
-                        store_rows(grad_query + flat * NQ * D, grad_q * problem.scale, m, r, d, NQ, D)
+                        grad_q = grad_q * problem.scale
+                        store_query(grad_query, grad_query.ptr, grad_q, where, flat, problem, m, r, d, D)
                         if first_query is not None:
                             first_q = product_of(transposed(ds), k, None, EXACT, PRECISION)
-                            store_rows(first_query + flat * NQ * D, first_q * problem.scale, m, r, d, NQ, D)
-    store_rows(grad_key + flat_key * NK * D, grad_k * problem.scale, key, c, d, NK, D)
-    store_rows(grad_value + flat_key * NK * DV, grad_v, key, c, dv, NK, DV)
+                            first_q = first_q * problem.scale
+                            store_query(grad_query, first_query, first_q, where, flat, problem, m, r, d, D)
+    grad_k = grad_k * problem.scale
+    store_key(grad_key, grad_key.ptr, grad_k, shared, flat_key, problem, key, c, d, D)
+    store_key(grad_value, grad_value.ptr, grad_v, shared, flat_key, problem, key, c, dv, DV)
     if first_key is not None:
-        store_rows(first_key + flat_key * NK * D, first_k * problem.scale, key, c, d, NK, D)
-        store_rows(first_value + flat_key * NK * DV, first_v, key, c, dv, NK, DV)
+        first_k = first_k * problem.scale
+        store_key(grad_key, first_key, first_k, shared, flat_key, problem, key, c, d, D)
+        store_key(grad_value, first_value, first_v, shared, flat_key, problem, key, c, dv, DV)

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._protocol import Gradients, Operands, Pair, Problem, Rows, Tangent, Values, in_turn, tokens_first
+from .._protocol import Gradients, Operands, Pair, Problem, Rows, Tangent, Values, in_turn, room_in_one, tokens_first
 from . import _bias, _values
 from . import _gradients as gradients
 from ._launch import constants, run, tile_for
@@ -243,9 +243,11 @@ def _gradients(
     rows, values_t, w, w_t = (align_rows(parts, size) for parts in (values, values_t, w, w_t))
     batch = Batch(x, (*tangent[:3], w.out, w_t.out), (tangent.bias,), (rows.out, values_t.out))
     both = primitive == "backward_second"
-    results = [[x.query.new_empty(t.shape) for t in x[:3]] for _ in range(1 + both)]
-    # Where a kernel writes B's beside S's.
-    query, key, value = (parts if both else (*parts, None) for parts in zip(*results, strict=True))
+    results = [_new_gradients(problem, batch, sizes) for _ in range(1 + both)]
+    # What a kernel writes, and where it writes B's beside S's.
+    query, key, value = (
+        (batch.room(part), others[0] if both else None) for part, *others in zip(*results, strict=True)
+    )
     scores = batch.scores(problem)
     arguments = (batch.inputs(x), batch.inputs(tangent), scores, batch.cotangents(rows, values_t, w, w_t))
     options = {**constants(problem, x), "SECOND": primitive != "backward", "EXACT": batch.exact}
@@ -279,6 +281,15 @@ def _gradients(
     bias = _bias_gradient(batch, t, arguments, options) if bias_grad else None
     cut = ([_cut(g, n) for g, n in zip(grads, sizes, strict=True)] for grads in results)
     return [Gradients(query_bar, key_bar, value_bar, bias) for query_bar, key_bar, value_bar in cut]
+
+
+def _new_gradients(problem: Problem, batch: Batch, sizes: list[int]) -> list[Tensor]:
+    """Room for the gradients of query, key and value, whose head sizes are ``sizes`` but for what alignment added."""
+    parts = batch.x[:3]
+    alike = len({t.shape[-2:] for t in parts}) == 1 and [t.shape[-1] for t in parts] == sizes
+    if problem.in_one and alike and not batch.copies:
+        return room_in_one(parts)
+    return [t.new_empty(t.shape) for t in parts]
 
 
 def _bias_gradient(batch: Batch, t: Tile, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor:

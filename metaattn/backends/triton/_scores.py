@@ -90,8 +90,14 @@ def held(x, HOLD: tl.constexpr):
 @triton.jit
 def locate(x, where):
     """Where the matrix of batch ``(b0, b1)`` and head begins in a view."""
+    return locate_like(x.ptr, x, where)
+
+
+@triton.jit
+def locate_like(at, x, where):
+    """The same in a tensor that begins ``at`` and lies like a view."""
     b0, b1, head = where
-    return x.ptr + b0 * x.batch0 + b1 * x.batch1 + head * x.head
+    return at + b0 * x.batch0 + b1 * x.batch1 + head * x.head
 
 
 @triton.jit
@@ -172,23 +178,29 @@ def load_key(x, where, problem, start, r, d, EVEN: tl.constexpr):
 
 
 @triton.jit
-def store_rows(at, x, start, r, d, limit, SIZE: tl.constexpr):
-    """The same rows of a contiguous matrix with SIZE columns, written."""
+def store_rows(at, stride, x, start, r, d, limit):
+    """The same rows, written."""
     start = tl.cast(start, tl.int64)
-    p = at + start * SIZE + r[:, None] * SIZE + d[None, :]
+    p = at + start * stride + r[:, None] * stride + d[None, :]
     tl.store(p, x.to(at.dtype.element_ty), mask=(r < limit - start)[:, None])
 
 
 @triton.jit
-def store_query(view, x, where, flat, problem, start, r, d, SIZE: tl.constexpr):
-    """The same of what belongs to query heads, with its own strides; contiguous if it has none."""
+def store_query(view, at, x, where, flat, problem, start, r, d, SIZE: tl.constexpr):
+    """Rows of what belongs to query heads, and lies ``at`` like a view: that has strides, or is contiguous."""
     if view.head is None:
-        store_rows(view.ptr + flat * problem.NQ * SIZE, x, start, r, d, problem.NQ, SIZE)
+        store_rows(at + flat * problem.NQ * SIZE, SIZE, x, start, r, d, problem.NQ)
     else:
-        start = tl.cast(start, tl.int64)
-        stride = stride_of(view, problem)
-        p = locate(view, where) + start * stride + r[:, None] * stride + d[None, :]
-        tl.store(p, x.to(view.ptr.dtype.element_ty), mask=(r < problem.NQ - start)[:, None])
+        store_rows(locate_like(at, view, where), stride_of(view, problem), x, start, r, d, problem.NQ)
+
+
+@triton.jit
+def store_key(view, at, x, shared, flat, problem, start, r, d, SIZE: tl.constexpr):
+    """The same of what belongs to key heads."""
+    if view.head is None:
+        store_rows(at + flat * problem.NK * SIZE, SIZE, x, start, r, d, problem.NK)
+    else:
+        store_rows(locate_like(at, view, shared), stride_of(view, problem), x, start, r, d, problem.NK)
 
 
 @triton.jit
