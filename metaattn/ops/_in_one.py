@@ -64,7 +64,7 @@ def _joined(parts: Sequence[fx.Node | None]) -> fx.Node | None:
 def _same(node: fx.Node) -> fx.Node:
     """A node, or the last of the views of it that are nothing but other batch dimensions."""
     shape, user = node.meta["form"].shape, _only_user(node)
-    while user is not None and user.target.is_view:
+    while user is not None and user.target.is_view and "result" in user.meta:  # one result, not a list of them
         result = user.meta["result"]
         if result.numel() != math.prod(shape) or result.shape[-3:] != shape[-3:] or not result.is_contiguous():
             break

@@ -120,6 +120,14 @@ def test_of_one_task_among_them_is_not():
     assert (counts, cats) == ([], 1)
 
 
+def test_a_view_with_several_results_is_not():
+    def f(q, k, v):
+        return tuple(t.sin() for t in grad(lambda q: metaattn.sdpa(q, k, v).sin().sum())(q).unbind(0))
+
+    counts, _ = run(f, *torch.randn(3, 2, 2, 5, 4, dtype=torch.float64))
+    assert counts == []
+
+
 def test_with_the_gradient_of_a_bias_is_not():
     linear = nn.Linear(8, 24, bias=False).double()
 
