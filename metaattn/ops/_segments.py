@@ -129,7 +129,7 @@ class Lowered:
         self._expected: dict[Hashable, Part] = {}
         for group in reversed(groups):
             made = [n for n in group if n in needed]
-            of_leaf = is_leaf(group[0])
+            of_leaf = recording.functional and is_leaf(group[0])
             if not of_leaf:
                 group = [*_again(group, needed), *group]
             outside = {a for n in group for a in n.all_input_nodes}.difference(group)

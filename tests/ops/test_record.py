@@ -63,6 +63,19 @@ def test_what_is_done_in_place_on_what_nothing_else_shows_is_cut_at_the_leaves()
     assert not [n for m in lowered for n in m.graph.nodes if "metaattn" in str(n.target)]
 
 
+def test_what_is_not_functional_is_no_leaf_though_it_begins_with_one():
+    def f(q, k, v):
+        out = metaattn.sdpa(q, k, v)
+        shown = out.flatten()
+        out.mul_(2)
+        return (shown.unsqueeze(0),)
+
+    inputs = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64).unbind()
+    recording = Recording(f, inputs)
+    assert not recording.functional
+    assert_close(Lowered(recording, as_recorded, {})(*inputs, *recording.found), f(*inputs))
+
+
 def test_what_is_computed_again_is_not_taken_for_what_was_computed_first():
     def exponentials(block):
         recording = Recording(lambda x: grad_and_value(lambda x: block(block(x)).sum())(x), (X,))
