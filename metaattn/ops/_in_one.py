@@ -21,21 +21,23 @@ _BIAS_GRAD = 11  # among the arguments of a leaf
 
 
 def written_in_one(graph: fx.Graph) -> fx.Graph:
-    """The graph, in which all such gradients now are."""
+    """The same graph, in which all such gradients now are."""
     for target in (gradient, gradient_tangent):
         for leaf in graph.find_nodes(op="call_function", target=target):
             sets = ((0, 1, 2), (4, 5, 6)) if target is gradient_tangent else ((0, 1, 2),)
             results = {n.args[1]: n for n in leaf.users}
-            joined = [_joined([results.get(i) for i in places]) for places in sets]
-            if leaf.args[_BIAS_GRAD] or None in joined:
+            parts = [[results.get(i) for i in places] for places in sets]
+            joined = {i: _joined(three) for i, three in enumerate(parts) if any(three)}
+            if leaf.args[_BIAS_GRAD] or None in joined.values():
                 continue
             with graph.inserting_before(leaf):
                 args = (*leaf.args[:_BIAS_GRAD], len(sets) > 1, *leaf.args[_BIAS_GRAD + 1 :])
                 new = graph.call_function(gradients_in_one, args)
-                for i, node in enumerate(joined):
+                for i, node in joined.items():
+                    query = parts[i][0]
                     assert node is not None
-                    wanted = node.meta["result"]
-                    batch = results[0].meta["form"].shape[:-3]
+                    assert query is not None
+                    wanted, batch = node.meta["result"], query.meta["form"].shape[:-3]
                     item = graph.call_function(operator.getitem, (new, i))
                     item.meta["result"] = wanted.view(*batch, *wanted.shape[-3:])
                     view = graph.call_function(aten.view.default, (item, list(wanted.shape)))
@@ -57,16 +59,17 @@ def _joined(parts: Sequence[fx.Node | None]) -> fx.Node | None:
     if turned is None or copy is None or not copy.meta["result"].is_contiguous():
         return None
     rank = copy.meta["result"].ndim
-    at = [d % rank for d in (*cat.args[1:], *turned.args[1:])]
+    at = [d % rank for d in (*(cat.args[1:] or (0,)), *turned.args[1:])]
     return copy if at in ([rank - 3, rank - 3, rank - 2], [rank - 3, rank - 2, rank - 3]) else None
 
 
 def _same(node: fx.Node) -> fx.Node:
     """A node, or the last of the views of it that are nothing but other batch dimensions."""
-    shape, user = node.meta["form"].shape, _only_user(node)
+    form, user = node.meta["form"], _only_user(node)
     while user is not None and user.target.is_view and "result" in user.meta:  # one result, not a list of them
         result = user.meta["result"]
-        if result.numel() != math.prod(shape) or result.shape[-3:] != shape[-3:] or not result.is_contiguous():
+        same = result.dtype == form.dtype and result.numel() == math.prod(form.shape) and result.is_contiguous()
+        if not same or result.shape[-3:] != form.shape[-3:]:
             break
         node, user = user, _only_user(user)
     return node

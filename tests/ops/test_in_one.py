@@ -61,14 +61,35 @@ def test_of_its_hessian_product_over_tasks(kv_heads):
     assert run(flat, X, *params.values()) == ([2], 0)
 
 
-def test_of_a_tangent_alone():
+@pytest.mark.parametrize("only", [0, 1])
+def test_of_one_of_two_sets(only):
+    """Of a gradient and its tangent, one alone is taken."""
+
+    def f(qkv):
+        def loss(qkv):
+            return metaattn.sdpa(*qkv.unflatten(-1, (6, 4)).transpose(-3, -2).split(2, -3)).sin().sum()
+
+        return (jvp(grad(loss), (qkv,), (qkv.cos(),))[only],)
+
+    assert run(f, torch.randn(2, 5, 24, dtype=torch.float64)) == ([1], 0)
+
+
+def test_of_tokens_without_a_batch():
     loss, params = loss_of()
+    assert run(gradient(loss, params), X[0], *params.values()) == ([1], 0)
 
-    def tangent(x, *given):
-        return jvp(lambda *given: gradient(loss, params)(x, *given), given, given)[1]
 
-    counts, cats = run(tangent, X, *params.values())
-    assert (sum(counts), cats) in {(1, 0), (2, 0)}
+def test_of_its_bits_is_not():
+    """A view of another dtype is not the same."""
+
+    def f(q, k, v):
+        parts = grad(lambda *x: metaattn.sdpa(*x).sin().sum(), (0, 1, 2))(q, k, v)
+        bits = torch.cat([part.view(torch.int64) for part in parts], -3)
+        return (bits.transpose(-3, -2).contiguous() + 0,)
+
+    recording = Recording(f, torch.randn(3, 2, 2, 5, 4, dtype=torch.float64).unbind())
+    targets = [n.target for n in written_in_one(joined(recording.graph)).nodes]
+    assert torch.ops.metaattn._gradients_in_one.default not in targets
 
 
 def test_rotated_ones_are_not():

@@ -18,7 +18,7 @@ from . import _gradients as gradients
 from ._launch import constants, run, tile_for
 from ._scores import INTERPRETED, MANY
 from ._tiles import OLDEST, Tile, all_keys, arithmetic, fit, known
-from ._views import Batch, Share, align, align_rows, align_tangent, block
+from ._views import Batch, Share, align, align_rows, align_tangent, block, near_rows
 
 # Its interpreter takes a bound of a loop, an array of one element, for a number, which numpy no longer does.
 UNINTERPRETABLE = (
@@ -288,7 +288,9 @@ def _new_gradients(problem: Problem, batch: Batch, sizes: list[int]) -> list[Ten
     parts = batch.x[:3]
     alike = len({t.shape[-2:] for t in parts}) == 1 and [t.shape[-1] for t in parts] == sizes
     if problem.in_one and alike and not batch.copies:
-        return room_in_one(parts)
+        room = room_in_one(parts)
+        if near_rows(room[0]):
+            return room
     return [t.new_empty(t.shape) for t in parts]
 
 

@@ -285,7 +285,12 @@ def aligned(t: Tensor, size: int | None = None) -> Tensor:
         return F.pad(t, (0, size - t.shape[-1]))
     steps = [step for step, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1]
     dense = t.stride(-1) == 1 and all(step % 16 == 0 for step in steps) and t.data_ptr() % 16 == 0
-    return t if dense and abs(t.stride(-2)) < 2**23 else t.clone(memory_format=torch.contiguous_format)
+    return t if dense and near_rows(t) else t.clone(memory_format=torch.contiguous_format)
+
+
+def near_rows(t: Tensor) -> bool:
+    """Whether the rows of a block are so near each other that their offsets are an int32."""
+    return abs(t.stride(-2)) < 2**23
 
 
 def align(x: Operands, size: int | None) -> Operands:
