@@ -214,7 +214,7 @@ def capture(
         A function called as the step. Its results require no gradients.
 
     Raises:
-        ValueError: Another mode, ``most`` below 1, or options where nothing is compiled.
+        ValueError: Another mode, ``most`` below 1, options where nothing is compiled, or that Inductor does not have.
         TypeError: A step that cannot be called; state that is no tensors.
 
     Example:
@@ -237,4 +237,12 @@ def capture(
         raise ValueError(f"most must be at least 1; got {most}")
     if options and mode != "inductor":
         raise ValueError(f"options are Inductor's, for mode='inductor'; got them with mode={mode!r}")
+    if options:
+        from torch._inductor import list_options  # here, for it takes a second
+
+        unknown = sorted(set(options).difference(list_options()))
+        if unknown:
+            raise ValueError(
+                f"Inductor has no option {unknown[0]!r}; torch._inductor.list_options() tells which it has"
+            )
     return Captured(step, mode, state, most, options or {})
