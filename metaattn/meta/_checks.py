@@ -28,6 +28,16 @@ def check_learning_rate(value: Any) -> None:
         raise ValueError(f"learning_rate must be at least 0 and finite; got {value}")
 
 
+def check_scalar(loss: Any) -> None:
+    """A loss is one number, whose gradient is asked for."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss must return a tensor; got a {type(loss).__name__}")
+    if loss.dim():
+        raise ValueError(
+            f"loss must return a scalar, such as a mean over the examples; got a tensor {list(loss.shape)}"
+        )
+
+
 def check_optimizer(optimizer: Any) -> None:
     """An inner optimizer is made, neither named nor the function that makes it."""
     if not isinstance(optimizer, InnerOptimizer):

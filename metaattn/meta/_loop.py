@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ._checks import check_scalar
 from .optim import InnerOptimizer, Params, Rates, State
 
 Loss = Callable[..., Tensor]
@@ -44,7 +45,9 @@ class Loop:
 
     def objective(self, adapted: Params, fixed: Params, data: tuple[Any, ...]) -> Tensor:
         """The loss, as a function of all that it depends on."""
-        return self.loss(self.join(adapted, fixed), *data)
+        loss = self.loss(self.join(adapted, fixed), *data)
+        check_scalar(loss)
+        return loss
 
     def run(
         self, gradient: GradientOf, adapted: Params, state: State, first: int, last: int, *, step: StepOf | None = None

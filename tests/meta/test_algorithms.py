@@ -289,3 +289,17 @@ def test_errors_of_a_batch_of_tasks(method, params, tasks):
     none = [[t[:0] for t in part] for part in tasks]
     with pytest.raises(ValueError, match="at least 1; got the shapes"):
         method(learner, meta, *none)
+
+
+@pytest.mark.parametrize("gradient", ["reverse", "mixed"])
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda loss: loss.expand(2, 1), ValueError, r"loss must return a scalar, such as .*; got a tensor \[2, 1\]"),
+        (lambda loss: None, TypeError, "loss must return a tensor; got a NoneType"),
+    ],
+)
+def test_a_loss_that_is_no_scalar(params, tasks, gradient, wrong, error, message):
+    learner = maml(lambda *args: wrong(_loss(*args)), steps=2, gradient=gradient)
+    with pytest.raises(error, match=message):
+        learner.value_and_grad(learner.init(params), *tasks)

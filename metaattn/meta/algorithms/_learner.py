@@ -90,7 +90,7 @@ class Learner(ABC):
 
         Args:
             meta: The meta-parameters.
-            support: Inputs, targets, …; tasks stacked in the first dimension.
+            support: Inputs, targets, …; tasks stacked in the first dimension, be it one task: ``x[None]``.
             query: Likewise.
             chunk_size: How many tasks are worked on at once; all by default.
 
