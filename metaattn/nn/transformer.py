@@ -90,7 +90,8 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for name in ("input", "output", "activation", "norm", "position"):
-            _require(getattr(self, name) in get_args(hints[name]), name, getattr(self, name), get_args(hints[name]))
+            known = get_args(hints[name])
+            _require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(map(repr, known))}")
         for name in ("dim", "depth", "heads", "channels", "feature_tokens", "max_length"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
@@ -207,6 +208,8 @@ class Transformer(nn.Module):
         """
         c = self.config
         h = self.embed(x)
+        if h.dim() < 2:
+            raise ValueError(f"input={c.input!r} takes a sequence of tokens; got a tensor {list(x.shape)}")
         length = h.shape[-2]
         if self.positions is not None:
             if length > self.positions.shape[0]:
@@ -249,7 +252,7 @@ class _Embedding(nn.Module):
             return F.embedding(x, self.weight)
         if c.input == "patch":
             return F.linear(self._patches(x), self.weight, self.bias)
-        if x.shape[-1] != c.in_features:
+        if not x.dim() or x.shape[-1] != c.in_features:
             raise ValueError(
                 f"input={c.input!r} takes {c.in_features} features in the last dimension; got {list(x.shape)}"
             )

@@ -286,7 +286,7 @@ def test_config_and_changes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input": "text"}, "input must be .*'token'.*; got 'text'"),
+        ({"input": "text"}, "input must be one of 'token', 'patch', .*; got 'text'"),
         ({"activation": "relu"}, "activation must be"),
         ({"dim": 10, "heads": 4}, "heads must be a divisor of dim, 10; got 4"),
         ({"heads": 4, "kv_heads": 3}, "kv_heads must be a divisor of heads, 4; got 3"),
@@ -326,6 +326,8 @@ def test_a_window_is_a_pair():
         ("tokens", VECTORS, "takes integers; got torch.float64"),
         ("patches", IMAGES[:, :3], r"takes images \[..., 4, 4\]; got \[2, 3, 4\]"),
         ("vectors", VECTORS[..., :2], r"takes 3 features in the last dimension; got \[2, 5, 2\]"),
+        ("vectors", VECTORS[0, 0, 0], r"takes 3 features in the last dimension; got \[\]"),
+        ("vectors", VECTORS[0, 0], r"input='continuous' takes a sequence of tokens; got a tensor \[3\]"),
     ],
 )
 def test_input_errors(name, x, message):
