@@ -84,14 +84,20 @@ def _check_container(path: Path) -> None:
     if start != b"PK\x03\x04" and start != b"":
         raise UserError(f"{path} is not a checkpoint of train_maml.py")
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is truncated: it was not written to its end, or not copied whole")
+        raise UserError(f"{path} is truncated: it was not written to its end, or not copied whole{_instead(path)}")
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load does not look at the checksums
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{path} cannot be read, it is damaged ({error})") from error
+        raise UserError(f"{path} cannot be read, it is damaged ({error}){_instead(path)}") from error
     if damaged is not None:
-        raise UserError(f"{path} is damaged: the checksum of {damaged} in it is wrong")
+        raise UserError(f"{path} is damaged: the checksum of {damaged} in it is wrong{_instead(path)}")
+
+
+def _instead(path: Path) -> str:
+    """What else there is to go on with."""
+    best = path.with_name("best.pt")
+    return f"; {best}, of an earlier step, may be whole" if path != best and best.is_file() else ""
 
 
 def load(path: Path, **entries: type) -> dict[str, Any]:

@@ -90,7 +90,10 @@ def test_one_bit_that_is_wrong_is_found(tmp_path):
     raw[at + 3] ^= 0x40
     path.write_bytes(raw)
     assert torch.load(path)["data"][0] != 1, "which PyTorch does not see"
-    with pytest.raises(UserError, match=r"a\.pt is damaged: the checksum of \S+/data/0 in it is wrong"):
+    with pytest.raises(UserError, match=r"a\.pt is damaged: the checksum of \S+/data/0 in it is wrong$"):
+        checkpoint.load(path)
+    checkpoint.save(tmp_path / "best.pt", {"step": 2})
+    with pytest.raises(UserError, match=r"is wrong; \S+/best\.pt, of an earlier step, may be whole"):
         checkpoint.load(path)
 
 
