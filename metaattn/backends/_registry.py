@@ -79,9 +79,10 @@ def refuses(name: str, problem: Problem, x: Operands) -> str | None:
     """Why the named backend cannot serve the call, and what to do; ``None`` if it can."""
     if name in LAZY and not x.query.is_cuda and not (name == "triton" and _interpreted()):
         # Said before the import: without a GPU there may be no Triton either.
+        tried = " (to try the kernels on a CPU, slowly: TRITON_INTERPRET=1)" if name == "triton" else ""
         return (
             f"backend={name!r} needs a CUDA device; the tensors are on {x.query.device}. Move them to a GPU, or ask "
-            "for backend='blockwise' or 'auto'"
+            f"for backend='blockwise' or 'auto'{tried}"
         )
     backend = _backend(name)
     return backend if isinstance(backend, str) else backend.refuses(problem, x)
