@@ -209,15 +209,16 @@ def room_in_one(parts: Sequence[Tensor]) -> list[Tensor]:
 
 def in_one(parts: Sequence[Tensor]) -> Tensor:
     """Gradients ``[*B, H, N, D]`` of query, key and value as that ``[*B, N, heads of all, D]`` of what was split."""
-    first, *others = turned = [t.transpose(-3, -2) for t in parts]
-    heads = [t.shape[-2] for t in turned]
-    shape = torch.Size((*first.shape[:-2], sum(heads), first.shape[-1]))
-    at, stride = first.data_ptr(), torch.empty(shape, device="meta").stride()
-    for t, before in zip(others, heads, strict=False):
-        at += before * t.shape[-1] * t.element_size()
-        if t.data_ptr() != at or t.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return torch.cat(turned, -2)
-    return first.as_strided(shape, stride) if all(t.stride() == stride for t in turned) else torch.cat(turned, -2)
+    turned = [t.transpose(-3, -2) for t in parts]
+    first, heads = turned[0], [t.shape[-2] for t in turned]
+    one = torch.empty((*first.shape[:-2], sum(heads), first.shape[-1]), device="meta")
+    lies = all(
+        t.stride() == room.stride()
+        and t.storage_offset() - first.storage_offset() == room.storage_offset()
+        and t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for t, room in zip(turned, one.split(heads, -2), strict=True)
+    )
+    return first.as_strided(one.shape, one.stride()) if lies else torch.cat(turned, -2)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

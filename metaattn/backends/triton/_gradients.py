@@ -30,8 +30,7 @@ from ._scores import (
     row_range,
     schedule,
     sees_few,
-    store_key,
-    store_query,
+    store,
     transposed,
 )
 
@@ -252,10 +251,10 @@ def by_row(
                 else:
                     grad = product_of(ds, k, grad, EXACT, PRECISION)
     grad = grad * problem.scale
-    store_query(grad_query, grad_query.ptr, grad, where, flat, problem, row, r, d, D)
+    store(grad_query, grad_query.ptr, grad, where, flat, problem, row, r, d, NQ, D)
     if first_query is not None:
         first_grad = first_grad * problem.scale
-        store_query(grad_query, first_query, first_grad, where, flat, problem, row, r, d, D)
+        store(grad_query, first_query, first_grad, where, flat, problem, row, r, d, NQ, D)
 
 
 @triton.jit
@@ -380,15 +379,15 @@ def by_key(
                         if k_t is not None:
                             grad_q = product_of(transposed(ds), k_t, grad_q, EXACT, PRECISION)
                         grad_q = grad_q * problem.scale
-                        store_query(grad_query, grad_query.ptr, grad_q, where, flat, problem, m, r, d, D)
+                        store(grad_query, grad_query.ptr, grad_q, where, flat, problem, m, r, d, NQ, D)
                         if first_query is not None:
                             first_q = product_of(transposed(ds), k, None, EXACT, PRECISION)
                             first_q = first_q * problem.scale
-                            store_query(grad_query, first_query, first_q, where, flat, problem, m, r, d, D)
+                            store(grad_query, first_query, first_q, where, flat, problem, m, r, d, NQ, D)
     grad_k = grad_k * problem.scale
-    store_key(grad_key, grad_key.ptr, grad_k, shared, flat_key, problem, key, c, d, D)
-    store_key(grad_value, grad_value.ptr, grad_v, shared, flat_key, problem, key, c, dv, DV)
+    store(grad_key, grad_key.ptr, grad_k, shared, flat_key, problem, key, c, d, NK, D)
+    store(grad_value, grad_value.ptr, grad_v, shared, flat_key, problem, key, c, dv, NK, DV)
     if first_key is not None:
         first_k = first_k * problem.scale
-        store_key(grad_key, first_key, first_k, shared, flat_key, problem, key, c, d, D)
-        store_key(grad_value, first_value, first_v, shared, flat_key, problem, key, c, dv, DV)
+        store(grad_key, first_key, first_k, shared, flat_key, problem, key, c, d, NK, D)
+        store(grad_value, first_value, first_v, shared, flat_key, problem, key, c, dv, NK, DV)

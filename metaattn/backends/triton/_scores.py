@@ -186,21 +186,12 @@ def store_rows(at, stride, x, start, r, d, limit):
 
 
 @triton.jit
-def store_query(view, at, x, where, flat, problem, start, r, d, SIZE: tl.constexpr):
-    """Rows of what belongs to query heads, and lies ``at`` like a view: that has strides, or is contiguous."""
+def store(view, at, x, where, flat, problem, start, r, d, limit, SIZE: tl.constexpr):
+    """Rows of what lies ``at`` like a view: that has strides, or is contiguous, with ``limit`` rows of SIZE columns."""
     if view.head is None:
-        store_rows(at + flat * problem.NQ * SIZE, SIZE, x, start, r, d, problem.NQ)
+        store_rows(at + flat * limit * SIZE, SIZE, x, start, r, d, limit)
     else:
-        store_rows(locate_like(at, view, where), stride_of(view, problem), x, start, r, d, problem.NQ)
-
-
-@triton.jit
-def store_key(view, at, x, shared, flat, problem, start, r, d, SIZE: tl.constexpr):
-    """The same of what belongs to key heads."""
-    if view.head is None:
-        store_rows(at + flat * problem.NK * SIZE, SIZE, x, start, r, d, problem.NK)
-    else:
-        store_rows(locate_like(at, view, shared), stride_of(view, problem), x, start, r, d, problem.NK)
+        store_rows(locate_like(at, view, where), stride_of(view, problem), x, start, r, d, limit)
 
 
 @triton.jit

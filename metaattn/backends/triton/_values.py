@@ -28,7 +28,7 @@ from ._scores import (
     row_block,
     schedule,
     sees_few,
-    store_query,
+    store,
 )
 
 
@@ -211,7 +211,7 @@ def values(
         total = tl.where(empty, 1.0, total)
         inverse = 1.0 / total
         o = acc * (inverse * problem.boost)[:, None]
-        store_query(out, out.ptr, o, where, flat, problem, row, r, dv, DV)
+        store(out, out.ptr, o, where, flat, problem, row, r, dv, NQ, DV)
         natural = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN2)
         tl.store(lse + flat * NQ + i, natural, mask=row_ok)
         if TANGENT:
@@ -221,5 +221,5 @@ def values(
         o = load_query(out, where, problem, row, r, dv, EVEN_M).to(tl.float32)
         acc_t = acc_t * problem.boost
     if TANGENT:
-        store_query(out_t, out_t.ptr, acc_t - mu[:, None] * o, where, flat, problem, row, r, dv, DV)
+        store(out_t, out_t.ptr, acc_t - mu[:, None] * o, where, flat, problem, row, r, dv, NQ, DV)
         tl.store(lse_t + flat * NQ + i, mu + centre, mask=row_ok)
