@@ -20,7 +20,18 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.library import Library, register_fake
 
 from ..backends import blockwise, select
-from ..backends._protocol import Gradients, Operands, Problem, Rows, Tangent, Values, accumulator, in_one, tokens_first
+from ..backends._protocol import (
+    Gradients,
+    Operands,
+    Pair,
+    Problem,
+    Rows,
+    Tangent,
+    Values,
+    accumulator,
+    in_one,
+    tokens_first,
+)
 from ._function import unflatten
 
 
@@ -187,11 +198,7 @@ def forward_tangent(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def gradient(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """B without a tangent, S with one: query, key, value and bias (empty unless ``bias_grad``)."""
     call, problem, x, (bias_grad, *rows) = _split(args)
-    values, values_t, w, w_t = _rows(rows)
-    backend, tangent = select(call.backend, problem, x), Tangent(*rows[8:])
-    if tangent.is_zero:
-        return _four(backend.backward(problem, x, values, w, bias_grad=bias_grad))
-    return _four(backend.second(problem, x, values, values_t, w, tangent, cotangent_tangent=w_t, bias_grad=bias_grad))
+    return _four(_gradients(call, problem, x, rows, both=False, bias_grad=bias_grad)[0])
 
 
 @_leaf(f"({_CALL}, {_X}, bool bias_grad, {_ROWS}, {_TANGENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
@@ -208,26 +215,32 @@ def gradient_further(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def gradient_tangent(*args: Any) -> tuple[Tensor, ...]:
     """B and S: the gradients as of :func:`gradient`, then their tangents."""
     call, problem, x, (bias_grad, *rows) = _split(args)
-    values, values_t, w, w_t = _rows(rows)
-    both = select(call.backend, problem, x).backward_second(
-        problem, x, values, values_t, w, Tangent(*rows[8:]), cotangent_tangent=w_t, bias_grad=bias_grad
-    )
-    return *_four(both[0]), *_four(both[1])
+    first, second = _gradients(call, problem, x, rows, both=True, bias_grad=bias_grad)
+    return *_four(first), *_four(second)
 
 
 @_leaf(f"({_CALL}, {_X}, bool both, {_ROWS}, {_TANGENT}) -> Tensor[]")
 def gradients_in_one(*args: Any) -> tuple[Tensor, ...]:
     """As :func:`gradient`, or :func:`gradient_tangent` for ``both``: query, key and value :func:`in_one`, no bias."""
     call, problem, x, (both, *rows) = _split(args)
+    found = _gradients(call, replace(problem, in_one=True), x, rows, both=both, bias_grad=False)
+    return tuple(in_one(grads[:3]) for grads in found)
+
+
+def _gradients(
+    call: Call, problem: Problem, x: Operands, rows: Sequence[Any], *, both: bool, bias_grad: bool
+) -> tuple[Gradients, ...]:
+    """B's without a tangent, S's with one; or those of both."""
     values, values_t, w, w_t = _rows(rows)
     backend, tangent = select(call.backend, problem, x), Tangent(*rows[8:])
-    given = (replace(problem, in_one=True), x, values)
     if both:
-        pair = backend.backward_second(*given, values_t, w, tangent, cotangent_tangent=w_t, bias_grad=False)
-        return tuple(in_one(grads[:3]) for grads in pair)
+        pair: Pair = backend.backward_second(
+            problem, x, values, values_t, w, tangent, cotangent_tangent=w_t, bias_grad=bias_grad
+        )
+        return pair
     if tangent.is_zero:
-        return (in_one(backend.backward(*given, w, bias_grad=False)[:3]),)
-    return (in_one(backend.second(*given, values_t, w, tangent, cotangent_tangent=w_t, bias_grad=False)[:3]),)
+        return (backend.backward(problem, x, values, w, bias_grad=bias_grad),)
+    return (backend.second(problem, x, values, values_t, w, tangent, cotangent_tangent=w_t, bias_grad=bias_grad),)
 
 
 def any_directional(*args: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
