@@ -84,20 +84,21 @@ def _check_container(path: Path) -> None:
     if start != b"PK\x03\x04" and start != b"":
         raise UserError(f"{path} is not a checkpoint of train_maml.py")
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is truncated: it was not written to its end, or not copied whole{_instead(path)}")
+        raise _damaged(path, "is truncated: it was not written to its end, or not copied whole")
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load does not look at the checksums
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{path} cannot be read, it is damaged ({error}){_instead(path)}") from error
+        raise _damaged(path, f"cannot be read, it is damaged ({error})") from error
     if damaged is not None:
-        raise UserError(f"{path} is damaged: the checksum of {damaged} in it is wrong{_instead(path)}")
+        raise _damaged(path, f"is damaged: the checksum of {damaged} in it is wrong")
 
 
-def _instead(path: Path) -> str:
-    """What else there is to go on with."""
+def _damaged(path: Path, how: str) -> UserError:
+    """What is wrong with a file, and what else there is to go on with."""
     best = path.with_name("best.pt")
-    return f"; {best}, of an earlier step, may be whole" if path != best and best.is_file() else ""
+    instead = f"; {best}, of an earlier step, may be whole" if path != best and best.is_file() else ""
+    return UserError(f"{path} {how}{instead}")
 
 
 def load(path: Path, **entries: type) -> dict[str, Any]:
