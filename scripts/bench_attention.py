@@ -4,13 +4,13 @@
 
 Rules: fwd; bwd (the backward alone); jvp (with the forward); hvp (jvp of vjp, everything); dbl (forward, backward,
 double backward by all inputs and the cotangent). TFLOP/s count the products that the mathematics needs, 2 B H Nq Nk D
-each, half when causal: 2, 5, 6, 20 and 21. A row that errs more on a slice than its precision may is
-reported as wrong, without a time. A call is timed as a replayed CUDA graph as well: ``ms`` is the GPU's time, ``eager``
-what a plain call takes with the CPU's work. Writes JSON, a table (Markdown) and plots. Parts:
-large, small and other settings (grouped queries, mask, window, float32), jax, lengths (512 to 131,072) and, if asked
-for, auto: writes ``metaattn/backends/auto.json``, by which backend='auto' chooses. What an earlier run on the same
-device and versions has in --out stays, but for the rules and settings that are measured again: those of everyone, so
-that what is compared is of one run.
+each, half when causal: 2, 5, 6, 20 and 21. A row that errs more on a slice than its precision may is reported as wrong,
+without a time. A call is timed as a replayed CUDA graph as well: ``ms`` is the GPU's time, ``eager`` what a plain call
+takes with the CPU's work. Writes JSON, a table (Markdown) and plots. Parts: large, small and other settings (grouped
+queries, mask, window, float32), jax, lengths (512 to 131,072) and, if asked for, auto: writes
+``metaattn/backends/auto.json``, by which backend='auto' chooses. What an earlier run on the same device and versions
+has in --out stays, but for the rules and settings that are measured again: those of everyone, so that what is compared
+is of one run.
 """
 
 from __future__ import annotations
