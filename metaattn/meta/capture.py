@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._inductor import config
 from torch.utils import _pytree as pytree
 
 from ..ops._pieces import Pieces
@@ -237,10 +238,7 @@ def capture(
         raise ValueError(f"most must be at least 1; got {most}")
     if options and mode != "inductor":
         raise ValueError(f"options are Inductor's, for mode='inductor'; got them with mode={mode!r}")
-    if options:
-        from torch._inductor import config  # here, for it takes a second
-
-        for name in options:
-            if not hasattr(config, name):
-                raise ValueError(f"Inductor has no option {name!r}; torch._inductor.list_options() names most of them")
+    for name in options or ():
+        if not hasattr(config, name):
+            raise ValueError(f"Inductor has no option {name!r}; torch._inductor.list_options() names most of them")
     return Captured(step, mode, state, most, options or {})
