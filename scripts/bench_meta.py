@@ -6,13 +6,14 @@ A causal Transformer on random sequences, without biases and with plain norms, a
 sequences, tokens, layers, width, heads, inner steps``. Ours by reverse and mixed mode, eager and as a replayed CUDA
 graph, mixed mode compiled by Inductor besides, half of the tasks at a time (``chunk_size``) and with rematerialised
 blocks; torch.func with PyTorch's math attention in the same model, eager and as a graph; a loop over tasks with the
-same; JAX jit by a second process. Time, peak memory above what there was, and the seconds until the first step is done,
-with what it compiles (but kernels that an earlier row compiled, or a run before). Who errs on a small problem more than
-the dtype's bound against float64, and more than twice as much as math attention does in the same dtype, is reported as
-wrong, without a time. ``--profile`` adds what the kernels of a step are: their number and time, by kind. Parts: table,
-jax, and the plots of time and memory against inner steps (1 to 64) and tokens (64 to 16,384); ``--who``, ``--sizes``
-and ``--dtypes`` leave out others. Writes JSON, tables (Markdown) and plots. What earlier runs have in --out stays, but
-for the problems and plots that are measured again on the same device with the same version of PyTorch.
+same, and learn2learn's MAML where it is installed; JAX jit by a second process. Time, peak memory above what there was,
+and the seconds until the first step is done, with what it compiles (but kernels that an earlier row compiled, or a run
+before). Who errs on a small problem more than the dtype's bound against float64, and more than twice as much as math
+attention does in the same dtype, is reported as wrong, without a time. ``--profile`` adds what the kernels of a step
+are: their number and time, by kind. Parts: table, jax, and the plots of time and memory against inner steps (1 to 64)
+and tokens (64 to 16,384); ``--who``, ``--sizes`` and ``--dtypes`` leave out others. Writes JSON, tables (Markdown) and
+plots. What earlier runs have in --out stays, but for the problems and plots that are measured again on the same device
+with the same version of PyTorch.
 """
 
 from __future__ import annotations
@@ -104,6 +105,8 @@ WHO = [
     "torch.func, math, graph",
     "loop over tasks, math",
 ]
+LEARN2LEARN = "loop over tasks, learn2learn, math"
+WHO += [LEARN2LEARN] * (importlib.util.find_spec("learn2learn") is not None)
 
 
 SWEPT = [
@@ -156,9 +159,11 @@ def build(p: Problem, who: str, device: torch.device) -> Step:
         for _ in range(2)
     )
 
-    def loss(params: Gradient, x: Tensor) -> Tensor:
-        y = functional_call(model, params, (x,))
+    def error(y: Tensor, x: Tensor) -> Tensor:
         return (y[..., :-1, :].float() - x[..., 1:, :].float()).square().mean()
+
+    def loss(params: Gradient, x: Tensor) -> Tensor:
+        return error(functional_call(model, params, (x,)), x)
 
     if who == "oracle":
 
@@ -166,6 +171,8 @@ def build(p: Problem, who: str, device: torch.device) -> Step:
             return (functional_call(model, params, (x,))[..., :-1, :] - x[..., 1:, :]).square().mean()
 
         return functional_step(maml(exact_loss, steps=p.steps, learning_rate=LEARNING_RATE), params, support, query)
+    if who == LEARN2LEARN:
+        return learn2learn_loop(p, model, error, support[0], query[0])
     if who.startswith("loop"):
         return loop(p, loss, params, support[0], query[0])
     learner = maml(loss, steps=p.steps, learning_rate=LEARNING_RATE, gradient="mixed" if "mixed" in who else "reverse")
@@ -213,6 +220,26 @@ def loop(p: Problem, loss: Callable[..., Tensor], params: Gradient, support: Ten
             last = torch.autograd.grad(loss(adapted, q), list(leaves.values()))
             total = {k: t + d / p.tasks for (k, t), d in zip(total.items(), last, strict=True)}
         return total
+
+    return call
+
+
+def learn2learn_loop(
+    p: Problem, model: torch.nn.Module, error: Callable[[Tensor, Tensor], Tensor], support: Tensor, query: Tensor
+) -> Step:
+    """The same by learn2learn's own MAML."""
+    from learn2learn.algorithms import MAML
+
+    algorithm = MAML(model, lr=LEARNING_RATE)
+
+    def call() -> Gradient:
+        algorithm.zero_grad()
+        for s, q in zip(support, query, strict=True):
+            adapted = algorithm.clone()
+            for _ in range(p.steps):
+                adapted.adapt(error(adapted(s), s))
+            (error(adapted(q), q) / p.tasks).backward()
+        return {k: t.grad for k, t in model.named_parameters() if t.grad is not None}
 
     return call
 
