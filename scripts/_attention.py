@@ -18,8 +18,8 @@ from tqdm import tqdm
 from triton.testing import do_bench
 
 import metaattn
-from metaattn.cli._measure import relative_error
-from metaattn.cli._rules import Attention, derivative
+from metaattn.cli._derivatives import Attention, derivative
+from metaattn.cli._metrics import relative_error
 
 PRODUCTS = {"fwd": 2, "bwd": 5, "jvp": 6, "hvp": 20, "dbl": 21}
 SHAPES = [(32, 16, 512, 64), (8, 16, 2048, 64), (2, 16, 8192, 64), (4, 16, 2048, 128), (1, 16, 8192, 128)]

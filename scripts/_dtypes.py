@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from metaattn.backends.triton import _tiles
+from metaattn.backends.triton import block_sizes
 
 DTYPES = {
     "bfloat16": (torch.bfloat16, "highest"),
@@ -18,7 +18,7 @@ def arithmetic(name: str) -> str:
     """How the kernels compute products of that dtype, in this process from now on."""
     dtype, precision = DTYPES[name]
     torch.set_float32_matmul_precision(precision)
-    return _tiles.arithmetic(dtype)
+    return block_sizes.arithmetic(dtype)
 
 
 def in_float64(part: Any) -> Any:

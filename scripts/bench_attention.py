@@ -33,7 +33,7 @@ from _results import of_machine, replaced
 from tqdm import tqdm
 from triton.testing import do_bench
 
-from metaattn.backends import _auto
+from metaattn.backends import auto
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -154,9 +154,9 @@ def choose_automatically(quick: bool) -> None:
     trials = itertools.product(settings, ("metaattn triton", "SDPA cuDNN"), ("fwd", "bwd"))
     rows = [measure(who, name, s, quick) for s, who, name in tqdm(list(trials), desc="auto", mininterval=10)]
     capability = "{}.{}".format(*torch.cuda.get_device_capability())
-    content = json.loads(_auto.PATH.read_text()) | {capability: ratios(rows)}
-    _auto.PATH.write_text(json.dumps(content, indent=1) + "\n")
-    _auto._table.cache_clear()
+    content = json.loads(auto.PATH.read_text()) | {capability: ratios(rows)}
+    auto.PATH.write_text(json.dumps(content, indent=1) + "\n")
+    auto._table.cache_clear()
     print(json.dumps(content))
 
 

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import metaattn
 from metaattn.cli import bench
-from metaattn.cli._measure import peak_bytes, relative_error
-from metaattn.cli._rules import Attention, derivative
+from metaattn.cli._derivatives import Attention, derivative
+from metaattn.cli._metrics import peak_bytes, relative_error
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -41,9 +41,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import metaattn
-from metaattn.cli._measure import relative_error
-from metaattn.meta import GradientBased, capture, maml
-from metaattn.meta.capture import Mode
+from metaattn.cli._metrics import relative_error
+from metaattn.compile import capture
+from metaattn.compile.capture import Mode
+from metaattn.meta import GradientBased, maml
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

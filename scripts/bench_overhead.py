@@ -23,12 +23,12 @@ from torch.func import grad
 from tqdm import tqdm
 
 import metaattn
-from metaattn.backends._protocol import Gradients, Operands, Values
-from metaattn.cli._measure import milliseconds
-from metaattn.cli._rules import Attention, derivative
+from metaattn.autodiff._custom_function import Rule
+from metaattn.backends.base import Gradients, Operands, Values
+from metaattn.cli._derivatives import Attention, derivative
+from metaattn.cli._metrics import milliseconds
 from metaattn.cli.bench import attention
-from metaattn.ops import _leaves
-from metaattn.ops._function import Rule
+from metaattn.ops import _operators
 
 SECONDS = 0.3  # of each
 RULES = {
@@ -65,7 +65,7 @@ NOTHING = SimpleNamespace(
 def without_work(*, own_levels: bool) -> Iterator[None]:
     """Inside, no backend computes anything; and rules run at PyTorch's levels by its own means, or by ours."""
     apply = Rule.__dict__["apply"] if own_levels else classmethod(Function.apply.__func__)  # type: ignore[attr-defined]
-    with mock.patch.object(_leaves, "select", return_value=NOTHING), mock.patch.object(Rule, "apply", apply):
+    with mock.patch.object(_operators, "select", return_value=NOTHING), mock.patch.object(Rule, "apply", apply):
         yield
 
 

@@ -15,8 +15,8 @@ import statistics
 import torch
 from tqdm import tqdm
 
-from experiments.config import Precision
-from experiments.second_order import Settings, check
+from experiments.studies.second_order import Settings, check
+from experiments.training.config import Precision
 
 
 def main() -> None:

@@ -37,8 +37,8 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import metaattn
-from metaattn.cli._measure import relative_error
-from metaattn.cli._rules import Attention, derivative
+from metaattn.cli._derivatives import Attention, derivative
+from metaattn.cli._metrics import relative_error
 
 TF32_ERROR = 3 * 2.0**-11
 # Lengths that share kernels: those compile for blocks that a length fills or does not, and for multiples of 16.

@@ -36,9 +36,9 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
 from metaattn.backends import triton as backend
-from metaattn.backends._protocol import Operands, Problem, Rows, Tangent, Values
-from metaattn.backends.products import Product
-from metaattn.backends.triton import _launch, _linear, _tiles
+from metaattn.backends.base import Operands, Problem, Rows, Tangent, Values
+from metaattn.backends.matmul_jvp import Product
+from metaattn.backends.triton import block_sizes, launch, matmul_jvp
 
 
 class Gpu(NamedTuple):
@@ -93,7 +93,7 @@ class Dry:
     def use(self, gpu: Gpu) -> None:
         """Be that GPU from now on."""
         self.gpu = gpu
-        _tiles._device = lambda _: _tiles.for_capability(gpu.capability)  # type: ignore[assignment]
+        block_sizes._device = lambda _: block_sizes.for_capability(gpu.capability)  # type: ignore[assignment]
 
     def get_current_target(self) -> GPUTarget:
         """What to compile for."""
@@ -188,8 +188,8 @@ def compile_one(job: Job) -> tuple[list[Loaded], str | None]:
     dry = driver()
     dry.use(GPUS[job.gpu])
     dry.loaded.clear()
-    _launch._smaller.clear()
-    _linear._stages.clear()
+    launch._smaller.clear()
+    matmul_jvp._stages.clear()
     try:
         call(job)
     except Exception as problem:
@@ -200,7 +200,9 @@ def compile_one(job: Job) -> tuple[list[Loaded], str | None]:
 def jobs(a: argparse.Namespace) -> Iterator[Job]:
     """All that was asked for and is served: B and S at once for some sizes, products for some dtypes and no masks."""
     for job in itertools.starmap(Job, itertools.product(a.gpus, a.dtypes, a.head_sizes, a.kinds, a.primitives)):
-        fused = _tiles.for_capability(GPUS[job.gpu].capability).get(("backward_second_keys", arithmetic(job.dtype)), {})
+        fused = block_sizes.for_capability(GPUS[job.gpu].capability).get(
+            ("backward_second_keys", arithmetic(job.dtype)), {}
+        )
         if job.primitive == "backward_second" and (job.head_size > max(fused, default=0) or job.kind == "bias"):
             continue
         if job.primitive == "products" and (job.dtype == "float32" or job.kind != "full"):

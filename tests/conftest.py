@@ -12,8 +12,8 @@ if not torch.cuda.is_available():
 import matplotlib as mpl
 import pytest
 
-from metaattn.backends import _registry, _tiles
-from metaattn.backends._protocol import Operands, Problem
+from metaattn.backends import registry, tiling
+from metaattn.backends.base import Operands, Problem
 
 mpl.use("Agg")
 with contextlib.suppress(AttributeError, TypeError):  # glibc's alone
@@ -27,7 +27,7 @@ os.environ["METAATTN_COMPILE_PROCESSES"] = "0"  # and none of them needs more
 BACKENDS = ["reference", "blockwise"]  # those that serve float64
 # Why the kernels do not run on the suite's tensors, which are on the CPU: there is a GPU, and so no interpreter; or the
 # interpreter does not run here.
-NO_KERNELS = _registry.refuses("triton", Problem(1.0), Operands(*torch.zeros(3, 1, 1, 1, 1)))
+NO_KERNELS = registry.refuses("triton", Problem(1.0), Operands(*torch.zeros(3, 1, 1, 1, 1)))
 FUSED = [] if NO_KERNELS else ["triton"]  # float32 at the widest
 
 
@@ -67,9 +67,9 @@ def backend(request):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Cut even the shapes of unit tests into several tiles, and a mapped one into several batches."""
-    monkeypatch.setattr(_tiles, "ROWS", 2)
-    monkeypatch.setattr(_tiles, "COLS", 3)
-    monkeypatch.setattr(_tiles, "TILE", 2**12)
+    monkeypatch.setattr(tiling, "ROWS", 2)
+    monkeypatch.setattr(tiling, "COLS", 3)
+    monkeypatch.setattr(tiling, "TILE", 2**12)
 
 
 def pytest_collection_modifyitems(items):

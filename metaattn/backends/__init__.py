@@ -1,8 +1,8 @@
 """Backends: implementations of the four primitives on plain tensors, and the choice between them."""
 
 from . import blockwise
-from ._auto import PRIMITIVES, choose
-from ._registry import NAMES, check_name, current_backend, refuses, select, use_backend
+from .auto import PRIMITIVES, choose
+from .registry import NAMES, check_name, current_backend, refuses, select, use_backend
 
 __all__ = [
     "NAMES",

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _jets as jets
-from ._jets import Jet
-from ._protocol import Gradients, Operands, Problem, Rows, Tangent, Values, accumulator, in_turn
-from ._scores import NEG_INF, finite
-from ._tiles import ByKey, ByRow, ByScore, Part, key_sum, parts, row_key, weighted
+from . import taylor as jets
+from .base import Gradients, Operands, Problem, Rows, Tangent, Values, accumulator, in_turn
+from .masking import NEG_INF, finite
+from .taylor import Jet
+from .tiling import ByKey, ByRow, ByScore, Part, key_sum, parts, row_key, weighted
 
 name = "blockwise"
 

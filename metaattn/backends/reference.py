@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._protocol import Gradients, Operands, Problem, Rows, Tangent, Values, accumulator, in_turn
-from ._scores import NEG_INF, barrier, dropout_weight, group, key_sum, row_key, row_sum, split_heads, ungroup
+from .base import Gradients, Operands, Problem, Rows, Tangent, Values, accumulator, in_turn
+from .masking import NEG_INF, barrier, dropout_weight, group, key_sum, row_key, row_sum, split_heads, ungroup
 
 name = "reference"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import triton
-from ._protocol import Gradients, Operands, Pair, Problem, Rows, Values, in_turn
+from .base import Gradients, Operands, Pair, Problem, Rows, Values, in_turn
 
 name = "vendor"
 DTYPES = (torch.float16, torch.bfloat16)

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..backends import NAMES
 from ..ops import explain, sdpa
-from ._measure import relative_error
+from ._derivatives import Attention, derivative
+from ._metrics import relative_error
 from ._options import DTYPES
-from ._rules import Attention, derivative
 
 # Each asks of a backend what those before do not: F; B; T; S by the three ways to it; mapped dimensions.
 CHECKED = ("fwd", "grad", "jvp", "hvp", "rof", "dbl", "vmap")

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from ..ops import sdpa
 from . import _options
-from ._facts import facts
-from ._measure import milliseconds, peak_bytes, relative_error
-from ._rules import Attention, derivative
+from ._derivatives import Attention, derivative
+from ._environment import facts
+from ._metrics import milliseconds, peak_bytes, relative_error
 
 TIMED = ("fwd", "bwd", "jvp", "hvp", "dbl")
 WHO = ("metaattn", "torch", "math")

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from ..backends import NAMES
 from . import _options
-from ._facts import facts
-from ._rules import RULES
+from ._derivatives import RULES
+from ._environment import facts
 from ._selfcheck import BOUND, CALLS, CHECKED, Finding, check, interpreted, working
 
 

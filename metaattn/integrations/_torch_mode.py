@@ -16,8 +16,8 @@ from torch._ops import HigherOrderOperator
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
+from ..autodiff._function_mode import BACKWARD, Replacement, called_as, unshown
 from ..ops import sdpa
-from ..ops._replacement import BACKWARD, Replacement, called_as, unshown
 
 with contextlib.suppress(ImportError):  # not in every version
     import torch.nn.attention.varlen  # declares its operator

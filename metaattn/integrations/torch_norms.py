@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..autodiff._function_mode import Replacement, called_as
 from ..nn.norm import standardise
-from ..ops._leaves import autocasts
-from ..ops._replacement import Replacement, called_as
+from ..ops._operators import autocasts
 
 
 def replace_norms() -> Replacement:

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..autodiff._captured import levels
 from ..ops import sdpa
-from ..ops._strangers import levels
 from ._transformers_layers import MISSING, checkpoint_layers, replace_layer_norms
 
 __all__ = ["attention", "checkpoint_layers", "mask", "register", "replace_layer_norms"]

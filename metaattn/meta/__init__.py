@@ -1,5 +1,6 @@
 """Meta-learning by gradients: pure functions over dicts of parameters."""
 
+from ..compile.capture import Captured, capture
 from ..ops import checkpoint
 from .algorithms import (
     Cavia,
@@ -20,7 +21,6 @@ from .algorithms import (
     prototypical,
     reptile,
 )
-from .capture import Captured, capture
 from .gradients import FirstOrder, Gradient, Implicit, Mixed, Reverse, Truncated, adapt, trajectory
 from .optim import InnerOptimizer, adam, momentum, rate, sgd
 

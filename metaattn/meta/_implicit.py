@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops._trees import put, tensors_of
-from ..ops.remat import recompute
-from ._hessian import Vector, gradient_along
+from ..autodiff._pytree import put, tensors_of
+from ..autodiff.checkpoint import recompute
+from ._hvp import Vector, gradient_along
 from .optim import Params
 
 

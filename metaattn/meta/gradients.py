@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.func import grad
 
 from ._checks import check_count, check_optimizer, check_params
-from ._closed import check_loop
+from ._closure_checks import check_loop
+from ._compiled_step import compiled_step, spread
 from ._implicit import minimum
-from ._loop import Loop, Loss, detach
-from ._mixed import mixed_gradient, segment
-from ._steps import compiled_step, spread
+from ._inner_loop import Loop, Loss, detach
+from ._mixed_mode import mixed_gradient, segment
 from .optim import InnerOptimizer, Params, Rates, State
 
 

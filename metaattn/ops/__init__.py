@@ -1,9 +1,9 @@
 """The attention operator and its explicit derivatives."""
 
+from ..autodiff.checkpoint import checkpoint
 from ..backends import check_name as check_backend
 from ._checks import check_window
 from .explain import Explanation, explain
-from .remat import checkpoint
 from .sdpa import Gradients, Hvp, Jvp, Vjp, sdpa, sdpa_hvp, sdpa_jvp, sdpa_vjp
 
 __all__ = [

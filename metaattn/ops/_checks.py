@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..backends import check_name, current_backend, refuses
-from ..backends._protocol import Operands
-from ._leaves import Call, autocasts
+from ..backends.base import Operands
+from ._operators import Call, autocasts
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

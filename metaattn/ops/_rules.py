@@ -38,9 +38,7 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
-from ..backends._protocol import Operands, Rows, Tangent, Values
-from . import _leaves as leaves
-from ._function import (
+from ..autodiff._custom_function import (
     Form,
     Known,
     Rule,
@@ -51,7 +49,9 @@ from ._function import (
     total,
     unflatten,
 )
-from ._leaves import Call
+from ..backends.base import Operands, Rows, Tangent, Values
+from . import _operators as leaves
+from ._operators import Call
 
 ZERO = Rows()
 

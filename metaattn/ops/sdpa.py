@@ -7,10 +7,10 @@ from typing import Any, Literal, NamedTuple, overload
 
 from torch import Tensor
 
-from ..backends._protocol import Rows, Tangent, Values, accumulator
+from ..backends.base import Rows, Tangent, Values, accumulator
 from . import _rules as rules
 from ._checks import Prepared, Window, adjoint, prepare, same_form
-from ._leaves import autocasts
+from ._operators import autocasts
 
 
 @overload

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import metaattn
-from metaattn.cli._measure import relative_error
-from metaattn.cli._rules import derivative
+from metaattn.cli._derivatives import derivative
+from metaattn.cli._metrics import relative_error
 from tests.helpers import TOLERANCE, as_vector, assert_close, error
 from tests.ops.cases import CASES
 from tests.ops.nestings import FIRST, LARGE, NOT_EMPTY, SECOND, THIRD, eager_double, grad_grad, vmap_grad_grad

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import metaattn
-from metaattn.backends import _registry, current_backend, select
-from metaattn.backends._protocol import Operands, Problem
-from metaattn.ops import _leaves
+from metaattn.backends import current_backend, registry, select
+from metaattn.backends.base import Operands, Problem
+from metaattn.ops import _operators
 
 
 def test_default():
@@ -27,7 +27,7 @@ def test_a_block_ends_on_an_error():
     with pytest.raises(RuntimeError), metaattn.use_backend("reference"):
         raise RuntimeError
     assert current_backend() == "auto"
-    assert _registry._open == 0
+    assert registry._open == 0
 
 
 def test_one_object_can_be_entered_again():
@@ -68,7 +68,7 @@ def test_threads_have_their_own():
 def _served(monkeypatch, f):
     """The names that the leaves asked for."""
     names = []
-    monkeypatch.setattr(_leaves, "select", lambda name, *args: names.append(name) or select(name, *args))
+    monkeypatch.setattr(_operators, "select", lambda name, *args: names.append(name) or select(name, *args))
     f()
     return set(names)
 
@@ -101,4 +101,4 @@ def test_derivatives_use_the_backend_of_their_call(monkeypatch):
 def test_named_backends_are_given_and_never_replaced():
     for name in ("reference", "blockwise"):
         assert select(name, Problem(1.0), Operands(X, X, X)).name == name
-    assert select("auto", Problem(1.0), Operands(X, X, X)).name in _registry.BACKENDS
+    assert select("auto", Problem(1.0), Operands(X, X, X)).name in registry.BACKENDS

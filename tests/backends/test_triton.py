@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from metaattn.backends import _auto, reference
-from metaattn.backends._protocol import Operands, Problem, Rows, Tangent, in_one
+from metaattn.backends import auto, reference
+from metaattn.backends.base import Operands, Problem, Rows, Tangent, in_one
 from tests.conftest import NO_KERNELS
 from tests.helpers import assert_close
 
 triton = pytest.importorskip("metaattn.backends.triton", exc_type=ImportError)
-from metaattn.backends.triton import _launch, _primitives, _tiles, _views  # noqa: E402
+from metaattn.backends.triton import block_sizes, interface, launch, layout  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and NO_KERNELS is not None, reason=NO_KERNELS or "")
@@ -124,7 +124,7 @@ def _call(
 def blocks(request, monkeypatch):
     """Blocks so small that all is cut into many."""
     rows, keys, split = request.param
-    monkeypatch.setattr(_launch, "tile", lambda *_, **__: _tiles.Tile(rows, keys, 4, 1, split, not split))
+    monkeypatch.setattr(launch, "tile", lambda *_, **__: block_sizes.Tile(rows, keys, 4, 1, split, not split))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -234,10 +234,10 @@ def test_rounding(call):
 def test_batches_merge_without_copies():
     q = torch.randn(2, 3, 4, 16, 16)
     shared = torch.randn(1, 3, 4, 16, 16).expand(2, -1, -1, -1, -1)
-    batch = _views.Batch(Operands(q, shared, shared))
+    batch = layout.Batch(Operands(q, shared, shared))
     assert batch.groups == [[0], [1]]
     assert batch.view(shared).ptr is shared
-    assert _views.Batch(Operands(q, q, q)).groups == [[0, 1]]
+    assert layout.Batch(Operands(q, q, q)).groups == [[0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_batches_merge_without_copies():
     ],
 )
 def test_alignment(tensor, copied):
-    got = _views.aligned(tensor)
+    got = layout.aligned(tensor)
     assert (got is not tensor) == copied
     assert got.shape[-1] in (16, 32)
     assert torch.equal(got[..., : tensor.shape[-1]], tensor)
@@ -279,9 +279,9 @@ def test_shrinks_what_does_not_fit():
 
             return launch
 
-    kernel, batch = Kernel(), _views.Batch(x)
+    kernel, batch = Kernel(), layout.Batch(x)
     for _ in range(2):
-        _launch.run(kernel, "forward", _tiles.Tile(128, 64, 8, 2), batch, lambda t: 1, (), {})
+        launch.run(kernel, "forward", block_sizes.Tile(128, 64, 8, 2), batch, lambda t: 1, (), {})
     assert tried == [(128, 64, 8, 2), (128, 64, 8, 1), (64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)]
 
 
@@ -299,26 +299,26 @@ def test_whole_rows_that_do_not_fit():
 
             return launch
 
-    kernel, batch = Kernel(), _views.Batch(x)
+    kernel, batch = Kernel(), layout.Batch(x)
     for _ in range(2):
-        tile = _tiles.Tile(32, 64, 4, 1)
-        assert not _launch.run(kernel, "backward_keys", tile, batch, lambda t: 1, (), {}, whole_rows=True)
+        tile = block_sizes.Tile(32, 64, 4, 1)
+        assert not launch.run(kernel, "backward_keys", tile, batch, lambda t: 1, (), {}, whole_rows=True)
     assert tried == [(32, 64), (16, 64)]
     with pytest.raises(OutOfResources):
-        _launch.run(kernel, "backward_rows", tile, batch, lambda t: 1, (), {})
+        launch.run(kernel, "backward_rows", tile, batch, lambda t: 1, (), {})
 
 
 def test_table_has_no_more_warps_than_rows():
-    """A warp needs 16 rows of a product; see _tiles.fit."""
-    for primitives in _tiles.table().values():
+    """A warp needs 16 rows of a product; see block_sizes.fit."""
+    for primitives in block_sizes.table().values():
         for (primitive, _), column in primitives.items():
             for tile in itertools.chain(*column.values()):
-                assert _tiles.fit(primitive, tile) == tile, (primitive, tile)
+                assert block_sizes.fit(primitive, tile) == tile, (primitive, tile)
 
 
 def test_table_holds_16_bits_alone():
     """A product with the identity is not exact in tf32."""
-    for primitives in _tiles.table().values():
+    for primitives in block_sizes.table().values():
         for (_, arithmetic), column in primitives.items():
             assert arithmetic == "half" or not any(tile.hold for tile in itertools.chain(*column.values()))
 
@@ -346,7 +346,7 @@ def gpu(monkeypatch):
 
     def make(size, dtype, capability, kib):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-        monkeypatch.setattr(_primitives, "shared_bytes", lambda _: kib * 1024)
+        monkeypatch.setattr(interface, "shared_bytes", lambda _: kib * 1024)
         with FakeTensorMode():
             return Operands(*(torch.empty(1, 1, 4, size, dtype=dtype, device="cuda:0"),) * 3)
 
@@ -375,10 +375,10 @@ def test_what_the_refusal_offers_is_served(gpu, precision):
 
 
 def test_auto_on_a_gpu_that_was_never_measured(gpu):
-    choice = _auto.choose("forward", Problem(1.0), gpu(64, torch.float16, (8, 0), 163))
+    choice = auto.choose("forward", Problem(1.0), gpu(64, torch.float16, (8, 0), 163))
     assert choice.backend.name == "triton"
     assert choice.why == "our kernel; PyTorch's own is not measured on compute capability 8.0"
-    measured = _auto.choose("forward", Problem(1.0), gpu(64, torch.float16, (9, 0), 227))
+    measured = auto.choose("forward", Problem(1.0), gpu(64, torch.float16, (9, 0), 227))
     assert "times as fast as" in measured.why
 
 
@@ -389,25 +389,25 @@ def test_auto_on_a_gpu_that_was_never_measured(gpu):
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_auto_goes_by_the_nearest_length_that_was_measured(gpu, monkeypatch, tokens, right, name, kv_heads):
     column = {"full": {"64": 0.5, "197": 1.2, "512": 0.9}, "causal": {"64": 0.5}}
-    monkeypatch.setattr(_auto, "_table", lambda: {"9.0": {"backward": {"64": column}}})
+    monkeypatch.setattr(auto, "_table", lambda: {"9.0": {"backward": {"64": column}}})
     x = gpu(40, torch.float16, (9, 0), 227)
     query, key = (x.query.new_empty(1, heads, tokens, 40) for heads in (2, kv_heads))
-    choice = _auto.choose("backward", Problem(1.0, None, right), Operands(query, key, key))
+    choice = auto.choose("backward", Problem(1.0, None, right), Operands(query, key, key))
     assert choice.backend.name == name
     if name == "vendor":
         assert choice.why == "PyTorch's own is measured 1.20 times as fast as ours at 197 tokens"
-    unmeasured = _auto.choose("forward", Problem(1.0, None, right), Operands(query, key, key))
+    unmeasured = auto.choose("forward", Problem(1.0, None, right), Operands(query, key, key))
     assert unmeasured.why == "our kernel; PyTorch's own is not measured there at head size 40"
 
 
 def test_auto_where_one_band_was_not_measured(gpu, monkeypatch):
-    monkeypatch.setattr(_auto, "_table", lambda: {"9.0": {"forward": {"64": {"full": {"64": 2.0}}}}})
+    monkeypatch.setattr(auto, "_table", lambda: {"9.0": {"forward": {"64": {"full": {"64": 2.0}}}}})
     x = gpu(64, torch.float16, (9, 0), 227)
-    assert _auto.choose("forward", Problem(1.0), x).backend.name == "vendor"
-    assert _auto.choose("forward", Problem(1.0, None, 0), x).backend.name == "triton"
+    assert auto.choose("forward", Problem(1.0), x).backend.name == "vendor"
+    assert auto.choose("forward", Problem(1.0, None, 0), x).backend.name == "triton"
 
 
 def test_auto_on_a_gpu_that_is_too_old(gpu):
-    choice = _auto.choose("second", Problem(1.0), gpu(64, torch.float16, (7, 5), 64))
+    choice = auto.choose("second", Problem(1.0), gpu(64, torch.float16, (7, 5), 64))
     assert choice.backend.name == "blockwise"
     assert "needs a GPU of compute capability 8.0" in choice.why

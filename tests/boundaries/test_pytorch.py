@@ -120,7 +120,7 @@ def test_linearize_draws_random_numbers_twice():
 
 
 def test_mse_loss_refuses_forward_over_reverse_without_a_tangent_of_its_target():
-    """Why mixed mode gives the data a tangent of zeros (``metaattn/meta/_hessian.py``)."""
+    """Why mixed mode gives the data a tangent of zeros (``metaattn/meta/_hvp.py``)."""
     x, y, t = (torch.randn(3) for _ in range(3))
     product = lambda x, y: grad(lambda x: F.mse_loss(x, y))(x)
     with pytest.raises(RuntimeError, match="ZeroTensors are immutable"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from metaattn.backends import blockwise
-from metaattn.cli import _facts, _selfcheck, main
+from metaattn.cli import _environment, _selfcheck, main
 from tests.conftest import NO_KERNELS
 
 CPU = torch.device("cpu")
@@ -109,7 +109,7 @@ def test_threads_are_as_before(capsys):
         assert torch.get_num_threads() == 2
         assert ", 2 threads\n" in capsys.readouterr().out
         torch.set_num_threads(1)
-        assert _facts.facts()["PyTorch"].endswith(", 1 thread")
+        assert _environment.facts()["PyTorch"].endswith(", 1 thread")
     finally:
         torch.set_num_threads(before)
 
@@ -131,15 +131,15 @@ def test_oracle(call):
 
 
 def test_extras_are_those_of_the_project():
-    extras = _facts.extras()
+    extras = _environment.extras()
     assert "pytest" in extras["test"]
-    assert _facts.version("pytest") == pytest.__version__
-    assert _facts.version("no-such-package") is None
+    assert _environment.version("pytest") == pytest.__version__
+    assert _environment.version("no-such-package") is None
 
 
 def test_extras_of_an_installed_package(monkeypatch, tmp_path):
     """Without a source tree they come from the package's metadata."""
     requires = ["torch>=2.11", 'pytest>=8; extra == "test"', 'mkdocstrings[python]>=1.0; extra == "docs"']
-    monkeypatch.setattr(_facts, "PACKAGE", tmp_path / "metaattn")
-    monkeypatch.setattr(_facts.metadata, "requires", lambda _: requires)
-    assert _facts.extras() == {"test": ["pytest"], "docs": ["mkdocstrings"]}
+    monkeypatch.setattr(_environment, "PACKAGE", tmp_path / "metaattn")
+    monkeypatch.setattr(_environment.metadata, "requires", lambda _: requires)
+    assert _environment.extras() == {"test": ["pytest"], "docs": ["mkdocstrings"]}

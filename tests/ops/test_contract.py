@@ -239,8 +239,8 @@ class _Largest(TorchDispatchMode):
 
 
 def _largest(n, order):
-    from metaattn.backends import _tiles, blockwise
-    from metaattn.backends._protocol import Operands, Problem, Rows, Tangent
+    from metaattn.backends import blockwise, tiling
+    from metaattn.backends.base import Operands, Problem, Rows, Tangent
 
     x = Operands(*(torch.randn(1, 2, n, 8) for _ in range(3)))
     t = Tangent(*(torch.randn(1, 2, n, 8) for _ in range(3)))
@@ -257,22 +257,22 @@ def _largest(n, order):
             blockwise.second(problem, x, values, vt, w, t, cotangent_tangent=Rows(), bias_grad=False)
         if order == "third":
             blockwise.gradient(problem, x, values, w, [t, t], cotangent_tangent=Rows(), bias_grad=False)
-    return largest.numel, _tiles.TILE
+    return largest.numel, tiling.TILE
 
 
 @pytest.mark.parametrize("order", ["forward", "backward", "tangent", "second", "third"])
 def test_blockwise_memory_does_not_grow_with_the_square(order, monkeypatch):
-    from metaattn.backends import _tiles
+    from metaattn.backends import tiling
 
     for name, size in (("ROWS", 16), ("COLS", 16), ("TILE", 512)):
-        monkeypatch.setattr(_tiles, name, size)
+        monkeypatch.setattr(tiling, name, size)
     largest, tile = _largest(128, order)
     assert largest <= max(tile, 128 * 2 * 8)  # a tile, or an operand; the score matrix would be 128 * 128 * 2
 
 
 @pytest.mark.parametrize("sizes", [(2, 3, 1), (1, 1, 6), (2, 3, 18), (5, 7, 2**19), (3, 2, 100)], ids=str)
 def test_any_tiling_gives_the_same(sizes, monkeypatch):
-    from metaattn.backends import _tiles
+    from metaattn.backends import tiling
 
     case = CASES["everything"]
     x, t = case.inputs(), case.like(10)
@@ -286,7 +286,7 @@ def test_any_tiling_gives_the_same(sizes, monkeypatch):
 
     want = hvp()
     for name, size in zip(("ROWS", "COLS", "TILE"), sizes, strict=True):
-        monkeypatch.setattr(_tiles, name, size)
+        monkeypatch.setattr(tiling, name, size)
     assert_close(hvp(), want)
 
 

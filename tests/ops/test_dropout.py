@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import metaattn
-from metaattn.backends import _tiles
+from metaattn.backends import tiling
 
 
 def _weights(backend, rows=64, keys=64, heads=(2, 3), p=0.3):
@@ -47,9 +47,9 @@ def test_backends_and_tiles_agree(monkeypatch):
     torch.manual_seed(4)
     want = _weights("reference")
     for rows, cols, tile in ((2, 3, 20), (64, 64, 2**19), (5, 64, 100)):
-        monkeypatch.setattr(_tiles, "ROWS", rows)
-        monkeypatch.setattr(_tiles, "COLS", cols)
-        monkeypatch.setattr(_tiles, "TILE", tile)
+        monkeypatch.setattr(tiling, "ROWS", rows)
+        monkeypatch.setattr(tiling, "COLS", cols)
+        monkeypatch.setattr(tiling, "TILE", tile)
         torch.manual_seed(4)
         assert torch.equal(_weights("blockwise") == 0, want == 0)
 

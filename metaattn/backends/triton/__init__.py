@@ -4,8 +4,8 @@ Runs on CUDA devices; on a CPU only in Triton's interpreter (``TRITON_INTERPRET=
 know no autograd, and nothing above this package knows Triton.
 """
 
-from ._linear import multiplies, multiply
-from ._primitives import backward, backward_second, forward, forward_tangent, fuses, refuses, second, tangent
+from .interface import backward, backward_second, forward, forward_tangent, fuses, refuses, second, tangent
+from .matmul_jvp import multiplies, multiply
 
 name = "triton"
 

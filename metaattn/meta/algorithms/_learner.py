@@ -12,7 +12,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from .._checks import check_meta, check_tasks
-from .._steps import scored
+from .._compiled_step import scored
 from ..optim import Params
 
 MetaParams = dict[str, Params]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .._checks import check_share
-from .._steps import scored
+from .._compiled_step import scored
 from ..gradients import Gradient
 from ..optim import Params
 from ._learner import Batch, MetaParams

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._steps import scored
+from .._compiled_step import scored
 from ._learner import Batch, MetaParams
 from .maml import GradientBased
 

@@ -1,0 +1,149 @@
+"""From a config to the things of a run: device, tasks, model and learner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import metaattn
+from metaattn.meta import GradientBased
+from metaattn.tasks import Batch, Episode, Sinusoids, glyphs, omniglot, stack
+
+from ..errors import UserError
+from . import distributed
+from .checkpoint import seed_everything
+from .config import Config, TaskConfig, TaskName
+from .learner import build_learner
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class Setup:
+    """What a run works with; ``chance`` is the accuracy of guessing, ``None`` for regression."""
+
+    config: Config
+    device: torch.device
+    dtype: torch.dtype
+    model: metaattn.Transformer
+    learner: GradientBased
+    chance: float | None
+    _episodes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def metric(self) -> str:
+        """The name of the metric beside the loss, of which more is better; the loss itself for regression."""
+        return "loss" if self.chance is None else "accuracy"
+
+    def tasks(self, split: str, start: int, count: int) -> Episode:
+        """A batch of tasks, on the device: a function of the seed, the split and the indices alone."""
+        return self.move(self.draw(split, start, count))
+
+    def draw(self, split: str, start: int, count: int) -> Episode:
+        """The same on the CPU."""
+        if split not in self._episodes:
+            self._episodes[split] = _episodes(self.config.task, split, self.config.seed)
+        return stack(self._episodes[split], start, count)
+
+    def move(self, tasks: Episode) -> Episode:
+        """Tasks on the device, in the dtype."""
+        return Episode(*(Batch(*(self._moved(t) for t in part)) for part in tasks))
+
+    def _moved(self, t: Tensor) -> Tensor:
+        return t.to(self.device, self.dtype if t.is_floating_point() else None)
+
+
+def setup(config: Config) -> Setup:
+    """Build what a config says.
+
+    Raises:
+        UserError: A config that cannot be built or a device that is not there.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = find_device(distributed.device(config.device))
+    dtype = config.precision.parameters
+    torch.set_float32_matmul_precision(config.precision.products)
+    seed_everything(config.seed)
+    try:
+        model = _model(config).to(device, dtype)
+        learner = build_learner(config, model)
+        learner.init(dict(model.named_parameters()))
+        _probe(model, config.precision.network)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(str(error)) from error
+    chance = None if config.task.name is TaskName.sinusoid else 1 / config.task.way
+    run = Setup(config, device, dtype, model, learner, chance)
+    try:
+        with distributed.first_then_rest():
+            for split in SPLITS:
+                run.tasks(split, 0, 1)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+    return run
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is a GPU if there is one.
+
+    Raises:
+        UserError: A device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={name} cannot be used here ({reason}); try device=auto") from error
+    return device
+
+
+def _episodes(task: TaskConfig, split: str, seed: int) -> Any:
+    # Each split has a seed of its own, so that no sequence of episodes repeats in another.
+    seed = 3 * seed + SPLITS.index(split)
+    if task.name is TaskName.sinusoid:
+        return Sinusoids(shot=task.shot, queries=task.queries, seed=seed)
+    shape = {"way": task.way, "shot": task.shot, "queries": task.queries, "seed": seed}
+    if task.name is TaskName.omniglot:
+        if task.root is None:
+            raise ValueError("task=omniglot needs task.root=PATH, the folder that holds omniglot-py")
+        return omniglot(split, task.root, **shape)  # type: ignore[arg-type]
+    return glyphs(split, augment=task.augment, **shape)  # type: ignore[arg-type]
+
+
+def _model(config: Config) -> metaattn.Transformer:
+    m, task = config.model, config.task
+    kind: dict[str, Any] = {"input": "patch", "image_size": 28, "patch_size": m.patch_size, "out_features": task.way}
+    if task.name is TaskName.sinusoid:
+        kind = {"input": "features", "in_features": 1, "feature_tokens": m.feature_tokens, "out_features": 1}
+    return metaattn.Transformer(
+        **kind,
+        output="pooled",
+        dim=m.dim,
+        depth=m.depth,
+        heads=m.heads,
+        kv_heads=m.kv_heads,
+        mlp_ratio=m.mlp_ratio,
+        activation=m.activation.value,
+        norm=m.norm.value,
+        norm_affine=m.norm_affine,
+        bias=m.bias,
+        position=m.position.value,
+        dropout=m.dropout,
+        attention_dropout=m.attention_dropout,
+        backend=config.backend.value,
+        remat=m.remat,
+    )
+
+
+def _probe(model: metaattn.Transformer, dtype: torch.dtype) -> None:
+    """One call of the operator on an empty batch: what the backend cannot serve, it says here."""
+    p = next(model.parameters())
+    c = model.config
+    x = torch.empty(0, c.heads, 1, c.dim // c.heads, device=p.device, dtype=dtype)
+    metaattn.sdpa(x, x, x, backend=c.backend)

@@ -1,0 +1,152 @@
+"""Parts compiled ahead by other processes: found when their turn comes, and not needed."""
+
+import os
+import sys
+import threading
+
+import pytest
+import torch
+from torch import fx
+from torch._dynamo.utils import counters
+from torch.func import functional_call
+
+import metaattn
+from metaattn.compile import capture, precompile
+from metaattn.compile.piecewise import as_recorded
+from metaattn.meta import maml
+from tests.helpers import assert_close
+
+
+@pytest.fixture
+def step():
+    """A meta-gradient with attention in it, so that there is more than one part, and its arguments."""
+    model = metaattn.Transformer(
+        input="continuous", in_features=3, output="pooled", out_features=1, dim=8, heads=2, depth=1
+    )
+    torch.nn.init.normal_(model.double().get_parameter("head.weight"))
+    learner = maml(
+        lambda params, x: functional_call(model, params, (x,)).square().mean(),
+        steps=1,
+        learning_rate=0.1,
+        gradient="first_order",
+    )
+    x = torch.randn(2, 2, 4, 5, 3, dtype=torch.float64)
+    return learner.value_and_grad, (learner.init(dict(model.named_parameters())), (x[0],), (x[1],))
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """What is begun ahead, by two processes."""
+    parts = []
+    begin = precompile.Helpers.begin
+
+    def recorded(self, part, options):
+        parts.append(part)
+        return begin(self, part, options)
+
+    monkeypatch.setattr(precompile, "processes", lambda: 2)
+    monkeypatch.setattr(precompile.Helpers, "begin", recorded)
+    precompile.helpers.cache_clear()
+    yield parts
+    if precompile.helpers.cache_info().currsize:
+        precompile.helpers().end()
+    precompile.helpers.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore")  # Inductor's own
+def test_what_is_compiled_ahead_is_found(step, begun, precision, tmp_path, monkeypatch):
+    precision("high")
+    precision("highest")  # which is not what it was before, to Inductor's keys
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._inductor.utils.clear_caches()  # those in memory
+    counters["inductor"].clear()
+    value_and_grad, args = step
+    fast = capture(value_and_grad, mode="inductor")
+    assert_close(fast(*args), value_and_grad(*args))
+    assert not fast.pieces.reasons
+    assert len(begun) > 1
+    assert counters["inductor"]["fxgraph_cache_hit"] == len(begun)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_process_that_is_gone_is_not_missed(step, begun):
+    precompile.helpers().end()
+    value_and_grad, args = step
+    fast = capture(value_and_grad, mode="inductor")
+    fast.pieces.lower = as_recorded
+    assert_close(fast(*args), value_and_grad(*args))
+    assert begun
+    assert set(fast.pieces._ahead._begun.values()) == {None}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_where_all_is_in_vain_no_more_is_compiled_ahead(step, begun, monkeypatch):
+    """An event that is never set; one that is, though nothing was compiled."""
+    value_and_grad, args = step
+    for done in (False, True):
+        begun.clear()
+        event = threading.Event()
+        if done:
+            event.set()
+        monkeypatch.setattr(precompile.Helpers, "begin", lambda self, part, options, e=event: begun.append(part) or e)
+        monkeypatch.setattr(precompile, "PATIENCE", 0.1)
+        fast = capture(value_and_grad, mode="inductor")
+        fast.pieces.lower = as_recorded
+        assert_close(fast(*args), value_and_grad(*args))
+        assert 0 < len(begun) <= 2  # as many as there are processes, and none after the first turn
+        assert fast.pieces._ahead._most == 0
+
+
+def test_where_no_process_can_be_started_the_step_runs(step, begun, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "")
+    value_and_grad, args = step
+    fast = capture(value_and_grad, mode="inductor")
+    fast.pieces.lower = as_recorded
+    assert_close(fast(*args), value_and_grad(*args))
+    assert not begun
+
+
+@pytest.mark.parametrize("options", [{"force_disable_caches": True}, {"fx_graph_cache": False}])
+def test_without_caches_nothing_is_compiled_ahead(step, begun, options):
+    value_and_grad, args = step
+    fast = capture(value_and_grad, mode="inductor", options=options)
+    fast.pieces.lower = as_recorded
+    fast(*args)
+    assert not begun
+    assert not precompile.helpers.cache_info().currsize
+
+
+def test_a_process_that_dies_is_noticed(begun):
+    class Fatal:
+        """Makes the process end that reads it."""
+
+        def __reduce__(self):
+            return os._exit, (1,)
+
+    graph = fx.Graph()
+    graph.output((graph.placeholder("x"),))
+    part = precompile.Part(
+        fx.GraphModule(torch.nn.Module(), graph), [precompile.Form((1,), (1,), torch.float32, "nowhere")]
+    )
+    here = precompile.helpers()
+    assert here.begin(part._replace(forms=[Fatal()]), {}).wait(60)
+    done = here.begin(part, {})  # an error; but the one that forks the others is still there
+    assert done.wait(60)
+    here._process.kill()
+    here._process.wait()
+    assert here.begin(part, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "count"), [(1, 1, 0), (3, 1, 0), (4, 1, 2), (16, 1, 8), (64, 1, 8), (64, 8, 4)]
+)
+def test_how_many_processes(cores, ranks, count, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.delenv("METAATTN_COMPILE_PROCESSES")
+    assert precompile.processes() == count
+    monkeypatch.setenv("METAATTN_COMPILE_PROCESSES", "0")
+    assert precompile.processes() == 0
+    monkeypatch.setenv("METAATTN_COMPILE_PROCESSES", "all")
+    with pytest.raises(ValueError, match="must be a number"):
+        precompile.processes()

@@ -1,0 +1,269 @@
+"""A recorded graph does again what the function did, or there is none."""
+
+import math
+import weakref
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.func import grad, grad_and_value, jvp, vmap
+
+import metaattn
+from metaattn.compile.piecewise import Lowered, as_recorded, inductor
+from metaattn.compile.recorder import Recording, UnrecordableError
+from metaattn.meta import checkpoint
+from tests.helpers import assert_close
+
+X, Y = (torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(2))
+
+
+def graph_of(function, *inputs):
+    recording = Recording(function, inputs)
+    return fx.GraphModule(nn.Module(), recording.graph), recording
+
+
+def seen_by_a_view(x):
+    y = x.exp()
+    z = y.view(-1)
+    y.mul_(2)
+    return y, z.sin()
+
+
+FUNCTIONS = {
+    "value": lambda x: (x.sin() @ x.mT, x.sum()),
+    "grad": lambda x: (grad(lambda x: x.square().tanh().sum())(x),),
+    "backward": lambda x: torch.autograd.grad(x.requires_grad_().exp().sum(), x),
+    "hvp under vmap": lambda x: (vmap(lambda x: jvp(grad(lambda x: x.sin().prod()), (x,), (x.cos(),))[1])(x),),
+    "literal": lambda x: (x * torch.tensor([1.0, 2.0, 3.0, 4.0]),),
+    "in place on its own": lambda x: (x.new_zeros(4).index_add_(0, torch.tensor([2]), x[:1, 0]).add_(1) * x,),
+    "in place on what nothing else shows": lambda x: (x.exp().div_(x.exp().sum()).mul_(2),),
+    "in place on what a view shows": seen_by_a_view,
+    "the same result twice": lambda x: (x, x.sin(), x.sin()),
+    "attention": lambda x: (grad(lambda x: metaattn.sdpa(x, x, x.cos()).sin().sum())(x),),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_does_the_same_on_other_numbers(name):
+    f = FUNCTIONS[name]
+    graph, recording = graph_of(f, X.clone())
+    assert_close(graph(Y, *recording.found), f(Y.clone()))
+    lowered = Lowered(recording, as_recorded, {})
+    assert_close(lowered(Y, *recording.found), f(Y.clone()))
+
+
+def test_what_is_done_in_place_on_what_nothing_else_shows_is_cut_at_the_leaves():
+    def f(x):
+        return (metaattn.sdpa(x, x, x).exp().div_(x.sum()) * metaattn.sdpa(x, x, x.sin()),)
+
+    recording = Recording(f, (X,))
+    assert recording.functional
+    lowered = []
+    assert_close(Lowered(recording, lambda m, inputs: lowered.append(m) or as_recorded(m), {})(Y), f(Y))
+    assert not [n for m in lowered for n in m.graph.nodes if "metaattn" in str(n.target)]
+
+
+def test_what_is_not_functional_is_no_leaf_though_it_begins_with_one():
+    def f(q, k, v):
+        out = metaattn.sdpa(q, k, v)
+        shown = out.flatten()
+        out.mul_(2)
+        return (shown.unsqueeze(0),)
+
+    inputs = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64).unbind()
+    recording = Recording(f, inputs)
+    assert not recording.functional
+    assert_close(Lowered(recording, as_recorded, {})(*inputs, *recording.found), f(*inputs))
+
+
+def test_what_is_computed_again_is_not_taken_for_what_was_computed_first():
+    def exponentials(block):
+        recording = Recording(lambda x: grad_and_value(lambda x: block(block(x)).sum())(x), (X,))
+        return sum(str(n.target) == "aten.exp.default" for n in recording.graph.nodes)
+
+    def block(x):
+        return x.exp().square()
+
+    assert exponentials(block) == 2
+    assert exponentials(checkpoint(block)) == 4
+
+
+def test_each_primitive_is_one_operation():
+    targets = [str(n.target) for n in graph_of(FUNCTIONS["attention"], X)[0].graph.nodes]
+    assert [t for t in targets if "metaattn" in t] == ["metaattn._forward.default", "metaattn._gradient.default"]
+
+
+def test_finds_what_it_is_not_given():
+    w = torch.ones(4, dtype=torch.float64)
+    _, recording = graph_of(lambda x: (x * w,), X)
+    assert [t is w for t in recording.found] == [True]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: (x * torch.rand(4),), "draws random numbers"),
+        (lambda x: (metaattn.sdpa(x, x, x, dropout_p=0.5),), "draws random numbers"),
+        (lambda x: (x if x.sum() > 0 else -x,), "depends on a tensor's numbers"),
+        (lambda x: (x[x > 0],), "whose shape depends on numbers"),
+        (lambda x: (x.view(-1).mul_(2),), "changes in place a tensor that it did not make"),
+    ],
+)
+def test_refuses_what_it_could_not_repeat(function, reason):
+    x, state = X.clone(), torch.get_rng_state()
+    with pytest.raises(UnrecordableError, match=reason):
+        Recording(function, (x,))
+    assert torch.equal(x, X), "refused before it is done"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_layers_that_do_the_same_are_lowered_once():
+    def stack(x, layers):
+        for _ in range(layers):
+            x = x + metaattn.sdpa(x.tanh(), x, x)
+        return (x.exp(),)
+
+    counts = {}
+    for layers in (3, 6):
+        lowered = []
+
+        def lower(module, inputs, lowered=lowered):
+            lowered.append(module)
+            return as_recorded(module)
+
+        f = Lowered(Recording(lambda x, n=layers: stack(x, n), (X,)), lower, {})
+        assert_close(f(Y), stack(Y, layers))
+        counts[layers] = len(lowered)
+    assert counts == {3: 3, 6: 3}  # before the first, between two, after the last
+
+
+def parts_of(f, x):
+    """Of the parts before and after the leaf in a function: their operations, and the dtypes that they are given."""
+    recording = Recording(f, (x,))
+    parts = []
+
+    def lower(module, inputs):
+        parts.append(([str(n.target) for n in module.graph.nodes], [t.dtype for t in inputs]))
+        return as_recorded(module)
+
+    assert_close(Lowered(recording, lower, {})(x), f(x))
+    return parts
+
+
+def test_cheap_values_are_computed_again_rather_than_kept():
+    """A part that comes later takes ``x`` for them, which it needs besides; what is dear to compute it is given."""
+
+    def f(x):
+        scaled, dear = (2 * x).cos(), x @ x.mT
+        y = metaattn.sdpa(scaled, x, x)
+        return (y * scaled * x * dear.sum(-1, keepdim=True),)
+
+    targets = [operations for operations, _ in parts_of(f, Y)]
+    assert ["aten.cos.default" in t for t in targets] == [True, True]
+    assert ["aten.mm.default" in t for t in targets] == [True, False]
+
+
+def test_of_what_is_not_needed_besides_the_result_is_kept():
+    """It would be read and written again for nothing but to be read."""
+
+    def f(x):
+        scaled = (2 * x).cos()
+        return (metaattn.sdpa(scaled, x, x) * scaled,)
+
+    assert ["aten.cos.default" in operations for operations, _ in parts_of(f, Y)] == [True, False]
+
+
+def test_what_is_smaller_is_kept_instead():
+    """A token in 16 bits and its mean, for the deviation in 64."""
+
+    def f(x):
+        token = (x @ x.mT @ x).half()
+        deviation = token.double() - token.double().mean(-1, keepdim=True)
+        y = metaattn.sdpa(deviation.square().sin(), x, x)
+        return (y * deviation,)
+
+    (before, _), (after, given) = parts_of(f, Y)
+    assert "aten.mean.dim" in before
+    assert "aten.mean.dim" not in after
+    assert "aten.sub.Tensor" in after
+    assert sorted(map(str, given)) == ["torch.float16", "torch.float64", "torch.float64"]  # y and the mean
+
+
+def test_recording_takes_no_memory():
+    """What runs only to be recorded holds no numbers: 128 tebibytes of them would not fit."""
+    x = torch.ones(1).expand(2**45)
+    recording = Recording(lambda x: ((x * 2).sin() + X.sum(),), (x,))
+    assert [str(n.target) for n in recording.graph.nodes if n.op == "call_function"] == [
+        "aten.mul.Tensor",
+        "aten.sin.default",
+        "aten.sum.default",
+        "aten.add.Tensor",
+    ]
+    assert recording.outputs[0].shape == x.shape
+    assert len(recording.found) == 1
+    assert recording.found[0] is X
+
+
+def test_what_a_part_took_last_is_freed_while_it_runs():
+    """A part may empty the list that it is given, and nothing else holds what no later one needs."""
+    alive = []
+
+    def lower(module, inputs):
+        def run(tensors):
+            out = module(*tensors)
+            made = [weakref.ref(t) for t in tensors if t.data_ptr() != Y.data_ptr()]
+            tensors.clear()
+            alive.append([t() is not None for t in made])
+            return out
+
+        return run
+
+    f = Lowered(Recording(lambda x: (metaattn.sdpa(x.sin(), x, x) * x.exp().sum(0) @ x.mT,), (X,)), lower, {})
+    f(Y)
+    assert alive == [[], [False]]  # the leaf's result
+
+
+def test_inductor_empties_the_list():
+    """So that it frees what it has used."""
+    given = [X.float(), X.float()]
+    recording = Recording(lambda a, b: (a.sin() * b,), given)
+    module = fx.GraphModule(nn.Module(), recording.graph)
+    run = inductor({})(module, given)
+    (out,) = run(given)
+    assert given == []
+    assert_close(out, X.sin() * X, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_inductor_keeps_the_dtype_of_a_scatter(dtype):
+    """Else a product of what is made of it would have factors of two dtypes (PyTorch 2.11)."""
+
+    def f(x, rows):
+        return (torch.zeros_like(x).scatter(1, rows, 0.1) * x,)
+
+    given = X.to(dtype), torch.tensor([[2], [0], [1]])
+    (out,) = Lowered(Recording(f, given), inductor({}), {})(*given)
+    assert out.dtype == dtype
+    assert_close(out, f(*given)[0], dtype)
+
+
+def test_inductor_differentiates_a_cross_entropy():
+    """Left to its own kernels on a CPU its scatter came before the zeros it is put into (PyTorch 2.11)."""
+    x, y = torch.cat([X, Y]).view(3, 4, 2), torch.arange(12).view(3, 4) % 2
+
+    def f(x, y):
+        return (vmap(grad(nn.functional.cross_entropy))(x, y),)
+
+    run = Lowered(Recording(f, [x, y]), inductor({}), {})
+    for _ in range(3):
+        junk = [torch.full_like(x, math.nan) for _ in range(100)]  # the memory that is next taken
+        del junk
+        assert_close(run(x, y)[0], f(x, y)[0])
+
+
+def test_a_scatter_at_several_places_of_a_row():
+    def f(x, places):
+        return (torch.zeros_like(x).scatter(1, places, 1.0) * x,)
+
+    given = X, torch.tensor([[2, 1], [0, 3], [1, 1]])
+    assert_close(Lowered(Recording(f, given), inductor({}), {})(*given)[0], f(*given)[0])
