@@ -23,12 +23,12 @@ from torch.func import grad
 from tqdm import tqdm
 
 import metaattn
-from metaattn.autodiff._custom_function import Rule
+from metaattn.autodiff._custom_function import CustomFunction
 from metaattn.backends.base import Gradients, Operands, Values
 from metaattn.cli._derivatives import Attention, derivative
 from metaattn.cli._metrics import milliseconds
 from metaattn.cli.bench import attention
-from metaattn.ops import _operators
+from metaattn.ops import operators
 
 SECONDS = 0.3  # of each
 RULES = {
@@ -54,18 +54,21 @@ def gradients(x: Operands) -> Gradients:
 NOTHING = SimpleNamespace(
     forward=lambda problem, x: values(x),
     tangent=lambda problem, x, *_: values(x),
-    forward_tangent=lambda problem, x, _: (values(x), values(x)),
+    forward_with_jvp=lambda problem, x, _: (values(x), values(x)),
     backward=lambda problem, x, *_, **__: gradients(x),
     second=lambda problem, x, *_, **__: gradients(x),
-    backward_second=lambda problem, x, *_, **__: (gradients(x), gradients(x)),
+    backward_with_jvp=lambda problem, x, *_, **__: (gradients(x), gradients(x)),
 )
 
 
 @contextlib.contextmanager
 def without_work(*, own_levels: bool) -> Iterator[None]:
     """Inside, no backend computes anything; and rules run at PyTorch's levels by its own means, or by ours."""
-    apply = Rule.__dict__["apply"] if own_levels else classmethod(Function.apply.__func__)  # type: ignore[attr-defined]
-    with mock.patch.object(_operators, "select", return_value=NOTHING), mock.patch.object(Rule, "apply", apply):
+    apply = CustomFunction.__dict__["apply"] if own_levels else classmethod(Function.apply.__func__)  # type: ignore[attr-defined]
+    with (
+        mock.patch.object(operators, "select", return_value=NOTHING),
+        mock.patch.object(CustomFunction, "apply", apply),
+    ):
         yield
 
 

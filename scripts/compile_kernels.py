@@ -56,7 +56,7 @@ GPUS = {
     "b200": Gpu((10, 0), 227 * 1024),
     "rtx5090": Gpu((12, 0), 99 * 1024),
 }
-PRIMITIVES = ("forward", "tangent", "forward_tangent", "backward", "second", "backward_second", "products")
+PRIMITIVES = ("forward", "forward_jvp", "forward_with_jvp", "backward", "backward_jvp", "backward_with_jvp", "products")
 KINDS = ("full", "causal", "mask", "bias", "dropout", "short", "one_query")
 
 
@@ -164,14 +164,14 @@ def call(job: Job) -> None:
         backend.multiply([Product(x.query[0], x.key[0].mT)] * 2)
     elif job.primitive == "forward":
         backend.forward(problem, x)
-    elif job.primitive == "tangent":
-        backend.tangent(problem, x, values, t)
-    elif job.primitive == "forward_tangent":
-        backend.forward_tangent(problem, x, t)
+    elif job.primitive == "forward_jvp":
+        backend.forward_jvp(problem, x, values, t)
+    elif job.primitive == "forward_with_jvp":
+        backend.forward_with_jvp(problem, x, t)
     elif job.primitive == "backward":
         backend.backward(problem, x, values, w, **options)
     else:
-        function = backend.second if job.primitive == "second" else backend.backward_second
+        function = backend.backward_jvp if job.primitive == "backward_jvp" else backend.backward_with_jvp
         function(problem, x, values, values, w, t, cotangent_tangent=Rows(), **options)
 
 
@@ -201,9 +201,9 @@ def jobs(a: argparse.Namespace) -> Iterator[Job]:
     """All that was asked for and is served: B and S at once for some sizes, products for some dtypes and no masks."""
     for job in itertools.starmap(Job, itertools.product(a.gpus, a.dtypes, a.head_sizes, a.kinds, a.primitives)):
         fused = block_sizes.for_capability(GPUS[job.gpu].capability).get(
-            ("backward_second_keys", arithmetic(job.dtype)), {}
+            ("backward_with_jvp_keys", arithmetic(job.dtype)), {}
         )
-        if job.primitive == "backward_second" and (job.head_size > max(fused, default=0) or job.kind == "bias"):
+        if job.primitive == "backward_with_jvp" and (job.head_size > max(fused, default=0) or job.kind == "bias"):
             continue
         if job.primitive == "products" and (job.dtype == "float32" or job.kind != "full"):
             continue

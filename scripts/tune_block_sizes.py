@@ -1,6 +1,6 @@
 """Find the fastest block sizes of each Triton kernel on this GPU, and write them into the backend's table.
 
-    python scripts/tune_block_sizes.py [--head-sizes 64 128] [--dtypes bfloat16 tf32 float32] [--primitives second_keys]
+    python scripts/tune_block_sizes.py [--head-sizes 64 128] [--dtypes bfloat16 tf32 float32] [--primitives backward_jvp_keys]
 
 Candidates compile side by side in as many processes as there are cores; then each is checked against the formulas in
 float64 and timed alone, and the best few again for longer, without a band and with one (a causal mask). With --bands
@@ -39,14 +39,14 @@ from metaattn.cli._metrics import largest_error
 
 PRIMITIVES = (
     "forward",
-    "forward_tangent",
-    "tangent",
+    "forward_with_jvp",
+    "forward_jvp",
     "backward_rows",
     "backward_keys",
-    "second_rows",
-    "second_keys",
-    "backward_second_rows",
-    "backward_second_keys",
+    "backward_jvp_rows",
+    "backward_jvp_keys",
+    "backward_with_jvp_rows",
+    "backward_with_jvp_keys",
 )
 TOKENS = 2048
 FINALISTS = 6
@@ -66,11 +66,11 @@ class Trial(NamedTuple):
 def candidates(primitive: str, dtype: str, head_size: int, causal: bool) -> Iterator[Trial]:
     """Block sizes worth a trial: what is kept in registers fits, and in 16 bits is 64 high, for Hopper's products."""
     keeps_rows = not primitive.endswith("_keys")
-    at_once = primitive in ("forward_tangent", "backward_second_rows", "backward_second_keys")
+    at_once = primitive in ("forward_with_jvp", "backward_with_jvp_rows", "backward_with_jvp_keys")
     accumulators = (1 if keeps_rows else 2) * (2 if at_once else 1)
-    scores = 1 if primitive == "forward" else 4 if "second" in primitive else 2
+    scores = 1 if primitive == "forward" else 4 if "backward_jvp" in primitive else 2
     wide = dtype != "bfloat16"
-    few = wide or head_size > 128 or primitive == "backward_second_keys"
+    few = wide or head_size > 128 or primitive == "backward_with_jvp_keys"
     others = (16, 32, 64) if few else (32, 64, 128)
     splits = (True, False) if causal else (True,)
     holds = (False, True) if not wide and head_size <= 128 else (False,)
@@ -122,7 +122,7 @@ def random(dtype: str, head_size: int) -> Data:
 def exactly(given: Data, p: Problem) -> Data:
     """The same numbers in float64, with the values that the formulas give."""
     x, t, w = map(in_float64, given[:3])
-    return Data(x, t, w, *blockwise.forward_tangent(p, x, t))
+    return Data(x, t, w, *blockwise.forward_with_jvp(p, x, t))
 
 
 def problem(trial: Trial) -> Problem:
@@ -135,14 +135,14 @@ def call(trial: Trial, d: Data, by: Any = backend) -> Callable[[], Any]:
     p = problem(trial)
     if trial.primitive == "forward":
         return lambda: by.forward(p, d.x)
-    if trial.primitive == "forward_tangent":
-        return lambda: by.forward_tangent(p, d.x, d.t)
-    if trial.primitive == "tangent":
-        return lambda: by.tangent(p, d.x, d.values, d.t)
+    if trial.primitive == "forward_with_jvp":
+        return lambda: by.forward_with_jvp(p, d.x, d.t)
+    if trial.primitive == "forward_jvp":
+        return lambda: by.forward_jvp(p, d.x, d.values, d.t)
     if trial.primitive in ("backward_rows", "backward_keys"):
         return lambda: by.backward(p, d.x, d.values, d.w, bias_grad=False)
-    both = getattr(by, "backward_second", in_turn(by))
-    second = by.second if trial.primitive.startswith("second") else both
+    both = getattr(by, "backward_with_jvp", in_turn(by))
+    second = by.backward_jvp if trial.primitive.startswith("backward_jvp") else both
     return lambda: second(p, d.x, d.values, d.values_t, d.w, d.t, cotangent_tangent=Rows(), bias_grad=False)
 
 

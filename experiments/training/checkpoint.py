@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from metaattn.tasks._cache import replacing
+from metaattn.tasks.cache import replacing
 
 from ..errors import UserError
 

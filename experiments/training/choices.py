@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from .config import Config
 
-CONF = str(Path(__file__).parent.parent / "conf")
+CONF = str(Path(__file__).parents[2] / "conf")
 
 
 def groups() -> dict[str, list[str]]:

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from metaattn.meta.algorithms import MetaParams
 from metaattn.tasks import Episode
-from metaattn.tasks._cache import replacing
+from metaattn.tasks.cache import replacing
 
 from .setup import Setup
 

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ._custom_function import in_forward_mode, tangent_at_hand
+from ._custom_function import current_tangent, in_forward_mode
 
 _REMEDY = "pass it as an argument (of a module: the module itself, or its parameters to functional_call)"
 
@@ -31,7 +31,7 @@ def levels(t: Tensor) -> Iterator[tuple[int, bool]]:
         t = _functorch.get_unwrapped(t)
 
 
-def check_closure(function: Any, constants: Any) -> None:
+def check_captured(function: Any, constants: Any) -> None:
     """Neither what a function closes over nor the constants among its arguments hold a tensor under a transform.
 
     Raises:
@@ -97,7 +97,7 @@ def closure(function: Any) -> dict[str, Any]:
 
 
 class Watch(TorchFunctionMode):
-    """Refuses tensors of transforms that are not at work: what :func:`check_closure` cannot see, as globals.
+    """Refuses tensors of transforms that are not at work: what :func:`check_captured` cannot see, as globals.
 
     Likewise those with a tangent of a ``dual_level``, where none would be propagated.
     """
@@ -120,7 +120,7 @@ class Watch(TorchFunctionMode):
         if self.forward_mode or torch._C._is_fwd_grad_enabled() or not in_forward_mode():
             return False
         with forward_ad._set_fwd_grad_enabled(True):  # else it does not show
-            return tangent_at_hand(t) is not None
+            return current_tangent(t) is not None
 
 
 def _tensors_among(arguments: Sequence[Any]) -> Iterator[Tensor]:
@@ -158,7 +158,7 @@ def check_outputs(outputs: tuple[Tensor, ...]) -> None:
 def followed(t: Tensor) -> bool:
     """Whether any level, of reverse or of forward mode, differentiates a tensor."""
     t = _functorch.unwrap_if_dead(t)
-    if t.requires_grad or (in_forward_mode() and tangent_at_hand(t) is not None):
+    if t.requires_grad or (in_forward_mode() and current_tangent(t) is not None):
         return True
     if _functorch.peek_interpreter_stack() is None:
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backends import current_backend, use_backend
+from ._executor import active_executor, use_executor
 from ._function_mode import replacements
 
 _Precision = dict[str, tuple[bool, torch.dtype]]
 
 
-class Replay:
+class CallContext:
     """What surrounds a call, taken down when made.
 
     Args:
@@ -31,6 +33,7 @@ class Replay:
         self._replacements = replacements()
         self._cuda = sorted({t.get_device() for t in tensors if t.is_cuda})
         self._precision = precision({"cpu", *(t.device.type for t in tensors)})
+        self._executor, self._no_draws = active_executor(), _no_draws.get()
         self._generators = _generators(self._cuda) if random else None
 
     def settle(self) -> bool:
@@ -45,8 +48,15 @@ class Replay:
         return drew
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a function in these surroundings, and leave the present ones as they were."""
-        with self._drawing_again(), _autocast(self._precision), use_backend(self._backend), self._replacing():
+        """Run a function in these ambient_settings, and leave the present ones as they were."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(use_executor(active_executor(self._executor)))
+            if self._no_draws:
+                stack.enter_context(without_draws())
+            stack.enter_context(self._drawing_again())
+            stack.enter_context(_autocast(self._precision))
+            stack.enter_context(use_backend(self._backend))
+            stack.enter_context(self._replacing())
             return function(*args)
 
     @contextlib.contextmanager
@@ -71,7 +81,7 @@ class Replay:
             _set_generators(now)
 
 
-def surroundings() -> Hashable:
+def ambient_settings() -> Hashable:
     """What a function's operations depend on besides its arguments: equal where it runs alike."""
     return (
         current_backend(),
@@ -95,24 +105,23 @@ def _outside() -> Iterator[None]:
         yield
 
 
-_no_draws = False  # a backward runs in a thread of its own, which a context variable would not reach
+_no_draws: ContextVar[bool] = ContextVar("metaattn_no_draws", default=False)
 
 
 @contextlib.contextmanager
 def without_draws() -> Iterator[None]:
     """Inside, nothing draws from a GPU's generator, whose state cannot be read while a CUDA graph is captured."""
-    global _no_draws
-    before, _no_draws = _no_draws, True
+    token = _no_draws.set(True)
     try:
         yield
     finally:
-        _no_draws = before
+        _no_draws.reset(token)
 
 
 def _generators(cuda: Sequence[int]) -> dict[int | None, Tensor]:
     """The states of the generators: ``None`` is the CPU's, the others go by the number of the device."""
     if cuda and torch.cuda.is_current_stream_capturing():
-        if not _no_draws:
+        if not _no_draws.get():
             raise NotImplementedError(
                 "what is computed again must draw its random numbers again, and while a CUDA graph is captured their "
                 "generator cannot be set back. metaattn.meta.capture finds out whether a step draws any; for a graph "

@@ -12,20 +12,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import Function, forward_ad
 
-from ..backends.base import Tangent
 from . import _dispatch
-
-
-def flat(tangents: Sequence[Tangent]) -> tuple[Tensor | None, ...]:
-    return tuple(part for t in tangents for part in t)
-
-
-def unflatten(flat: Sequence[Tensor | None]) -> list[Tangent]:
-    return [Tangent(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
-
-
-def replace(tangents: list[Tangent], i: int, by: Tangent) -> list[Tangent]:
-    return [*tangents[:i], by, *tangents[i + 1 :]]
 
 
 def total(terms: Sequence[Sequence[Tensor | None]], like: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -35,7 +22,7 @@ def total(terms: Sequence[Sequence[Tensor | None]], like: Sequence[Any]) -> tupl
 
 
 @dataclass(frozen=True)
-class Form:
+class PresenceMask:
     """The constants of a function, and which of its tensors are there: only these are its arguments."""
 
     static: Any
@@ -51,8 +38,8 @@ class Form:
         return tuple(e for e, there in zip(entries, self.there, strict=True) if there)
 
 
-class Rule(Function):
-    """Base of the functions. Their first argument is a :class:`Form`, the others are tensors.
+class CustomFunction(Function):
+    """Base of the functions. Their first argument is a :class:`PresenceMask`, the others are tensors.
 
     Absent cotangents and tangents stay ``None``, so that no rule works on a zero.
     """
@@ -70,7 +57,7 @@ class Rule(Function):
     @classmethod
     def of(cls, static: Any, *tensors: Tensor | None) -> Any:
         """The function of its constants and all of its tensors, ``None`` for those that are not there."""
-        form = Form(static, tuple(t is not None for t in tensors))
+        form = PresenceMask(static, tuple(t is not None for t in tensors))
         return cls.call(form, *(t for t in tensors if t is not None))
 
     @classmethod
@@ -91,7 +78,7 @@ class Rule(Function):
         return cls.apply(*args)
 
     @staticmethod
-    def keep(ctx: Any, form: Form, inputs: Sequence[Tensor], outputs: Sequence[Tensor] = ()) -> None:
+    def keep(ctx: Any, form: PresenceMask, inputs: Sequence[Tensor], outputs: Sequence[Tensor] = ()) -> None:
         """Save tensors for both modes."""
         ctx.form = form
         ctx.set_materialize_grads(False)
@@ -111,7 +98,7 @@ class Rule(Function):
         return ctx.form.fill(ctx.needs_input_grad[1:], False)
 
 
-class Known(Rule):
+class PrecomputedResult(CustomFunction):
     """Results that are known already, as functions of a rule's tensors. Tensors: those of the rule, the results.
 
     A level of reverse mode above one of forward mode (``jvp`` of ``grad``) would run a rule's function there as well:
@@ -119,13 +106,13 @@ class Known(Rule):
     """
 
     @classmethod
-    def results(cls, rule: type[Rule], form: Form, tensors: Sequence[Tensor]) -> Any:
+    def results(cls, rule: type[CustomFunction], form: PresenceMask, tensors: Sequence[Tensor]) -> Any:
         """What a rule returns for its tensors at the innermost level, which is one of reverse mode."""
-        known = one_level_down(functools.partial(rule.call, form), *tensors)
+        known = call_one_level_down(functools.partial(rule.call, form), *tensors)
         return cls.apply((rule, form), *tensors, *known)
 
     @staticmethod
-    def forward(of: tuple[type[Rule], Form], *tensors: Tensor) -> Any:
+    def forward(of: tuple[type[CustomFunction], PresenceMask], *tensors: Tensor) -> Any:
         return tuple(t.view_as(t) for t in tensors[sum(of[1].there) :])
 
     @staticmethod
@@ -143,7 +130,7 @@ class Known(Rule):
         return tuple(None if t is None else t.view_as(t) for t in tangents[-ctx.known :])
 
 
-class Sum(Rule):
+class Sum(CustomFunction):
     """The sum of tensors, for use in jvp rules (see the trap in :mod:`metaattn.ops._rules`)."""
 
     @classmethod
@@ -169,13 +156,13 @@ class Sum(Rule):
         return (Sum.of_terms([t for t in tangents if t is not None]),)
 
 
-def tangent_at_hand(t: Any) -> Tensor | None:
+def current_tangent(t: Any) -> Tensor | None:
     """The tangent that a tensor has at the current level of forward mode."""
     tangent = forward_ad.unpack_dual(t).tangent if isinstance(t, Tensor) else None
     return None if tangent is None or tangent._is_zerotensor() else tangent
 
 
-def tangents_at_this_level(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+def current_tangents(tensors: Sequence[Tensor]) -> list[Tensor | None]:
     """The tangents that tensors have here; none where they cannot be taken apart.
 
     Where reverse mode is at the same level (a ``dual_level`` with leaves that require grad) its graph must be of the
@@ -183,7 +170,7 @@ def tangents_at_this_level(tensors: Sequence[Tensor]) -> list[Tensor | None]:
     """
     if not in_forward_mode() or any(t.requires_grad for t in tensors):
         return [None] * len(tensors)
-    tangents = [tangent_at_hand(t) for t in tensors]
+    tangents = [current_tangent(t) for t in tensors]
     if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tangents):
         return [None] * len(tensors)
     return tangents
@@ -200,7 +187,7 @@ def reverse_over_forward() -> bool:
     return any(level.key() == kinds.Jvp for level in stack[:-1])
 
 
-def one_level_down(call: Callable[..., Any], *tensors: Tensor) -> Any:
+def call_one_level_down(call: Callable[..., Any], *tensors: Tensor) -> Any:
     """What a call returns at the level below the innermost one, which is one of reverse mode."""
     innermost = retrieve_current_functorch_interpreter()
     level = innermost.level()

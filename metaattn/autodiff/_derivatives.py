@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
-from ..compile.cache_key import Source
+from ._executor import Executor, FunctionKey
 from ._pytree import Tensors, put
 
 Flat = Callable[..., Tensors]  # of tensors, to a tuple of tensors
@@ -21,7 +21,7 @@ Pullback = Callable[[Tensors, Tensors, Sequence[int], Sequence[int]], Tensors]
 
 
 @dataclass(frozen=True, eq=False)
-class Program:
+class Derivable:
     """A function as it runs at first, and as it runs again: with the random numbers it drew then.
 
     Args:
@@ -30,7 +30,8 @@ class Program:
         kinds: The transforms at work at the first run, outermost first.
         pullback: Its rule in reverse mode, if that is not to be derived from the function.
         refusal: If the pullback is the only derivative there is: what all others raise.
-        source: What it computes, if it may run compiled.
+        key: What it computes, if it may run compiled.
+        executor: That of the first run, which a backward pass in another thread would not see.
     """
 
     first: Flat
@@ -38,9 +39,10 @@ class Program:
     kinds: tuple[Any, ...]
     pullback: Pullback | None = None
     refusal: str = ""
-    source: Source | None = None
+    key: FunctionKey | None = None
+    executor: Executor | None = None
 
-    def pulled(self, count: int, wrt: Sequence[int], of: Sequence[int]) -> Program:
+    def vjp(self, count: int, wrt: Sequence[int], of: Sequence[int]) -> Derivable:
         """From ``count`` inputs and cotangents of the outputs ``of`` to the cotangents of the inputs ``wrt``."""
         if self.pullback is None:
             self._check_refusal()
@@ -49,36 +51,41 @@ class Program:
         def again(*args: Tensor) -> Tensors:
             return rule(args[:count], args[count:], wrt, of)
 
-        source = self._source("pulled", count, tuple(wrt), tuple(of))
-        return Program(again, again, self.kinds, refusal=self.refusal, source=source)
+        key = self._key("vjp", count, tuple(wrt), tuple(of))
+        return Derivable(again, again, self.kinds, refusal=self.refusal, key=key, executor=self.executor)
 
-    def pushed(self, count: int, wrt: Sequence[int], *, values: bool) -> Program:
+    def jvp(self, count: int, wrt: Sequence[int], *, values: bool) -> Derivable:
         """:func:`pushforward` of the function: with ``values`` in the place of its first run, else after it."""
         self._check_refusal()
         again = pushforward(self.again, count, wrt, values=values)
         first = pushforward(self.first, count, wrt, values=True) if values else again
-        return Program(first, again, self.kinds, source=self._source("pushed", count, tuple(wrt), values))
+        key = self._key("jvp", count, tuple(wrt), values)
+        return Derivable(first, again, self.kinds, key=key, executor=self.executor)
 
-    def mapped(self, in_dims: tuple[int | None, ...], level: int, randomness: str) -> Program:
+    def vmap(self, in_dims: tuple[int | None, ...], level: int, randomness: str) -> Derivable:
         """Vectorised at a level. A vmap that came after the first run must not draw other numbers for each entry."""
         if level > len(self.kinds) or self.kinds[level - 1] != torch._C._functorch.TransformType.Vmap:
             randomness = "same"
-        rule = self.pullback
+        per_example = self.pullback
 
         def pullback(x: Tensors, w: Tensors, wrt: Sequence[int], of: Sequence[int]) -> Tensors:
-            assert rule is not None
+            assert per_example is not None
             dims = [in_dims[i] for i in wrt]
             each = torch.func.vmap(
-                lambda x, w: rule(x, w, wrt, of), (in_dims, 0), tuple(d or 0 for d in dims), randomness=randomness
+                lambda x, w: per_example(x, w, wrt, of),
+                (in_dims, 0),
+                tuple(d or 0 for d in dims),
+                randomness=randomness,
             )
             return tuple(g.sum(0) if d is None else g for g, d in zip(each(x, w), dims, strict=True))
 
         first, again = (torch.func.vmap(f, in_dims, randomness=randomness) for f in (self.first, self.again))
-        source = self._source("mapped", in_dims)
-        return Program(first, again, self.kinds[: level - 1], None if rule is None else pullback, self.refusal, source)
+        rule = None if per_example is None else pullback
+        key = self._key("vmap", in_dims)
+        return Derivable(first, again, self.kinds[: level - 1], rule, self.refusal, key, self.executor)
 
-    def _source(self, *transform: Hashable) -> Source | None:
-        return None if self.source is None else self.source.then(*transform)
+    def _key(self, *transform: Hashable) -> FunctionKey | None:
+        return None if self.key is None else self.key.then(*transform)
 
     def _check_refusal(self) -> None:
         if self.refusal:

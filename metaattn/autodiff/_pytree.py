@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 Tensors = tuple[Tensor, ...]
 
 
-class Form(NamedTuple):
+class TensorSpec(NamedTuple):
     """What code depends on of a tensor."""
 
     shape: tuple[int, ...]
@@ -27,12 +27,12 @@ class Form(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def form_of(t: Tensor) -> Form:
+def tensor_spec(t: Tensor) -> TensorSpec:
     """The form of a tensor."""
-    return Form(tuple(t.shape), t.stride(), t.dtype, t.device)
+    return TensorSpec(tuple(t.shape), t.stride(), t.dtype, t.device)
 
 
-def tensors_of(tree: Any) -> tuple[Tensors, Callable[[Sequence[Tensor]], Any]]:
+def split_tensors(tree: Any) -> tuple[Tensors, Callable[[Sequence[Tensor]], Any]]:
     """The tensors among a tree's leaves, and what makes the tree of others in their places: it holds none of these."""
     leaves, spec = tree_flatten(tree)
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]

@@ -12,13 +12,12 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from ..compile.cache_key import Source
-from ..compile.compiler import pieces_at_work
-from ._captured import Watch, check_closure, unmapped
-from ._context import Replay, tracing
-from ._derivatives import Program, Pullback
-from ._pytree import Tensors, constants_of, tensors_of
-from ._recompute import Remat
+from ._captured import Watch, check_captured, unmapped
+from ._context import CallContext, tracing
+from ._derivatives import Derivable, Pullback
+from ._executor import FunctionKey, active_executor
+from ._pytree import Tensors, constants_of, split_tensors
+from ._recompute import Recompute
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,7 +49,7 @@ def checkpoint(function: Callable[P, R], *, preserve_rng_state: bool = True) -> 
         NotImplementedError: When called: it draws random numbers under ``make_fx``, which cannot draw them again;
             or under a :func:`torch.func.vmap` with other numbers for each entry that maps none of its arguments.
 
-    Source:
+    FunctionKey:
         Griewank and Walther 2000 (Algorithm 799: revolve); Chen et al. 2016 (arXiv 1604.06174), section 3.
 
     Example:
@@ -87,7 +86,7 @@ def _call(function: Callable[..., Any], args: Any, kwargs: Any, preserve_rng_sta
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         return function(*args, **kwargs)
     if transforms():
-        check_closure(function if module is None else None, [leaf for leaf in leaves if not isinstance(leaf, Tensor)])
+        check_captured(function if module is None else None, [leaf for leaf in leaves if not isinstance(leaf, Tensor)])
 
     def run(state: Any, args: Any, kwargs: Any) -> Any:
         if module is None:
@@ -120,7 +119,7 @@ def recompute(
     pullback: Pullback | None = None,
     refusal: str = "",
     preserve_rng_state: bool = True,
-    source: Source | None = None,
+    key: FunctionKey | None = None,
 ) -> Any:
     """``function(*args)``, of which derivatives keep the arguments' tensors alone.
 
@@ -130,21 +129,21 @@ def recompute(
         pullback: Its rule in reverse mode, on the tensors in the order of the trees' leaves; else of the function.
         refusal: If that rule is the only derivative: what all others raise.
         preserve_rng_state: As for :func:`checkpoint`; for the pullback too.
-        source: What the function and the pullback are made of, if they may run compiled; see :mod:`._pieces`.
+        key: Identity of the function and the pullback, if they may run compiled; see :mod:`._executor`.
 
     Raises:
         ValueError: As :func:`checkpoint`, of which what a function closes over is not looked through here.
         NotImplementedError: As :func:`checkpoint`.
     """
-    tensors, restore = tensors_of(args)
+    tensors, restore = split_tensors(args)
     returned: list[Callable[[Tensors], Any]] = []
-    pieces = pieces_at_work()
-    if pieces is not None and source is not None:
-        source = source.then(*constants_of(args))
-        returned = pieces.structures.setdefault(source.key, returned)
+    executor = active_executor()
+    if executor is not None and key is not None:
+        key = key.then(*constants_of(args))
+        returned = executor.structures.setdefault(key.key, returned)
 
     def flat(*tensors: Tensor) -> Tensors:
-        outputs, restore_outputs = tensors_of(function(*restore(tensors)))
+        outputs, restore_outputs = split_tensors(function(*restore(tensors)))
         returned[:] = [restore_outputs]
         return outputs
 
@@ -152,10 +151,11 @@ def recompute(
         with Watch():
             return flat(*tensors)
 
-    kinds, replay = transforms(), Replay(tensors, preserve_rng_state)
+    kinds, replay = transforms(), CallContext(tensors, preserve_rng_state)
     first = watched if kinds or forward_ad._current_level >= 0 else flat
     rule = None if pullback is None else functools.partial(replay, pullback)
-    outputs = Remat.of(Program(first, functools.partial(replay, flat), kinds, rule, refusal, source), *tensors)
+    again = functools.partial(replay, flat)
+    outputs = Recompute.of(Derivable(first, again, kinds, rule, refusal, key, executor), *tensors)
     if replay.settle():
         if tracing():
             raise NotImplementedError(

@@ -22,7 +22,7 @@ from .base import Gradients, Operands, Pair, Problem, Rows, Tangent, Values, in_
 
 name = "auto"
 PATH = Path(__file__).with_name("auto.json")
-PRIMITIVES = ("forward", "backward", "tangent", "forward_tangent", "second")
+PRIMITIVES = ("forward", "backward", "forward_jvp", "forward_with_jvp", "backward_jvp")
 
 
 class Choice(NamedTuple):
@@ -107,19 +107,19 @@ def backward(problem: Problem, x: Operands, values: Values, cotangent: Rows, *, 
     return grads
 
 
-def tangent(problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
+def forward_jvp(problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
     """T."""
-    values_t: Values = choose("tangent", problem, x).backend.tangent(problem, x, values, tangent)
+    values_t: Values = choose("forward_jvp", problem, x).backend.forward_jvp(problem, x, values, tangent)
     return values_t
 
 
-def forward_tangent(problem: Problem, x: Operands, direction: Tangent) -> tuple[Values, Values]:
+def forward_with_jvp(problem: Problem, x: Operands, direction: Tangent) -> tuple[Values, Values]:
     """F and T at once."""
-    both: tuple[Values, Values] = choose("forward_tangent", problem, x).backend.forward_tangent(problem, x, direction)
+    both: tuple[Values, Values] = choose("forward_with_jvp", problem, x).backend.forward_with_jvp(problem, x, direction)
     return both
 
 
-def second(
+def backward_jvp(
     problem: Problem,
     x: Operands,
     values: Values,
@@ -131,7 +131,7 @@ def second(
     bias_grad: bool,
 ) -> Gradients:
     """S."""
-    grads: Gradients = choose("second", problem, x).backend.second(
+    grads: Gradients = choose("backward_jvp", problem, x).backend.backward_jvp(
         problem,
         x,
         values,
@@ -147,9 +147,9 @@ def second(
 _in_turn = in_turn(sys.modules[__name__])
 
 
-def backward_second(problem: Problem, x: Operands, *rest: Any, bias_grad: bool, **options: Any) -> Pair:
+def backward_with_jvp(problem: Problem, x: Operands, *rest: Any, bias_grad: bool, **options: Any) -> Pair:
     """B and S at once where our kernels are one for both; the fastest of each otherwise."""
-    backend = choose("second", problem, x).backend
-    both = backend.backward_second if backend.name == "triton" and backend.fuses(x, bias_grad) else _in_turn
+    backend = choose("backward_jvp", problem, x).backend
+    both = backend.backward_with_jvp if backend.name == "triton" and backend.fuses(x, bias_grad) else _in_turn
     pair: Pair = both(problem, x, *rest, bias_grad=bias_grad, **options)
     return pair

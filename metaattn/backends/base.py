@@ -131,15 +131,15 @@ class Backend(Protocol):
         """B: the gradient of ``<cotangent, F(x)>``; the gradient of the bias only if ``bias_grad``."""
         ...
 
-    def tangent(self, problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
+    def forward_jvp(self, problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
         """T: the derivative of F along ``tangent``."""
         ...
 
-    def forward_tangent(self, problem: Problem, x: Operands, direction: Tangent) -> tuple[Values, Values]:
+    def forward_with_jvp(self, problem: Problem, x: Operands, direction: Tangent) -> tuple[Values, Values]:
         """F and T at once."""
         ...
 
-    def second(
+    def backward_jvp(
         self,
         problem: Problem,
         x: Operands,
@@ -157,7 +157,7 @@ class Backend(Protocol):
         """
         ...
 
-    def backward_second(
+    def backward_with_jvp(
         self,
         problem: Problem,
         x: Operands,
@@ -174,9 +174,9 @@ class Backend(Protocol):
 
 
 def in_turn(backend: ModuleType) -> Callable[..., Pair]:
-    """``backward_second`` of a backend that has no kernel for both: its B, then its S, each as the call finds it."""
+    """``backward_with_jvp`` of a backend that has no kernel for both: its B, then its S, each as the call finds it."""
 
-    def backward_second(
+    def backward_with_jvp(
         problem: Problem,
         x: Operands,
         values: Values,
@@ -186,9 +186,9 @@ def in_turn(backend: ModuleType) -> Callable[..., Pair]:
         **options: Any,
     ) -> Pair:
         first = backend.backward(problem, x, values, cotangent, bias_grad=options["bias_grad"])
-        return first, backend.second(problem, x, values, values_tangent, cotangent, *rest, **options)
+        return first, backend.backward_jvp(problem, x, values, values_tangent, cotangent, *rest, **options)
 
-    return backward_second
+    return backward_with_jvp
 
 
 def tokens_first(query: Tensor) -> bool:

@@ -49,18 +49,18 @@ def backward(problem: Problem, x: Operands, values: Values, cotangent: Rows, *, 
     return _gradient(problem, x, _row_jets(values), _row_jets(cotangent), [], bias_grad)
 
 
-def tangent(problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
+def forward_jvp(problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
     """T."""
     return directional(problem, x, values, [tangent])
 
 
-def forward_tangent(problem: Problem, x: Operands, direction: Tangent) -> tuple[Values, Values]:
+def forward_with_jvp(problem: Problem, x: Operands, direction: Tangent) -> tuple[Values, Values]:
     """F, then T."""
     values = forward(problem, x)
-    return values, tangent(problem, x, values, direction)
+    return values, forward_jvp(problem, x, values, direction)
 
 
-def second(
+def backward_jvp(
     problem: Problem,
     x: Operands,
     values: Values,
@@ -76,7 +76,7 @@ def second(
     return _gradient(problem, x, residuals, w, [tangent], bias_grad)
 
 
-backward_second = in_turn(sys.modules[__name__])
+backward_with_jvp = in_turn(sys.modules[__name__])
 
 
 def directional(problem: Problem, x: Operands, values: Values, tangents: Sequence[Tangent]) -> Values:

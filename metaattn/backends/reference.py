@@ -105,7 +105,7 @@ def backward(problem: Problem, x: Operands, values: Values, cotangent: Rows, *, 
     )
 
 
-def tangent(problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
+def forward_jvp(problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
     """T."""
     d = _Dense.of(problem, x)
     query_t, key_t, value_t, bias_t = d.tangent(tangent)
@@ -118,13 +118,13 @@ def tangent(problem: Problem, x: Operands, values: Values, tangent: Tangent) -> 
     return Values(out_t.flatten(-4, -3).to(x.query.dtype), mu.flatten(-4, -3).squeeze(-1))
 
 
-def forward_tangent(problem: Problem, x: Operands, direction: Tangent) -> tuple[Values, Values]:
+def forward_with_jvp(problem: Problem, x: Operands, direction: Tangent) -> tuple[Values, Values]:
     """F, then T."""
     values = forward(problem, x)
-    return values, tangent(problem, x, values, direction)
+    return values, forward_jvp(problem, x, values, direction)
 
 
-def second(
+def backward_jvp(
     problem: Problem,
     x: Operands,
     values: Values,
@@ -162,7 +162,7 @@ def second(
     )
 
 
-backward_second = in_turn(sys.modules[__name__])
+backward_with_jvp = in_turn(sys.modules[__name__])
 
 
 def _gradients(x: Operands, query: Tensor, key: Tensor, value: Tensor, scores: Tensor | None) -> Gradients:

@@ -20,9 +20,9 @@ DTYPES = (torch.float16, torch.bfloat16)
 LARGEST_HEAD = 128
 aten = torch.ops.aten
 
-tangent = triton.tangent
-forward_tangent = triton.forward_tangent
-second = triton.second
+forward_jvp = triton.forward_jvp
+forward_with_jvp = triton.forward_with_jvp
+backward_jvp = triton.backward_jvp
 
 
 def refuses(problem: Problem, x: Operands) -> str | None:
@@ -79,9 +79,9 @@ def backward(problem: Problem, x: Operands, values: Values, cotangent: Rows, *, 
 _in_turn = in_turn(sys.modules[__name__])
 
 
-def backward_second(problem: Problem, x: Operands, *rest: Any, bias_grad: bool, **options: Any) -> Pair:
+def backward_with_jvp(problem: Problem, x: Operands, *rest: Any, bias_grad: bool, **options: Any) -> Pair:
     """B and S at once where our kernels are one for both."""
-    both = triton.backward_second if triton.fuses(x, bias_grad) else _in_turn
+    both = triton.backward_with_jvp if triton.fuses(x, bias_grad) else _in_turn
     return both(problem, x, *rest, bias_grad=bias_grad, **options)
 
 

@@ -14,7 +14,7 @@ from torch.utils import collect_env
 
 import metaattn
 
-from ..tasks._cache import directory
+from ..tasks.cache import directory
 
 PACKAGE = Path(__file__).parent.parent
 

@@ -10,46 +10,25 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..autodiff._captured import closure
-from ..autodiff._context import surroundings
+from ..autodiff import FunctionKey, ambient_settings, closure
 
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, range)
 _OURS = ("torch", "metaattn")  # libraries, whose globals do not change
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a program computes.
-
-    Args:
-        key: Equal for two programs that do the same, whatever the numbers in their inputs and in ``held``.
-        held: The tensors that it closes over.
-        root: The key of what it was made from by transforms.
-    """
-
-    key: Hashable
-    held: tuple[Tensor, ...]
-    root: Hashable
-
-    def then(self, *more: Hashable) -> Source:
-        """What is made of it by a transform."""
-        return Source((self.key, *more), self.held, self.root)
-
-
-def source_of(*things: Any) -> Source:
-    """The source of functions, constants, and what else a program depends on; and of the surroundings now."""
+def function_key(*things: Any) -> FunctionKey:
+    """The source of functions, constants, and what else a program depends on; and of the ambient_settings now."""
     walk = _Walk()
     for thing in things:
         walk.on(thing, 1)
-    key = (tuple(walk.key), surroundings())
-    return Source(key, tuple(walk.held), key)
+    key = (tuple(walk.key), ambient_settings())
+    return FunctionKey(key, tuple(walk.held), key)
 
 
 class _Same:

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch._inductor import config
 from torch.utils import _pytree as pytree
 
-from ..autodiff._context import surroundings, without_draws
-from .compiler import Pieces
+from ..autodiff import ambient_settings, without_draws
+from .compiler import MetaStepCompiler
 
 Mode = Literal["graph", "inductor", "none"]
 MODES = ("graph", "inductor", "none")
@@ -32,7 +32,7 @@ _TOGETHER = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.
 WARM_UPS = 2  # lazy initialisations (cuBLAS, compiled kernels) happen before the capture
 
 
-class _Replay(NamedTuple):
+class CapturedGraph(NamedTuple):
     """A captured graph, the buffers that it reads, and what it returns."""
 
     graph: torch.cuda.CUDAGraph
@@ -53,10 +53,10 @@ class Captured:
     ) -> None:
         functools.update_wrapper(self, step)
         self.mode, self.state, self.most = mode, list(state), most
-        self.pieces = Pieces(options) if mode == "inductor" else None
+        self.pieces = MetaStepCompiler(options) if mode == "inductor" else None
         self.step = step if self.pieces is None else functools.partial(_compiled, self.pieces, step)
         self.reason: str | None = None
-        self._replays: OrderedDict[Any, _Replay | str] = OrderedDict()
+        self._replays: OrderedDict[Any, CapturedGraph | str] = OrderedDict()
         self._said: set[str] = set()
 
     def __call__(self, *args: Any) -> Any:
@@ -66,13 +66,13 @@ class Captured:
             return self.step(*args)  # compiled: on a CPU there is no graph besides
         self.reason = self._refusal(leaves)
         if self.reason is None:
-            key = (spec, tuple(map(_described, leaves)), surroundings())
+            key = (spec, tuple(map(_described, leaves)), ambient_settings())
             if key not in self._replays:
                 self._make_room()
                 self._replays[key] = self._capture(leaves, spec)
             self._replays.move_to_end(key)
             replay = self._replays[key]
-            if isinstance(replay, _Replay):
+            if isinstance(replay, CapturedGraph):
                 return _run(replay, leaves)
             self.reason = replay
         if self.mode != "none" and self.reason not in self._said:
@@ -100,7 +100,7 @@ class Captured:
         while len(self._replays) >= self.most:
             self._replays.popitem(last=False)
 
-    def _capture(self, leaves: list[Any], spec: pytree.TreeSpec) -> _Replay | str:
+    def _capture(self, leaves: list[Any], spec: pytree.TreeSpec) -> CapturedGraph | str:
         """The graph for such arguments, or why there is none. The state is as it was before."""
         inputs = [t.clone() if isinstance(t, Tensor) else t for t in leaves]
         device = next(t.device for t in (*leaves, *self.state) if isinstance(t, Tensor) and t.is_cuda)
@@ -127,10 +127,10 @@ class Captured:
                 for t, was in zip(self.state, saved, strict=True):
                     t.copy_(was)
         outputs, out_spec = pytree.tree_flatten(returned)
-        return _Replay(graph, inputs, outputs, out_spec)
+        return CapturedGraph(graph, inputs, outputs, out_spec)
 
 
-def _compiled(pieces: Pieces, step: Callable[..., Any], *args: Any) -> Any:
+def _compiled(pieces: MetaStepCompiler, step: Callable[..., Any], *args: Any) -> Any:
     with pieces.at_work():
         return step(*args)
 
@@ -152,7 +152,7 @@ def _described(leaf: Any) -> Any:
     return leaf
 
 
-def _run(replay: _Replay, leaves: list[Any]) -> Any:
+def _run(replay: CapturedGraph, leaves: list[Any]) -> Any:
     buffers = [buffer for buffer in replay.inputs if isinstance(buffer, Tensor)]
     _copy(buffers, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
     replay.graph.replay()

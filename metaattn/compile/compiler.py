@@ -12,17 +12,15 @@ from torch import Tensor, fx
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..autodiff._captured import check_outputs
-from ..autodiff._pytree import Tensors
-from .cache_key import Source
+from ..autodiff import FunctionKey, Tensors, active_executor, check_outputs, use_executor
 from .piecewise import Lower, Lowered, Run, as_recorded, inductor
-from .precompile import Ahead
+from .precompile import Precompiler
 from .recorder import Recording, UnrecordableError
 
 MOST = 32  # programs, and forms of each: a step that is another one at every call is not to be compiled for ever
 
 
-class Pieces:
+class MetaStepCompiler:
     """What has been compiled, and what could not be.
 
     Args:
@@ -36,7 +34,7 @@ class Pieces:
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         self.lower: Lower = inductor(options or {})
-        self._ahead = Ahead(options or {})
+        self._ahead = Precompiler(options or {})
         self.reasons: dict[Hashable, str] = {}
         self.structures: dict[Hashable, list[Any]] = {}
         self._made: dict[Hashable, dict[Hashable, tuple[Lowered, list[tuple[bool, Any]]]]] = {}
@@ -47,15 +45,15 @@ class Pieces:
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
         """Inside, programs that have a source run compiled."""
-        with _at_work(self):
+        with use_executor(self):
             yield
 
-    def refuse(self, source: Source, reason: str) -> None:
+    def refuse(self, source: FunctionKey, reason: str) -> None:
         """Run what has this source, and all that is made of it, eagerly from now on, and say why."""
         self.reasons[source.root] = reason
         self._say(reason)
 
-    def admits(self, source: Source, check: Callable[[], str | None]) -> bool:
+    def admits(self, source: FunctionKey, check: Callable[[], str | None]) -> bool:
         """Whether a source may run compiled. At first sight it is checked: for a reason why not, or an error."""
         if source.key not in self._checked:
             if len(self._checked) >= MOST:
@@ -72,7 +70,7 @@ class Pieces:
             self._said.add(reason)
             warnings.warn(f"a part of the step is not compiled: {reason}", stacklevel=2)
 
-    def run(self, source: Source, function: Callable[..., Tensors], inputs: Sequence[Tensor]) -> Tensors | None:
+    def run(self, source: FunctionKey, function: Callable[..., Tensors], inputs: Sequence[Tensor]) -> Tensors | None:
         """The function of a source on plain tensors; ``None`` where it is to run eagerly."""
         if source.root in self.reasons or not _plain(inputs):
             return None
@@ -93,19 +91,19 @@ class Pieces:
                 return None  # an eager run raises what is the function's own
         lowered, found = made[form]
         try:
-            return lowered(*inputs, *(source.held[at] if held else at for held, at in found))
+            return lowered(*inputs, *(source.captured[at] if held else at for held, at in found))
         except Exception as error:
             self.refuse(source, f"it could not be run compiled ({_told(error)})")
             return None
 
     def _make(
-        self, source: Source, function: Callable[..., Tensors], inputs: Sequence[Tensor]
+        self, source: FunctionKey, function: Callable[..., Tensors], inputs: Sequence[Tensor]
     ) -> tuple[Lowered, list[tuple[bool, Any]]]:
         """The lowered function; and the tensors that it takes besides: one that is held by its place, or itself."""
-        with _at_work(None), torch.enable_grad():  # as Remat runs it
+        with use_executor(None), torch.enable_grad():  # as Recompute runs it
             recording = Recording(function, inputs)
         check_outputs(recording.outputs)
-        places = {id(t): i for i, t in enumerate(source.held)}
+        places = {id(t): i for i, t in enumerate(source.captured)}
         found = [(id(t) in places, places.get(id(t), t)) for t in recording.found]
         return Lowered(recording, self._lower, self._known, self._ahead), found
 
@@ -127,22 +125,10 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {' … '.join(dict.fromkeys((*lines[:1], *lines[-1:])))}"
 
 
-_now: Pieces | None = None  # a backward runs in a thread of its own, which a context variable would not reach
-
-
-@contextlib.contextmanager
-def _at_work(pieces: Pieces | None) -> Iterator[None]:
-    global _now
-    before, _now = _now, pieces
-    try:
-        yield
-    finally:
-        _now = before
-
-
-def pieces_at_work() -> Pieces | None:
-    """Those that the current step is compiled with."""
-    return _now
+def active_compiler() -> MetaStepCompiler | None:
+    """Return the compiler of the step that runs now, if it is compiled."""
+    executor = active_executor()
+    return executor if isinstance(executor, MetaStepCompiler) else None
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:

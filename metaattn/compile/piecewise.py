@@ -21,12 +21,11 @@ from torch._subclasses import FakeTensorMode
 from torch.compiler import config as compiler_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ..autodiff._context import surroundings
-from ..autodiff._pytree import Form, Tensors, form_of
-from ..ops._operators import is_leaf
+from ..autodiff import Tensors, TensorSpec, ambient_settings, tensor_spec
+from ..ops.operators import is_attention_op
 from .passes.matmul_fusion import joined
 from .passes.qkv_grad_packing import written_in_one
-from .precompile import Ahead, Part
+from .precompile import Part, Precompiler
 from .recorder import Recording
 
 DEPTH = 8  # operations in a row that are done again rather than their result kept
@@ -118,9 +117,9 @@ class Lowered:
     """
 
     def __init__(
-        self, recording: Recording, lower: Lower, known: dict[Hashable, Run], ahead: Ahead | None = None
+        self, recording: Recording, lower: Lower, known: dict[Hashable, Run], ahead: Precompiler | None = None
     ) -> None:
-        self._lower, self._known, self._ahead, self._around = lower, known, ahead, surroundings()
+        self._lower, self._known, self._ahead, self._around = lower, known, ahead, ambient_settings()
         nodes = list((written_in_one(joined(recording.graph)) if recording.functional else recording.graph).nodes)
         self._given = [n for n in nodes if n.op == "placeholder"]
         self._returned: tuple[fx.Node, ...] = nodes[-1].args[0]
@@ -129,7 +128,7 @@ class Lowered:
         self._expected: dict[Hashable, Part] = {}
         for group in reversed(groups):
             made = [n for n in group if n in needed]
-            of_leaf = recording.functional and is_leaf(group[0])
+            of_leaf = recording.functional and is_attention_op(group[0])
             if not of_leaf:
                 group = [*_again(group, needed), *group]
             outside = {a for n in group for a in n.all_input_nodes}.difference(group)
@@ -169,7 +168,7 @@ class Lowered:
 
         def run(values: _Values) -> None:
             tensors = [values.pop(n) if n in last else values[n] for n in inputs]
-            form = tuple(map(form_of, tensors))
+            form = tuple(map(tensor_spec, tensors))
             if form not in chosen:
                 key = (self._around, text, form)
                 if key not in self._known:
@@ -181,8 +180,8 @@ class Lowered:
         return run
 
 
-def _form(node: fx.Node) -> Form | None:
-    form: Form | None = form_of(node.meta["result"]) if "result" in node.meta else node.meta.get("form")
+def _form(node: fx.Node) -> TensorSpec | None:
+    form: TensorSpec | None = tensor_spec(node.meta["result"]) if "result" in node.meta else node.meta.get("form")
     return form
 
 
@@ -194,7 +193,7 @@ def _cut(nodes: list[fx.Node], whole: bool) -> list[list[fx.Node]]:
     of_leaf: dict[fx.Node, list[fx.Node]] = {}
     between: list[fx.Node] = []
     for node in nodes:
-        if is_leaf(node):
+        if is_attention_op(node):
             groups += [between, [node]]
             of_leaf[node], between = groups[-1], []
         elif node.target is operator.getitem and node.args[0] in of_leaf:

@@ -26,7 +26,7 @@ from torch import fx
 from torch._dynamo.utils import counters
 from torch._inductor import config
 
-from ..autodiff._pytree import Form
+from ..autodiff import TensorSpec
 
 MOST = 8  # processes
 FREE = 2 << 30  # bytes of a GPU for each of them, besides what a part takes
@@ -40,10 +40,10 @@ class Part(NamedTuple):
     """A module, and the forms of its inputs."""
 
     module: fx.GraphModule
-    forms: Sequence[Form]
+    forms: Sequence[TensorSpec]
 
 
-class Ahead:
+class Precompiler:
     """What is compiled ahead for one step.
 
     Args:
@@ -114,7 +114,7 @@ def processes() -> int:
     return count if count > 1 and hasattr(os, "fork") else 0
 
 
-class Helpers:
+class WorkerPool:
     """The process that forks others, of :mod:`._ahead_worker`: it ends with this one, they with their work."""
 
     def __init__(self) -> None:
@@ -180,6 +180,6 @@ class Helpers:
 
 
 @functools.cache
-def helpers() -> Helpers:
+def helpers() -> WorkerPool:
     """Those of this process."""
-    return Helpers()
+    return WorkerPool()

@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx._graph_pickler import GraphPickler, Options
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ..autodiff._pytree import Form
+from ..autodiff import TensorSpec
 from .piecewise import inductor
 from .precompile import HEAD, NUMBER
 
@@ -63,7 +63,7 @@ class Settings(NamedTuple):
         torch.set_num_threads(self.threads)
 
 
-def compile_part(module: bytes, forms: Sequence[Form], options: Mapping[str, Any], settings: Settings) -> None:
+def compile_part(module: bytes, forms: Sequence[TensorSpec], options: Mapping[str, Any], settings: Settings) -> None:
     """Compile a part for tensors of the forms, whose numbers do not matter."""
     config.compile_threads, config.worker_start_method = THREADS, "fork"
     settings.set()

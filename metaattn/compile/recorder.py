@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..autodiff._pytree import Tensors, form_of
+from ..autodiff import Tensors, tensor_spec
 
 _LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
 _VIEWS = tuple(getattr(torch.ops.aten, name).default for name in ("alias", "detach", "expand", "view", "_unsafe_view"))
@@ -57,21 +57,12 @@ class Recording:
             self.graph = fx_graph_cse(recorder.graph)
         else:
             self.graph = recorder.graph
-        for node in self.graph.find_nodes(op="call_function", target=_apart):
+        for node in self.graph.find_nodes(op="call_function", target=_isolated):
             node.replace_all_uses_with(node.args[0])
         self.graph.eliminate_dead_code()
 
 
-def apart(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same tensors: of what is made of them, a recording at work merges nothing with what is made elsewhere.
-
-    For what is computed again lest it be kept, and would be kept if it were taken for what was computed first.
-    """
-    mode = _get_current_dispatch_mode()
-    return mode.apart(tensors) if isinstance(mode, _Recorder) else list(tensors)
-
-
-def _apart(x: Tensor, number: int) -> Tensor:
+def _isolated(x: Tensor, number: int) -> Tensor:
     """In a graph until equal operations are merged: those on differently numbered results are not equal."""
     return x
 
@@ -117,7 +108,7 @@ class _Recorder(TorchDispatchMode):
             for i, t in enumerate(out):
                 if isinstance(t, Tensor):
                     self._nodes[t] = item = self.graph.call_function(operator.getitem, (node, i))
-                    item.meta["form"] = form_of(t)
+                    item.meta["form"] = tensor_spec(t)
         return out
 
     def node(self, t: Tensor) -> fx.Node:
@@ -127,20 +118,20 @@ class _Recorder(TorchDispatchMode):
         node: fx.Node = self._nodes[t]
         return node
 
-    def apart(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """See :func:`apart`."""
+    def isolate(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """See :func:`metaattn.autodiff.isolate`."""
         self._number += 1
         out = []
         for t in tensors:
             out.append(t.view_as(t))
-            self._nodes[out[-1]] = self.graph.call_function(_apart, (self.node(t), self._number))
+            self._nodes[out[-1]] = self.graph.call_function(_isolated, (self.node(t), self._number))
         return out
 
     def _place(self, t: Tensor, found: bool = False) -> None:
         at = self.graph.inserting_after(self._last) if self._last else self.graph.inserting_before()
         with at:
             self._last = self._nodes[t] = self.graph.placeholder(f"x{self._count}")
-        self._last.meta["form"] = form_of(t)
+        self._last.meta["form"] = tensor_spec(t)
         self._count += 1
         if found:
             self.found.append(t)

@@ -16,7 +16,7 @@ from torch._ops import HigherOrderOperator
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..autodiff._function_mode import BACKWARD, Replacement, called_as, unshown
+from ..autodiff import BACKWARD, Replacement, called_as, unshown
 from ..ops import sdpa
 
 with contextlib.suppress(ImportError):  # not in every version

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..autodiff._function_mode import Replacement, called_as
+from ..autodiff import Replacement, called_as
 from ..nn.norm import standardise
-from ..ops._operators import autocasts
+from ..ops.operators import autocasts
 
 
 def replace_norms() -> Replacement:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..autodiff._captured import levels
+from ..autodiff import levels
 from ..ops import sdpa
 from ._transformers_layers import MISSING, checkpoint_layers, replace_layer_norms
 

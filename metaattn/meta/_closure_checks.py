@@ -8,9 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..autodiff._captured import followed, transformed
-from ..autodiff._context import Replay
-from ..autodiff._pytree import tensors_of
+from ..autodiff import CallContext, followed, split_tensors, transformed
 from ._inner_loop import Loop, detach
 from .optim import Params, State
 
@@ -45,7 +43,7 @@ def _check(name: str, function: Callable[..., Any], of: Callable[..., Any], *arg
     for where, t in transformed(of, name, modules=False):
         held = f"a tensor ({where}, {list(t.shape)})"
         raise ValueError(_message(name, f"{held} that a torch.func transform (vmap, grad, jvp, …) is following"))
-    replay = Replay(tensors_of(args)[0], random=True)
+    replay = CallContext(split_tensors(args)[0], random=True)
 
     def noted(*args: Any) -> tuple[Any, bool]:
         return function(*args), replay.settle()

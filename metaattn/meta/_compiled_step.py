@@ -14,13 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.func import grad, vjp
 
-from ..autodiff._captured import followed
-from ..autodiff._custom_function import Rule
-from ..autodiff._derivatives import Pullback, differentiable
-from ..autodiff._pytree import put, tensors_of
-from ..autodiff.checkpoint import recompute, transforms
-from ..compile.cache_key import source_of
-from ..compile.compiler import pieces_at_work
+from ..autodiff import CustomFunction, Pullback, differentiable, followed, put, recompute, split_tensors, transforms
+from ..compile.cache_key import function_key
+from ..compile.compiler import MetaStepCompiler, active_compiler
 from ._closure_checks import check_loop, check_loss
 from ._hvp import Vector, gradient_along
 from ._inner_loop import Loop, StepOf, detach
@@ -39,10 +35,10 @@ def compiled_step(loop: Loop, adapted: Params, state: State, kind: Kind) -> Step
         state: Likewise.
         kind: How the inner gradient is differentiated: by recomputing it backwards, by forward over reverse, or not.
     """
-    pieces = pieces_at_work()
+    pieces = active_compiler()
     if pieces is None:
         return None
-    source = source_of("step", kind, loop.names, loop.loss, loop.optimizer)
+    source = function_key("step", kind, loop.names, loop.loss, loop.optimizer)
 
     def check() -> str | None:
         if kind == "mixed":
@@ -67,7 +63,7 @@ def compiled_step(loop: Loop, adapted: Params, state: State, kind: Kind) -> Step
     ) -> tuple[Params, State]:
         args = (adapted, state, fixed, data, rates, torch.full((), index, device=device))
         pullback = _forward_over_reverse(loop, args) if kind == "mixed" else None
-        new: tuple[Params, State] = recompute(run, *args, pullback=pullback, source=source)
+        new: tuple[Params, State] = recompute(run, *args, pullback=pullback, key=source)
         return new
 
     return step
@@ -75,14 +71,14 @@ def compiled_step(loop: Loop, adapted: Params, state: State, kind: Kind) -> Step
 
 def _forward_over_reverse(loop: Loop, args: Any) -> Pullback:
     """The derivative of a step: back through the update, and then :func:`gradient_along` its cotangent."""
-    _, restore = tensors_of(args)
+    _, restore = split_tensors(args)
     adapted, _, fixed, data, _, _ = args
     # The places of the tensors: those of the loss are the adapted, the fixed and the data.
-    sizes = [len(tensors_of(tree)[0]) for tree in args]
+    sizes = [len(split_tensors(tree)[0]) for tree in args]
     bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
     of_loss = [*range(bounds[1]), *range(bounds[2], bounds[4])]
     own = range(bounds[1])
-    _, restore_loss = tensors_of((adapted, fixed, data))
+    _, restore_loss = split_tensors((adapted, fixed, data))
 
     def objective(*here: Tensor) -> Tensor:
         return loop.objective(*restore_loss(here))
@@ -95,7 +91,7 @@ def _forward_over_reverse(loop: Loop, args: Any) -> Pullback:
         def update(found: Vector, *moved: Tensor) -> Vector:
             adapted, state, _, _, rates, index = restore(put(x, in_update, moved))
             gradients = dict(zip(adapted, found, strict=True))
-            out = tensors_of(loop.optimizer.update(gradients, state, adapted, rates, index))[0]
+            out = split_tensors(loop.optimizer.update(gradients, state, adapted, rates, index))[0]
             return tuple(out[i] for i in of)
 
         direction, *parts = vjp(update, found, *(x[i] for i in in_update))[1](w)
@@ -116,10 +112,10 @@ def scored(loss: Callable[..., Any], params: Params, batch: Sequence[Tensor]) ->
 
     Its gradient is wanted once, and is found beside its value.
     """
-    pieces = pieces_at_work()
+    pieces = active_compiler()
     if pieces is None:
         return loss(params, *batch)
-    source = source_of("loss", loss)
+    source = function_key("loss", loss)
     if not pieces.admits(source, lambda: _reason(lambda: check_loss(loss, params, batch))):
         return loss(params, *batch)
 
@@ -128,7 +124,7 @@ def scored(loss: Callable[..., Any], params: Params, batch: Sequence[Tensor]) ->
 
     moving = {k: p for k, p in params.items() if differentiable(p) and followed(p)}
     if not moving or set(transforms()) - {VMAP} or any(followed(t) for t in batch):
-        return recompute(run, params, tuple(batch), source=source)
+        return recompute(run, params, tuple(batch), key=source)
 
     def with_gradient(moving: Params, still: Params, batch: tuple[Tensor, ...]) -> Any:
         def value(moving: Params) -> tuple[Tensor, Any]:
@@ -139,10 +135,10 @@ def scored(loss: Callable[..., Any], params: Params, batch: Sequence[Tensor]) ->
 
     still = {k: p for k, p in params.items() if k not in moving}
     gradient, out = recompute(
-        with_gradient, detach(moving), detach(still), tuple(batch), source=source.then("with gradient", tuple(params))
+        with_gradient, detach(moving), detach(still), tuple(batch), key=source.then("with gradient", tuple(params))
     )
-    outputs, restore = tensors_of(out)
-    known = _Known.of((len(outputs), len(moving)), *outputs, *moving.values(), *gradient.values())
+    outputs, restore = split_tensors(out)
+    known = _WithGradient.of((len(outputs), len(moving), pieces), *outputs, *moving.values(), *gradient.values())
     return restore(known)
 
 
@@ -157,13 +153,13 @@ def _reason(check: Callable[[], bool]) -> str | None:
 
 def spread(adapted: Params, data: Any) -> Params:
     """Parameters of their own for each entry of what the data are mapped over, in memory of their own."""
-    if pieces_at_work() is None:
+    if active_compiler() is None:
         return adapted
-    like = [t.detach() for t in tensors_of(data)[0]]
+    like = [t.detach() for t in split_tensors(data)[0]]
     return dict(zip(adapted, _Spread.of(len(adapted), *adapted.values(), *like), strict=True))
 
 
-class _Spread(Rule):
+class _Spread(CustomFunction):
     """The first tensors, mapped wherever another one is: the rule for vmap folds all."""
 
     @staticmethod
@@ -185,7 +181,7 @@ class _Spread(Rule):
         return tuple(None if t is None else t.view_as(t) for t in moved[: ctx.count])
 
 
-class _Known(Rule):
+class _WithGradient(CustomFunction):
     """A scalar and what is told beside it, with its known gradient. Tensors: all of these, parameters, gradients."""
 
     @staticmethod
@@ -194,7 +190,8 @@ class _Known(Rule):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.counts = outputs, moving = inputs[0].static
+        outputs, moving, ctx.compiler = inputs[0].static
+        ctx.counts = outputs, moving
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(o for o in output if not differentiable(o)))
         ctx.save_for_backward(*inputs[1 + outputs + moving :])
@@ -207,16 +204,15 @@ class _Known(Rule):
             raise NotImplementedError(
                 "compiled, what a loss tells beside its value has no derivative; leave out mode='inductor'"
             )
-        grads = (None,) * moving if w is None else _scaled(w, *ctx.saved_tensors)
+        grads = (None,) * moving if w is None else _scaled(ctx.compiler, w, *ctx.saved_tensors)
         return None, *(None,) * outputs, *grads, *(None,) * moving
 
 
-def _scaled(w: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+def _scaled(pieces: MetaStepCompiler, w: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
     """Gradients times a number for each of the tasks; compiled if the meta-step is."""
 
     def scaled(w: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
         return tuple((w.reshape(w.shape + (1,) * (g.dim() - w.dim())) * g).to(g.dtype) for g in grads)
 
-    pieces = pieces_at_work()
-    compiled = None if pieces is None else pieces.run(source_of("scaled"), scaled, (w, *grads))
+    compiled = pieces.run(function_key("scaled"), scaled, (w, *grads))
     return scaled(w, *grads) if compiled is None else compiled

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from ..autodiff._derivatives import pushforward
-from ..autodiff._pytree import put
+from ..autodiff import pushforward, put
 
 Vector = tuple[Tensor, ...]
 

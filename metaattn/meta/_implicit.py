@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autodiff._pytree import put, tensors_of
-from ..autodiff.checkpoint import recompute
+from ..autodiff import put, recompute, split_tensors
 from ._hvp import Vector, gradient_along
 from .optim import Params
 
@@ -24,11 +23,11 @@ def minimum(objective: Callable[..., Tensor], found: Params, *args: Any, shift: 
         shift: Added to the diagonal of the Hessian.
         **solver: Of :func:`conjugate_gradients`.
 
-    Source:
+    FunctionKey:
         The implicit function theorem: ``d found / d x = -H^-1 d^2 objective / (d found d x)``.
     """
-    _, restore = tensors_of((found, *args))
-    own, still = range(len(found)), len(tensors_of((found, *args[:-1]))[0])
+    _, restore = split_tensors((found, *args))
+    own, still = range(len(found)), len(split_tensors((found, *args[:-1]))[0])
 
     def pullback(x: Vector, w: Vector, wrt: Sequence[int], of: Sequence[int]) -> Vector:
         def along(v: Vector, wrt: Sequence[int]) -> Vector:
@@ -65,7 +64,7 @@ def conjugate_gradients(
         iterations: At most so many.
         tolerance: Stop at a residual of this size, relative to ``b``.
 
-    Source:
+    FunctionKey:
         Hestenes and Stiefel 1952, section 3; the stop at negative curvature: Steihaug 1983.
     """
     size = _dot(b, b).sqrt()

@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.func import grad
 
-from ..autodiff._pytree import tensors_of
-from ..autodiff.checkpoint import recompute
+from ..autodiff import recompute, split_tensors
 from ._hvp import Vector, gradient_along
 from ._inner_loop import GradientOf, Loop, StepOf
 from .optim import Params, Rates, State
@@ -24,7 +23,7 @@ def mixed_gradient(objective: Callable[..., Tensor]) -> GradientOf:
     """
 
     def gradient(adapted: Params, fixed: Params, data: tuple[Any, ...]) -> Params:
-        _, restore = tensors_of((adapted, fixed, data))
+        _, restore = split_tensors((adapted, fixed, data))
 
         def pullback(x: Vector, w: Vector, wrt: Sequence[int], of: Sequence[int]) -> Vector:
             # The adapted are the first of the tensors: the outputs are their gradients, in their order.

@@ -45,7 +45,7 @@ class Reverse(Gradient):
 class FirstOrder(Gradient):
     """``"first_order"``: the inner gradients are constants.
 
-    Source:
+    FunctionKey:
         Finn, Abbeel and Levine 2017 (arXiv 1703.03400), section 5.2; Nichol, Achiam and Schulman 2018 (arXiv
         1803.02999), section 2.
     """
@@ -77,7 +77,7 @@ class Mixed(Gradient):
         TypeError: Segments that are no integer.
         ValueError: Segments below 1.
 
-    Source:
+    FunctionKey:
         Kemaev et al. 2025, MixFlow-MG (arXiv 2505.00793); segments: Chen et al. 2016 (arXiv 1604.06174).
     """
 
@@ -119,7 +119,7 @@ class Truncated(Gradient):
         TypeError: Steps that are no integer.
         ValueError: Steps below 1.
 
-    Source:
+    FunctionKey:
         Shaban et al. 2019 (arXiv 1810.10667), truncated back-propagation.
     """
 
@@ -167,7 +167,7 @@ class Implicit(Gradient):
         TypeError: A setting that is no number.
         ValueError: A setting outside its range.
 
-    Source:
+    FunctionKey:
         Rajeswaran et al. 2019, iMAML (arXiv 1909.04630), lemma 1 and algorithm 2.
     """
 

@@ -134,7 +134,7 @@ def adam(beta1: float = 0.9, beta2: float = 0.999, *, eps: float = 1e-8, eps_roo
     Raises:
         ValueError: A decay outside ``[0, 1)``.
 
-    Source:
+    FunctionKey:
         Kingma and Ba 2015 (arXiv 1412.6980), algorithm 1.
 
     Example:

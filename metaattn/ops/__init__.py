@@ -1,6 +1,6 @@
 """The attention operator and its explicit derivatives."""
 
-from ..autodiff.checkpoint import checkpoint
+from ..autodiff import checkpoint
 from ..backends import check_name as check_backend
 from ._checks import check_window
 from .explain import Explanation, explain

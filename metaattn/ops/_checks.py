@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import check_name, current_backend, refuses
 from ..backends.base import Operands
-from ._operators import Call, autocasts
+from .operators import Call, autocasts
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -38,22 +38,27 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
-from ..autodiff._custom_function import (
-    Form,
-    Known,
-    Rule,
-    flat,
-    replace,
+from ..autodiff import (
+    CustomFunction,
+    PrecomputedResult,
+    PresenceMask,
+    current_tangents,
     reverse_over_forward,
-    tangents_at_this_level,
     total,
-    unflatten,
 )
 from ..backends.base import Operands, Rows, Tangent, Values
-from . import _operators as leaves
-from ._operators import Call
+from . import operators
+from .operators import Call, unflatten
 
 ZERO = Rows()
+
+
+def flat(tangents: Sequence[Tangent]) -> tuple[Tensor | None, ...]:
+    return tuple(part for t in tangents for part in t)
+
+
+def replace(tangents: list[Tangent], i: int, by: Tangent) -> list[Tangent]:
+    return [*tangents[:i], by, *tangents[i + 1 :]]
 
 
 def forward(call: Call, x: Operands) -> Values:
@@ -61,7 +66,7 @@ def forward(call: Call, x: Operands) -> Values:
     return Values(*_forward(*call.flat, *x))
 
 
-def forward_tangent(call: Call, x: Operands, tangent: Tangent) -> tuple[Values, Rows]:
+def forward_with_jvp(call: Call, x: Operands, tangent: Tangent) -> tuple[Values, Rows]:
     """F and ``D_1`` at once; the latter zero (absent) if the tangent is."""
     if tangent.is_zero:
         return forward(call, x), ZERO
@@ -125,19 +130,19 @@ def _gradient(*args: Any) -> tuple[Tensor, ...]:
     return _Gradient.of((Call(*args[:5]), args[5]), *args[6:])
 
 
-class _Forward(Rule):
+class _Forward(CustomFunction):
     """out and lse. Tensors: x (6)."""
 
     @classmethod
-    def call(cls, form: Form, *there: Any) -> Any:
+    def call(cls, form: PresenceMask, *there: Any) -> Any:
         """In forward mode the tangents are at hand, so that F and T are one function, and one kernel.
 
         A rule could only run T after F. What it returns has its tangents attached by ``make_dual``, as
         :func:`torch.func.jvp` itself does it.
         """
         if reverse_over_forward():
-            return Known.results(cls, form, there)
-        tangents = tangents_at_this_level(there)
+            return PrecomputedResult.results(cls, form, there)
+        tangents = current_tangents(there)
         if not any(t is not None for t in tangents):
             return cls.apply(form, *there)
         primals = [forward_ad.unpack_dual(t).primal for t in there]
@@ -145,47 +150,47 @@ class _Forward(Rule):
         return tuple(forward_ad.make_dual(p, t) for p, t in zip(parts[:2], parts[2:], strict=True))
 
     @staticmethod
-    def forward(form: Form, *there: Any) -> Any:
-        return leaves.forward(*form.static.flat, *form.fill(there))
+    def forward(form: PresenceMask, *there: Any) -> Any:
+        return operators.forward(*form.static.flat, *form.fill(there))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        Rule.keep(ctx, inputs[0], inputs[1:], output)
+        CustomFunction.keep(ctx, inputs[0], inputs[1:], output)
 
     @staticmethod
     def backward(ctx: Any, *w: Tensor | None) -> Any:
-        (x, values), need = Rule.kept(ctx), Rule.needed(ctx)
+        (x, values), need = CustomFunction.kept(ctx), CustomFunction.needed(ctx)
         grads = gradient(ctx.form.static, Operands(*x), Values(*values), Rows(*w), bias_grad=need[3])
         return None, *ctx.form.pick((*grads, None, None))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *moved: Tensor | None) -> Any:
-        x, values = Rule.kept(ctx)
+        x, values = CustomFunction.kept(ctx)
         u = Tangent(*ctx.form.fill(moved)[:4])
         return total([directional(ctx.form.static, Operands(*x), Values(*values), [u])], values)
 
 
-class _ForwardTangent(Rule):
+class _ForwardTangent(CustomFunction):
     """out and lse, and their tangents along one direction. Tensors: x (6), t (4)."""
 
     @staticmethod
-    def forward(form: Form, *there: Any) -> Any:
-        return leaves.forward_tangent(*form.static.flat, *form.fill(there))
+    def forward(form: PresenceMask, *there: Any) -> Any:
+        return operators.forward_with_jvp(*form.static.flat, *form.fill(there))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        Rule.keep(ctx, inputs[0], inputs[1:], output)
+        CustomFunction.keep(ctx, inputs[0], inputs[1:], output)
 
     @staticmethod
     def restore(ctx: Any) -> tuple[Operands, Tangent, Values, Rows]:
         """x, its tangent, values, their tangent."""
-        inputs, outputs = Rule.kept(ctx)
+        inputs, outputs = CustomFunction.kept(ctx)
         return Operands(*inputs[:6]), Tangent(*inputs[6:]), Values(*outputs[:2]), Rows(*outputs[2:])
 
     @staticmethod
     def backward(ctx: Any, *parts: Tensor | None) -> Any:
         x, t, values, values_t = _ForwardTangent.restore(ctx)
-        call, w, wt, need = ctx.form.static, Rows(*parts[:2]), Rows(*parts[2:]), Rule.needed(ctx)
+        call, w, wt, need = ctx.form.static, Rows(*parts[:2]), Rows(*parts[2:]), CustomFunction.needed(ctx)
         grads, t_grads = Tangent(), Tangent()
         if any(need[:4]):
             # <w, D_0> + <wt, D_1(t)>: that w is the tangent of wt along t.
@@ -204,28 +209,28 @@ class _ForwardTangent(Rule):
         return *total([along_u], values), *total(terms, values_t)
 
 
-class _Directional(Rule):
+class _Directional(CustomFunction):
     """``D_n``. Tensors: x (6), out, lse, n tangents (4 each)."""
 
     @staticmethod
-    def forward(form: Form, *there: Any) -> Any:
+    def forward(form: PresenceMask, *there: Any) -> Any:
         args = form.fill(there)
-        return leaves.any_directional(*form.static.flat, *args[:8], tangents=args[8:])
+        return operators.any_directional(*form.static.flat, *args[:8], tangents=args[8:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        Rule.keep(ctx, inputs[0], inputs[1:], output)
+        CustomFunction.keep(ctx, inputs[0], inputs[1:], output)
 
     @staticmethod
     def restore(ctx: Any) -> tuple[Rows, Operands, Values, list[Tangent]]:
         """What the function returned, and its arguments."""
-        s, output = Rule.kept(ctx)
+        s, output = CustomFunction.kept(ctx)
         return Rows(*output), Operands(*s[:6]), Values(*s[6:8]), unflatten(s[8:])
 
     @staticmethod
     def backward(ctx: Any, *w_parts: Tensor | None) -> Any:
         result, x, values, tangents = _Directional.restore(ctx)
-        call, w, need = ctx.form.static, Rows(*w_parts), Rule.needed(ctx)
+        call, w, need = ctx.form.static, Rows(*w_parts), CustomFunction.needed(ctx)
         grads = Tangent()
         if any(need[:4]):
             grads = gradient(call, x, values, w, tangents, values_tangent=result, bias_grad=need[3])
@@ -245,18 +250,18 @@ class _Directional(Rule):
         return total(terms, result)
 
 
-class _Gradient(Rule):
+class _Gradient(CustomFunction):
     """``G_n``. Tensors: x (6), out, lse, their tangents, w (2), w' (2), n tangents (4 each)."""
 
     @classmethod
-    def call(cls, form: Form, *there: Any) -> Any:
+    def call(cls, form: PresenceMask, *there: Any) -> Any:
         """In forward mode B and S are one function, as F and T are: see :class:`_Forward`."""
         if len(form.there) > 14:
             return cls.apply(form, *there)
         there = unwrap_dead_wrappers(there)  # the backward of torch.func.vjp runs after its level has ended
         if reverse_over_forward():
-            return Known.results(cls, form, there)
-        tangents = form.fill(tangents_at_this_level(there))
+            return PrecomputedResult.results(cls, form, there)
+        tangents = form.fill(current_tangents(there))
         t, values_t, w_t = Tangent(*tangents[:4]), Rows(*tangents[6:8]), Rows(*tangents[10:12])
         if t.is_zero:
             return cls.apply(form, *there)
@@ -268,43 +273,43 @@ class _Gradient(Rule):
         return tuple(forward_ad.make_dual(p, t) for p, t in zip(parts[:n], parts[n:], strict=True))
 
     @staticmethod
-    def forward(form: Form, *there: Any) -> Any:
+    def forward(form: PresenceMask, *there: Any) -> Any:
         (call, bias_grad), args = form.static, form.fill(there)
-        grads = leaves.any_gradient(*call.flat, *args[:6], bias_grad, *args[6:14], tangents=args[14:])
+        grads = operators.any_gradient(*call.flat, *args[:6], bias_grad, *args[6:14], tangents=args[14:])
         return grads if bias_grad else grads[:3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        Rule.keep(ctx, inputs[0], inputs[1:])
+        CustomFunction.keep(ctx, inputs[0], inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, *a_parts: Tensor | None) -> Any:
-        state = _State.of(Rule.kept(ctx)[0])
-        return None, *ctx.form.pick(state.pulled(ctx.form.static[0], Tangent(*a_parts), Rule.needed(ctx)))
+        state = _State.of(CustomFunction.kept(ctx)[0])
+        return None, *ctx.form.pick(state.pulled(ctx.form.static[0], Tangent(*a_parts), CustomFunction.needed(ctx)))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *args: Tensor | None) -> Any:
         call, bias_grad = ctx.form.static
-        return _State.of(Rule.kept(ctx)[0]).pushed(call, bias_grad, ctx.form.fill(args))
+        return _State.of(CustomFunction.kept(ctx)[0]).pushed(call, bias_grad, ctx.form.fill(args))
 
 
-class _GradientTangent(Rule):
+class _GradientTangent(CustomFunction):
     """B and S at once. Tensors: x (6), out, lse, their tangents, w (2), w' (2), t (4)."""
 
     @staticmethod
-    def forward(form: Form, *there: Any) -> Any:
+    def forward(form: PresenceMask, *there: Any) -> Any:
         (call, bias_grad), args = form.static, form.fill(there)
-        parts = leaves.gradient_tangent(*call.flat, *args[:6], bias_grad, *args[6:])
+        parts = operators.gradient_tangent(*call.flat, *args[:6], bias_grad, *args[6:])
         return parts if bias_grad else (*parts[:3], *parts[4:7])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        Rule.keep(ctx, inputs[0], inputs[1:])
+        CustomFunction.keep(ctx, inputs[0], inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, *parts: Tensor | None) -> Any:
-        call, need, n = ctx.form.static[0], Rule.needed(ctx), len(parts) // 2
-        second = _State.of(Rule.kept(ctx)[0])
+        call, need, n = ctx.form.static[0], CustomFunction.needed(ctx), len(parts) // 2
+        second = _State.of(CustomFunction.kept(ctx)[0])
         of_first = second.first().pulled(call, Tangent(*parts[:n]), (*need[:12], False, False))  # B has no w'
         of_second = second.pulled(call, Tangent(*parts[n:]), need)
         both = zip((*of_first, *(None,) * 4), of_second, strict=True)
@@ -313,7 +318,7 @@ class _GradientTangent(Rule):
     @staticmethod
     def jvp(ctx: Any, _: None, *args: Tensor | None) -> Any:
         (call, bias_grad), moved = ctx.form.static, ctx.form.fill(args)
-        second = _State.of(Rule.kept(ctx)[0])
+        second = _State.of(CustomFunction.kept(ctx)[0])
         return *second.first().pushed(call, bias_grad, moved[:14]), *second.pushed(call, bias_grad, moved)
 
 

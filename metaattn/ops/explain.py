@@ -17,7 +17,7 @@ class Explanation(NamedTuple):
     forward: tuple[str, str]
     backward: tuple[str, str]
     tangent: tuple[str, str]
-    forward_tangent: tuple[str, str]
+    forward_with_jvp: tuple[str, str]
     second: tuple[str, str]
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ def explain(
     """Which backend would serve each primitive of :func:`sdpa` with these arguments, and why. Computes nothing.
 
     The primitives: the value (``forward``), its gradient (``backward``), its directional derivative alone
-    (``tangent``) and with the value (``forward_tangent``), and the derivative of the gradient (``second``).
+    (``tangent``) and with the value (``forward_with_jvp``), and the derivative of the gradient (``second``).
     In forward mode over reverse mode the gradient comes from ``second``'s kernel too where one has room for both.
     Third and higher derivatives are by ``blockwise`` for every backend.
 
@@ -72,7 +72,7 @@ def explain(
         forward         blockwise  tensors on cpu: tiles in plain PyTorch
         backward        blockwise  tensors on cpu: tiles in plain PyTorch
         tangent         blockwise  tensors on cpu: tiles in plain PyTorch
-        forward_tangent blockwise  tensors on cpu: tiles in plain PyTorch
+        forward_with_jvp blockwise  tensors on cpu: tiles in plain PyTorch
         second          blockwise  tensors on cpu: tiles in plain PyTorch
     """
     with torch.random.fork_rng(enabled=dropout_p > 0.0):

@@ -19,7 +19,6 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.library import Library, register_fake
 
-from ..autodiff._custom_function import unflatten
 from ..backends import blockwise, select
 from ..backends.base import Gradients, Operands, Pair, Problem, Rows, Tangent, Values, accumulator, in_one, tokens_first
 
@@ -46,6 +45,10 @@ class Call:
     def flat(self) -> tuple[Any, ...]:
         """As the operators take it. No ``__iter__``: Dynamo of torch 2.11 cannot unpack an object by its own."""
         return self.scale, self.left, self.right, self.dropout_p, self.backend
+
+
+def unflatten(flat: Sequence[Tensor | None]) -> list[Tangent]:
+    return [Tangent(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
 
 
 LIBRARY = Library("metaattn", "FRAGMENT")
@@ -160,7 +163,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
 def directional(*args: Any) -> tuple[Tensor, Tensor]:
     """T: the tangents of out and lse."""
     call, problem, x, (out, lse, *tangent) = _split(args)
-    out_t, lse_t = select(call.backend, problem, x).tangent(problem, x, Values(out, lse), Tangent(*tangent))
+    out_t, lse_t = select(call.backend, problem, x).forward_jvp(problem, x, Values(out, lse), Tangent(*tangent))
     return _laid(out_t, x.query), lse_t.contiguous()
 
 
@@ -173,10 +176,10 @@ def directional_further(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 @_leaf(f"({_CALL}, {_X}, {_TANGENT}) -> (Tensor, Tensor, Tensor, Tensor)")
-def forward_tangent(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward_with_jvp(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """F and T: out and lse, and their tangents."""
     call, problem, x, tangent = _split(args)
-    values, values_t = select(call.backend, problem, x).forward_tangent(problem, x, Tangent(*tangent))
+    values, values_t = select(call.backend, problem, x).forward_with_jvp(problem, x, Tangent(*tangent))
     return *(_laid(values.out, x.query), values.lse.contiguous()), *(
         _laid(values_t.out, x.query),
         values_t.lse.contiguous(),
@@ -223,13 +226,13 @@ def _gradients(
     values, values_t, w, w_t = _rows(rows)
     backend, tangent = select(call.backend, problem, x), Tangent(*rows[8:])
     if both:
-        pair: Pair = backend.backward_second(
+        pair: Pair = backend.backward_with_jvp(
             problem, x, values, values_t, w, tangent, cotangent_tangent=w_t, bias_grad=bias_grad
         )
         return pair
     if tangent.is_zero:
         return (backend.backward(problem, x, values, w, bias_grad=bias_grad),)
-    return (backend.second(problem, x, values, values_t, w, tangent, cotangent_tangent=w_t, bias_grad=bias_grad),)
+    return (backend.backward_jvp(problem, x, values, values_t, w, tangent, cotangent_tangent=w_t, bias_grad=bias_grad),)
 
 
 def any_directional(*args: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -273,7 +276,7 @@ def _four(grads: Gradients) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return query.contiguous(), key.contiguous(), value.contiguous(), bias.contiguous()
 
 
-def is_leaf(node: fx.Node) -> bool:
+def is_attention_op(node: fx.Node) -> bool:
     """Whether a node of a graph is one of these operators."""
     return node.target in _OPERATORS
 
@@ -292,7 +295,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     return _new_out(q, v), _like(q, shape=q.shape[:-1], dtype=accumulator(q.dtype))
 
 
-@register_fake("metaattn::_forward_tangent", lib=LIBRARY)
+@register_fake("metaattn::_forward_with_jvp", lib=LIBRARY)
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, v = args[5], args[7]
     lse = _like(q, shape=q.shape[:-1], dtype=accumulator(q.dtype))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends.base import Rows, Tangent, Values, accumulator
 from . import _rules as rules
 from ._checks import Prepared, Window, adjoint, prepare, same_form
-from ._operators import autocasts
+from .operators import autocasts
 
 
 @overload
@@ -187,7 +187,7 @@ def sdpa_jvp(primals: Primals, tangents: Sequence[Tensor | None], **options: Any
         torch.Size([2, 4, 16, 8])
     """
     p, tangent = _prepare_tangents(primals, tangents, options)
-    values, rows = rules.forward_tangent(p.call, p.x, tangent)
+    values, rows = rules.forward_with_jvp(p.call, p.x, tangent)
     return Jvp(*_rows(p, values), *_rows(p, rows))
 
 
@@ -252,7 +252,7 @@ def sdpa_hvp(primals: Primals, tangents: Sequence[Tensor | None], cotangent: Cot
     """
     p, tangent = _prepare_tangents(primals, tangents, options)
     w = _prepare_cotangent(p, cotangent)
-    values, rows = rules.forward_tangent(p.call, p.x, tangent)
+    values, rows = rules.forward_with_jvp(p.call, p.x, tangent)
     product = rules.gradient(p.call, p.x, values, w, [tangent], values_tangent=rows, bias_grad=p.x.bias is not None)
     return Hvp(*_rows(p, values), *_rows(p, rows), _gradients(primals, product))
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ._cache import Arrays, cached
+from .cache import Arrays, cached
 from .episodes import Episodes, split_classes
 
 SIZE = 28  # pixels, as in MNIST and the usual Omniglot

@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from ._cache import Arrays, cached
+from .cache import Arrays, cached
 from .episodes import Episodes, split_classes
 
 SIZE = 28

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import metaattn
-from metaattn.autodiff._context import surroundings
+from metaattn.autodiff._context import ambient_settings
 from metaattn.autodiff._function_mode import Replacement
 from metaattn.meta import checkpoint
 
@@ -114,13 +114,13 @@ def test_compiled_equals_eager():
 
 def test_surroundings_are_those_of_what_is_replaced():
     """By these a compiled or captured step is found again."""
-    outside = surroundings()
+    outside = ambient_settings()
     seen = []
     for block in (metaattn.replace_sdpa(), metaattn.replace_sdpa(), metaattn.replace_sdpa(backend="reference")):
         with block:
-            seen.append(surroundings())
-    assert surroundings() == outside
+            seen.append(ambient_settings())
+    assert ambient_settings() == outside
     assert seen[0] == seen[1]
     assert len({outside, *seen}) == 3
     with metaattn.use_backend("reference"):
-        assert surroundings() != outside
+        assert ambient_settings() != outside

@@ -34,7 +34,7 @@ def test_all_primitives_compile(gpu, dtype, size, kinds, tmp_path):
     )
     assert code == 0, out + err
     rows = [line.split() for line in out.splitlines() if line.startswith(gpu)]
-    assert {row[4] for row in rows} >= {"forward", "tangent", "forward_tangent", "backward", "second"}
+    assert {row[4] for row in rows} >= {"forward", "forward_jvp", "forward_with_jvp", "backward", "backward_jvp"}
     for row in rows:
         registers, stack, _ = map(int, row[-3:])
         # With 32 registers, and all else on the stack, a kernel compiles as well: far too slow.
@@ -44,6 +44,6 @@ def test_all_primitives_compile(gpu, dtype, size, kinds, tmp_path):
 
 def test_what_fits_with_no_blocks_fails(tmp_path):
     options = ["--gpus", "rtx4090", "--dtypes", "float32", "--head-sizes", "256", "--kinds", "full"]
-    code, out, _ = compile_kernels(tmp_path, *options, "--primitives", "second")
+    code, out, _ = compile_kernels(tmp_path, *options, "--primitives", "backward_jvp")
     assert code == 1
     assert "OutOfResources: out of resource: shared memory" in out

@@ -8,7 +8,7 @@ import torch
 import metaattn
 from metaattn.backends import current_backend, registry, select
 from metaattn.backends.base import Operands, Problem
-from metaattn.ops import _operators
+from metaattn.ops import operators
 
 
 def test_default():
@@ -68,7 +68,7 @@ def test_threads_have_their_own():
 def _served(monkeypatch, f):
     """The names that the leaves asked for."""
     names = []
-    monkeypatch.setattr(_operators, "select", lambda name, *args: names.append(name) or select(name, *args))
+    monkeypatch.setattr(operators, "select", lambda name, *args: names.append(name) or select(name, *args))
     f()
     return set(names)
 

@@ -139,19 +139,19 @@ def test_primitives(name):
 
     values, exact = triton.forward(problem, x), reference.forward(problem, wide["x"])
     close(values, exact)
-    values_t = triton.tangent(problem, x, values, t)
-    exact_t = reference.tangent(problem, wide["x"], exact, wide["t"])
+    values_t = triton.forward_jvp(problem, x, values, t)
+    exact_t = reference.forward_jvp(problem, wide["x"], exact, wide["t"])
     close(values_t, exact_t)
-    close(triton.forward_tangent(problem, x, t), (exact, exact_t))
+    close(triton.forward_with_jvp(problem, x, t), (exact, exact_t))
     first = reference.backward(problem, wide["x"], exact, wide["w"], bias_grad=bias_grad)
     close(triton.backward(problem, x, values, w, bias_grad=bias_grad), first)
-    second = reference.second(
+    second = reference.backward_jvp(
         problem, wide["x"], exact, exact_t, wide["w"], wide["t"], cotangent_tangent=wide["w_t"], bias_grad=bias_grad
     )
     residuals, options = (problem, x, values, values_t, w, t), {"cotangent_tangent": w_t, "bias_grad": bias_grad}
-    close(triton.second(*residuals, **options), second)
+    close(triton.backward_jvp(*residuals, **options), second)
     assert triton.fuses(x, bias_grad) == (not bias_grad)
-    close(triton.backward_second(*residuals, **options), (first, second))
+    close(triton.backward_with_jvp(*residuals, **options), (first, second))
 
 
 IN_ONE = {
@@ -171,12 +171,12 @@ def test_gradients_in_one(name):
     if name.endswith("float16"):
         x, t, w, w_t = (type(a)(*(None if p is None else p.half() for p in a)) for a in (x, t, w, w_t))
     values = triton.forward(problem, x)
-    values_t = triton.tangent(problem, x, values, t)
+    values_t = triton.forward_jvp(problem, x, values, t)
 
     def gradients(problem):
         residuals, options = (problem, x, values, values_t, w, t), {"cotangent_tangent": w_t, "bias_grad": False}
         first = triton.backward(problem, x, values, w, bias_grad=False)
-        return [first, triton.second(*residuals, **options), *triton.backward_second(*residuals, **options)]
+        return [first, triton.backward_jvp(*residuals, **options), *triton.backward_with_jvp(*residuals, **options)]
 
     for got, want in zip(gradients(replace(problem, in_one=True)), gradients(problem), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got[:3], want[:3], strict=True))
@@ -212,19 +212,19 @@ def test_rounding(call):
     x, t, w = (type(a)(*(None if p is None else p.half() for p in a)) for a in (x, t, w))
     wide = [_wide(a) for a in (x, t, w)]
     values = triton.forward(problem, x)
-    values_t = triton.tangent(problem, x, values, t)
+    values_t = triton.forward_jvp(problem, x, values, t)
     exact = reference.forward(problem, wide[0])
-    exact_t = reference.tangent(problem, wide[0], exact, wide[1])
+    exact_t = reference.forward_jvp(problem, wide[0], exact, wide[1])
     none = {"cotangent_tangent": Rows(), "bias_grad": False}
     got = (
         values_t.out,
         *triton.backward(problem, x, values, w, bias_grad=False)[:3],
-        *triton.second(problem, x, values, values_t, w, t, **none)[:3],
+        *triton.backward_jvp(problem, x, values, values_t, w, t, **none)[:3],
     )
     want = (
         exact_t.out,
         *reference.backward(problem, wide[0], exact, wide[2], bias_grad=False)[:3],
-        *reference.second(problem, wide[0], exact, exact_t, wide[2], wide[1], **none)[:3],
+        *reference.backward_jvp(problem, wide[0], exact, exact_t, wide[2], wide[1], **none)[:3],
     )
     for a, b in zip(got, want, strict=True):
         lost, rounding = (a.double() - b).norm(), (b.half().double() - b).norm()
@@ -408,6 +408,6 @@ def test_auto_where_one_band_was_not_measured(gpu, monkeypatch):
 
 
 def test_auto_on_a_gpu_that_is_too_old(gpu):
-    choice = auto.choose("second", Problem(1.0), gpu(64, torch.float16, (7, 5), 64))
+    choice = auto.choose("backward_jvp", Problem(1.0), gpu(64, torch.float16, (7, 5), 64))
     assert choice.backend.name == "blockwise"
     assert "needs a GPU of compute capability 8.0" in choice.why

@@ -56,7 +56,8 @@ def one_call(monkeypatch):
 
 @pytest.mark.usefixtures("one_call")
 @pytest.mark.parametrize(
-    ("primitive", "rule"), [("forward", "fwd"), ("backward", "grad"), ("forward_tangent", "jvp"), ("second", "hvp")]
+    ("primitive", "rule"),
+    [("forward", "fwd"), ("backward", "grad"), ("forward_with_jvp", "jvp"), ("backward_jvp", "hvp")],
 )
 def test_a_wrong_primitive_is_named(primitive, rule, monkeypatch, capsys):
     right = getattr(blockwise, primitive)
@@ -75,8 +76,8 @@ def test_a_wrong_primitive_is_named(primitive, rule, monkeypatch, capsys):
 @pytest.mark.usefixtures("one_call")
 def test_the_others_are_not_blamed(monkeypatch, capsys):
     """A wrong S leaves the value, the gradient and the jvp as they are."""
-    right = blockwise.second
-    monkeypatch.setattr(blockwise, "second", lambda *a, **o: _spoilt(right(*a, **o)))
+    right = blockwise.backward_jvp
+    monkeypatch.setattr(blockwise, "backward_jvp", lambda *a, **o: _spoilt(right(*a, **o)))
     assert main(["doctor", "--device", "cpu", "--backend", "blockwise"]) == 1
     for row in _cells(capsys.readouterr().out).values():
         assert {rule for rule, cell in row.items() if cell.endswith("!")} == {"hvp", "rof", "dbl", "vmap"}

@@ -38,14 +38,14 @@ def step():
 def begun(monkeypatch):
     """What is begun ahead, by two processes."""
     parts = []
-    begin = precompile.Helpers.begin
+    begin = precompile.WorkerPool.begin
 
     def recorded(self, part, options):
         parts.append(part)
         return begin(self, part, options)
 
     monkeypatch.setattr(precompile, "processes", lambda: 2)
-    monkeypatch.setattr(precompile.Helpers, "begin", recorded)
+    monkeypatch.setattr(precompile.WorkerPool, "begin", recorded)
     precompile.helpers.cache_clear()
     yield parts
     if precompile.helpers.cache_info().currsize:
@@ -88,7 +88,9 @@ def test_where_all_is_in_vain_no_more_is_compiled_ahead(step, begun, monkeypatch
         event = threading.Event()
         if done:
             event.set()
-        monkeypatch.setattr(precompile.Helpers, "begin", lambda self, part, options, e=event: begun.append(part) or e)
+        monkeypatch.setattr(
+            precompile.WorkerPool, "begin", lambda self, part, options, e=event: begun.append(part) or e
+        )
         monkeypatch.setattr(precompile, "PATIENCE", 0.1)
         fast = capture(value_and_grad, mode="inductor")
         fast.pieces.lower = as_recorded
@@ -126,7 +128,7 @@ def test_a_process_that_dies_is_noticed(begun):
     graph = fx.Graph()
     graph.output((graph.placeholder("x"),))
     part = precompile.Part(
-        fx.GraphModule(torch.nn.Module(), graph), [precompile.Form((1,), (1,), torch.float32, "nowhere")]
+        fx.GraphModule(torch.nn.Module(), graph), [precompile.TensorSpec((1,), (1,), torch.float32, "nowhere")]
     )
     here = precompile.helpers()
     assert here.begin(part._replace(forms=[Fatal()]), {}).wait(60)

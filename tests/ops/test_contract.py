@@ -250,17 +250,17 @@ def _largest(n, order):
         values = blockwise.forward(problem, x)
         if order == "backward":
             blockwise.backward(problem, x, values, w, bias_grad=False)
-        if order == "tangent":
-            blockwise.tangent(problem, x, values, t)
-        if order == "second":
-            vt = blockwise.tangent(problem, x, values, t)
-            blockwise.second(problem, x, values, vt, w, t, cotangent_tangent=Rows(), bias_grad=False)
+        if order == "forward_jvp":
+            blockwise.forward_jvp(problem, x, values, t)
+        if order == "backward_jvp":
+            vt = blockwise.forward_jvp(problem, x, values, t)
+            blockwise.backward_jvp(problem, x, values, vt, w, t, cotangent_tangent=Rows(), bias_grad=False)
         if order == "third":
             blockwise.gradient(problem, x, values, w, [t, t], cotangent_tangent=Rows(), bias_grad=False)
     return largest.numel, tiling.TILE
 
 
-@pytest.mark.parametrize("order", ["forward", "backward", "tangent", "second", "third"])
+@pytest.mark.parametrize("order", ["forward", "backward", "forward_jvp", "backward_jvp", "third"])
 def test_blockwise_memory_does_not_grow_with_the_square(order, monkeypatch):
     from metaattn.backends import tiling
 

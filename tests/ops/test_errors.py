@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import metaattn
-from metaattn.ops import _operators
+from metaattn.ops import operators
 
 
 def _x(*shape, dtype=torch.float32, device="cpu"):
@@ -80,7 +80,7 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_error(name, monkeypatch):
     arguments, error, message = ERRORS[name]
-    monkeypatch.setattr(_operators, "forward", None)  # no work may have begun
+    monkeypatch.setattr(operators, "forward", None)  # no work may have begun
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments = {"query": X, "key": X, "value": X, **arguments}
     state = torch.get_rng_state()
@@ -120,6 +120,6 @@ def test_an_unknown_transform():
 def test_an_interpreter_that_fails_with_this_numpy(monkeypatch):
     primitives = pytest.importorskip("metaattn.backends.triton.interface", exc_type=ImportError)
     monkeypatch.setattr(primitives, "UNINTERPRETABLE", True)
-    monkeypatch.setattr(_operators, "forward", None)
+    monkeypatch.setattr(operators, "forward", None)
     with pytest.raises(NotImplementedError, match=r"needs a numpy below 2\.4, or Triton 3\.7; got .*blockwise"):
         metaattn.sdpa(*[X.float()] * 3, backend="triton")

@@ -36,7 +36,7 @@ def calls(monkeypatch):
 
         return call
 
-    for name in ("forward", "forward_tangent", "tangent", "backward", "second", "backward_second"):
+    for name in ("forward", "forward_with_jvp", "forward_jvp", "backward", "backward_jvp", "backward_with_jvp"):
         monkeypatch.setattr(reference, name, recorded(name, getattr(reference, name)))
     return names
 
@@ -44,12 +44,12 @@ def calls(monkeypatch):
 @pytest.mark.parametrize(
     ("nesting", "expected"),
     [
-        (lambda: jvp(attention, X, T), ["forward_tangent"]),
-        (lambda: jvp(grad(loss, (0, 1, 2)), X, T), ["forward_tangent", "backward_second"]),
-        (lambda: jvp(lambda *x: vjp(attention, *x)[1](X[0]), X, T), ["forward_tangent", "backward_second"]),
+        (lambda: jvp(attention, X, T), ["forward_with_jvp"]),
+        (lambda: jvp(grad(loss, (0, 1, 2)), X, T), ["forward_with_jvp", "backward_with_jvp"]),
+        (lambda: jvp(lambda *x: vjp(attention, *x)[1](X[0]), X, T), ["forward_with_jvp", "backward_with_jvp"]),
         (
             lambda: vmap(lambda *t: jvp(grad(loss, (0, 1, 2)), X, t))(*(t[None] for t in T)),
-            ["forward_tangent", "backward_second"],
+            ["forward_with_jvp", "backward_with_jvp"],
         ),
         (lambda: grad(loss)(*X), ["forward", "backward"]),
     ],

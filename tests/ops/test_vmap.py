@@ -7,7 +7,7 @@ import torch
 from torch.func import grad, jvp, vmap
 
 import metaattn
-from metaattn.ops import _operators
+from metaattn.ops import operators
 from tests.helpers import assert_close, dense
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -90,8 +90,8 @@ def test_mapped_boolean_mask(backend):
 
 def test_unmapped_operands_are_expanded_and_not_copied(monkeypatch):
     seen = []
-    forward = _operators.forward
-    monkeypatch.setattr(_operators, "forward", lambda *args: seen.append(args[5:8]) or forward(*args))
+    forward = operators.forward
+    monkeypatch.setattr(operators, "forward", lambda *args: seen.append(args[5:8]) or forward(*args))
     q, k, v, _ = _operands()
     vmap(lambda q: metaattn.sdpa(q, k, v))(torch.stack([q, q]))
     ((query, key, value),) = seen

@@ -4,20 +4,20 @@ Runs on CUDA devices; on a CPU only in Triton's interpreter (``TRITON_INTERPRET=
 know no autograd, and nothing above this package knows Triton.
 """
 
-from .interface import backward, backward_second, forward, forward_tangent, fuses, refuses, second, tangent
+from .interface import backward, backward_jvp, backward_with_jvp, forward, forward_jvp, forward_with_jvp, fuses, refuses
 from .matmul_jvp import multiplies, multiply
 
 name = "triton"
 
 __all__ = [
     "backward",
-    "backward_second",
+    "backward_jvp",
+    "backward_with_jvp",
     "forward",
-    "forward_tangent",
+    "forward_jvp",
+    "forward_with_jvp",
     "fuses",
     "multiplies",
     "multiply",
     "refuses",
-    "second",
-    "tangent",
 ]

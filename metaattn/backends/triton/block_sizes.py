@@ -4,7 +4,7 @@
 products and head size; without a band (a causal mask, a window) and with one. What has no times in
 ``docs/benchmarks/block_sizes.json`` (all of 8.0, and on 9.0 some of tf32 and float32) is not measured yet: those are large
 and spill few registers, as ``scripts/compile_kernels.py`` shows. A device without a row of its own has that of the
-newest before it; a head size without one that of the next larger. B and S are computed at once (``backward_second``)
+newest before it; a head size without one that of the next larger. B and S are computed at once (``backward_with_jvp``)
 only for the head sizes in the table: the results of larger ones have no room in registers.
 """
 

@@ -94,23 +94,23 @@ def forward(problem: Problem, x: Operands) -> Values:
     return _sliced(values, x)
 
 
-def tangent(problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
+def forward_jvp(problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
     """T."""
     size = _common_size(x)
     tangent, rows = align_tangent(tangent, size), align_rows(values, size)
     batch = Batch(align(x, size), tangent[:3], (tangent.bias,), (rows.out,))
     values_t = _new_rows(batch)
-    _launch_values("tangent", problem, batch, rows, tangent, values_t)
+    _launch_values("forward_jvp", problem, batch, rows, tangent, values_t)
     return _sliced(values_t, x)
 
 
-def forward_tangent(problem: Problem, x: Operands, direction: Tangent) -> tuple[Values, Values]:
+def forward_with_jvp(problem: Problem, x: Operands, direction: Tangent) -> tuple[Values, Values]:
     """F and T in one kernel."""
     size = _common_size(x)
     direction = align_tangent(direction, size)
     batch = Batch(align(x, size), direction[:3], (direction.bias,))
     values, values_t = _new_rows(batch), _new_rows(batch)
-    _launch_values("forward_tangent", problem, batch, values, direction, values_t)
+    _launch_values("forward_with_jvp", problem, batch, values, direction, values_t)
     return _sliced(values, x), _sliced(values_t, x)
 
 
@@ -119,7 +119,7 @@ def backward(problem: Problem, x: Operands, values: Values, cotangent: Rows, *, 
     return _gradients("backward", problem, x, values, Rows(), cotangent, Rows(), Tangent(), bias_grad)[0]
 
 
-def second(
+def backward_jvp(
     problem: Problem,
     x: Operands,
     values: Values,
@@ -132,13 +132,13 @@ def second(
 ) -> Gradients:
     """S."""
     values_t = Rows(*values_tangent)
-    return _gradients("second", problem, x, values, values_t, cotangent, cotangent_tangent, tangent, bias_grad)[0]
+    return _gradients("backward_jvp", problem, x, values, values_t, cotangent, cotangent_tangent, tangent, bias_grad)[0]
 
 
 _in_turn = in_turn(sys.modules[__name__])
 
 
-def backward_second(
+def backward_with_jvp(
     problem: Problem,
     x: Operands,
     values: Values,
@@ -155,14 +155,14 @@ def backward_second(
         return _in_turn(problem, x, values, values_tangent, cotangent, tangent, **options)
     rows_t = Rows(*values_tangent)
     second_grads, first_grads = _gradients(
-        "backward_second", problem, x, values, rows_t, cotangent, cotangent_tangent, tangent, bias_grad
+        "backward_with_jvp", problem, x, values, rows_t, cotangent, cotangent_tangent, tangent, bias_grad
     )
     return first_grads, second_grads
 
 
 def fuses(x: Operands, bias_grad: bool) -> bool:
     """Whether B and S are one kernel: where its results fit into registers, and no bias has a gradient."""
-    return not bias_grad and known("backward_second_keys", x.query, max(x.query.shape[-1], x.value.shape[-1]))
+    return not bias_grad and known("backward_with_jvp_keys", x.query, max(x.query.shape[-1], x.value.shape[-1]))
 
 
 def _new_rows(batch: Batch) -> Values:
@@ -192,14 +192,14 @@ def _launch_values(
         batch.inputs(batch.x),
         batch.inputs(tangent),
         batch.scores(problem),
-        batch.view(values.out) if primitive == "tangent" else batch.room(values.out),
+        batch.view(values.out) if primitive == "forward_jvp" else batch.room(values.out),
         values.lse.contiguous(),
         batch.room(values_t.out if values_t else None),
         values_t.lse if values_t else None,
     )
     options = {
         **constants(problem, batch.x),
-        "VALUE": primitive != "tangent",
+        "VALUE": primitive != "forward_jvp",
         "TANGENT": primitive != "forward",
         # Of 64 keys mu loses too little for a walk of its own, which that many are often enough to pay for.
         "FEW": primitive != "forward" and _sees_few(problem, batch, MANY.value - 1),
@@ -250,7 +250,7 @@ def _gradients(
     x, tangent = align(x, size), align_tangent(tangent, size)
     rows, values_t, w, w_t = (align_rows(parts, size) for parts in (values, values_t, w, w_t))
     batch = Batch(x, (*tangent[:3], w.out, w_t.out), (tangent.bias,), (rows.out, values_t.out))
-    both = primitive == "backward_second"
+    both = primitive == "backward_with_jvp"
     results = [_new_gradients(problem, batch, sizes) for _ in range(1 + both)]
     # What a kernel writes, and where it writes B's beside S's.
     query, key, value = (

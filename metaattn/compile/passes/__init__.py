@@ -1,1 +1,3 @@
-""""""
+"""Rewritings of recorded graphs."""
+
+__all__: list[str] = []

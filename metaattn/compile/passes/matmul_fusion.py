@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.library import register_fake
 
 from ...backends.matmul_jvp import Product, multiply, served
-from ...ops._operators import LIBRARY, is_leaf
+from ...ops.operators import LIBRARY, is_attention_op
 
 SMALL = 2**29  # multiplications: of larger ones each fills a GPU, and cuBLAS' kernels are better
 _VALUE, _TANGENT = 1, 2  # what is asked for of a product
@@ -205,7 +205,7 @@ def _following(units: list[_Unit], first: _Unit) -> list[_Unit]:
     """What a unit of small products might be joined with: the ones up to the next leaf."""
     found = []
     for unit in units[units.index(first) + 1 :] if _may_be_paired(first) else []:
-        if is_leaf(unit.nodes[0]):
+        if is_attention_op(unit.nodes[0]):
             break
         if _may_be_paired(unit):
             found.append(unit)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ops._operators import gradient, gradient_tangent, gradients_in_one
+from ...ops.operators import gradient, gradient_tangent, gradients_in_one
 
 aten = torch.ops.aten
 _BIAS_GRAD = 11  # among the arguments of a leaf

@@ -16,7 +16,7 @@ def anil(loss: Callable[..., Any], *, adapts: Sequence[str] = ("head.*",), **set
         adapts: Patterns of the names of what a task adapts.
         **settings: Of :class:`GradientBased`.
 
-    Source:
+    FunctionKey:
         Raghu et al. 2020 (arXiv 1909.09157), section 4.
 
     Example:
@@ -37,7 +37,7 @@ def boil(loss: Callable[..., Any], *, adapts: Sequence[str] = ("*", "!head.*"), 
         adapts: Patterns of the names of what a task adapts.
         **settings: Of :class:`GradientBased`.
 
-    Source:
+    FunctionKey:
         Oh et al. 2021 (arXiv 2008.08882), section 3: a learning rate of 0 for the head.
 
     Example:

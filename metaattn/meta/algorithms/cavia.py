@@ -33,7 +33,7 @@ class Cavia(GradientBased):
         TypeError: A size that is no integer; else as :class:`GradientBased`.
         ValueError: A size below 1; a name that no parameter has, in :meth:`init`.
 
-    Source:
+    FunctionKey:
         Zintgraf et al. 2019 (arXiv 1810.03642), section 3.
     """
 
@@ -94,7 +94,7 @@ def cavia(loss: Callable[..., Any], **settings: Any) -> Cavia:
         loss: As for :class:`GradientBased`.
         **settings: Of :class:`Cavia` and :class:`GradientBased`.
 
-    Source:
+    FunctionKey:
         Zintgraf et al. 2019 (arXiv 1810.03642), algorithm 1.
 
     Example:

@@ -34,7 +34,7 @@ def imaml(
         ValueError: As :class:`metaattn.meta.Implicit`.
         TypeError: Likewise.
 
-    Source:
+    FunctionKey:
         Rajeswaran et al. 2019 (arXiv 1909.04630), lemma 1 and algorithms 1 and 2.
 
     Example:

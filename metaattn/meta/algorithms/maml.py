@@ -143,7 +143,7 @@ def maml(loss: Callable[..., Any], **settings: Any) -> GradientBased:
         loss: As for :class:`GradientBased`.
         **settings: Of :class:`GradientBased`.
 
-    Source:
+    FunctionKey:
         Finn, Abbeel and Levine 2017 (arXiv 1703.03400), algorithm 1.
 
     Example:
@@ -168,7 +168,7 @@ def first_order_maml(loss: Callable[..., Any], **settings: Any) -> GradientBased
         loss: As for :class:`GradientBased`.
         **settings: Of :class:`GradientBased`, but for ``gradient``.
 
-    Source:
+    FunctionKey:
         Finn, Abbeel and Levine 2017 (arXiv 1703.03400), section 5.2.
 
     Example:

@@ -30,7 +30,7 @@ class MAMLPlusPlus(GradientBased):
     Raises:
         ValueError: A share outside ``[0, 1]``; else as :class:`GradientBased`.
 
-    Source:
+    FunctionKey:
         Antoniou, Edwards and Storkey 2019 (arXiv 1810.09502), section 4.
     """
 
@@ -75,7 +75,7 @@ def maml_plus_plus(loss: Callable[..., Any], **settings: Any) -> MAMLPlusPlus:
         loss: As for :class:`GradientBased`.
         **settings: Of :class:`MAMLPlusPlus` and :class:`GradientBased`.
 
-    Source:
+    FunctionKey:
         Antoniou, Edwards and Storkey 2019 (arXiv 1810.09502), section 4: MSL, LSLR and DA. Its
         batch normalisation per step is a matter of the model.
 

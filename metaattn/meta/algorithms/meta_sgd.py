@@ -15,7 +15,7 @@ def meta_sgd(loss: Callable[..., Any], **settings: Any) -> GradientBased:
         loss: As for :class:`GradientBased`.
         **settings: Of :class:`GradientBased`; ``learning_rate`` is where the learned ones start.
 
-    Source:
+    FunctionKey:
         Li et al. 2017 (arXiv 1707.09835), algorithm 1.
 
     Example:

@@ -34,7 +34,7 @@ class Prototypical(GradientBased):
         TypeError: No ``embed``, or a ``way`` that is no integer; else as :class:`GradientBased`.
         ValueError: A ``way`` below 2; a head's name that no parameter has, in :meth:`init`.
 
-    Source:
+    FunctionKey:
         Snell, Swersky and Zemel 2017 (arXiv 1703.05175), equations 1, 2 and 8.
     """
 
@@ -83,7 +83,7 @@ def prototypical(loss: Callable[..., Any], *, embed: Embed, way: int, **settings
         way: Likewise.
         **settings: Of :class:`Prototypical`.
 
-    Source:
+    FunctionKey:
         Snell, Swersky and Zemel 2017 (arXiv 1703.05175), algorithm 1.
 
     Example:
@@ -115,7 +115,7 @@ def proto_maml(loss: Callable[..., Any], *, embed: Embed, way: int, **settings: 
     Raises:
         ValueError: Steps below 1: those are :func:`prototypical` networks.
 
-    Source:
+    FunctionKey:
         Triantafillou et al. 2020 (arXiv 1903.03096), Proto-MAML.
 
     Example:

@@ -25,7 +25,7 @@ class Reptile(GradientBased):
         ValueError: Learned learning rates, which this meta-gradient does not reach; else as
             :class:`GradientBased`.
 
-    Source:
+    FunctionKey:
         Nichol, Achiam and Schulman 2018 (arXiv 1803.02999), algorithm 2.
     """
 
@@ -51,7 +51,7 @@ def reptile(loss: Callable[..., Any], **settings: Any) -> Reptile:
         loss: As for :class:`GradientBased`.
         **settings: Of :class:`GradientBased`.
 
-    Source:
+    FunctionKey:
         Nichol, Achiam and Schulman 2018 (arXiv 1803.02999), algorithm 2; the difference taken for a gradient, for
         Adam and the like: its section 3.
 

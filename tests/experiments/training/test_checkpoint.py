@@ -15,7 +15,7 @@ import torch
 from experiments.errors import UserError
 from experiments.training import checkpoint
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 WRITER = """
 import sys, torch
 from pathlib import Path

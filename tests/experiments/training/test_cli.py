@@ -22,7 +22,7 @@ from metaattn.compile import compiler
 from metaattn.compile.piecewise import as_recorded
 from tests.conftest import NO_KERNELS
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 SMOKE = ["experiment=smoke", "threads=1"]
 
 

@@ -13,7 +13,7 @@ from experiments.errors import UserError
 from experiments.training import checkpoint, distributed, report
 from tests.helpers import assert_close, error
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 STEPS = 12
 # Five tasks: no number of processes here but one divides them.
 TINY = [
