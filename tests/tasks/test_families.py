@@ -11,7 +11,7 @@ import torch
 from matplotlib.ft2font import FT2Font
 from PIL import Image
 
-from metaattn.tasks import Sinusoids, _cache, glyphs, omniglot, stack
+from metaattn.tasks import Sinusoids, cache, glyphs, omniglot, stack
 from metaattn.tasks.glyphs import FONTS, jitter
 from tests.helpers import assert_close
 
@@ -110,7 +110,7 @@ def test_cache_is_read_again_and_survives_corruption(tmp_path):
         return {"a": data}
 
     def check(key="key"):
-        assert np.array_equal(_cache.cached("x", key, build, where=tmp_path)["a"], data)
+        assert np.array_equal(cache.cached("x", key, build, where=tmp_path)["a"], data)
         return len(calls)
 
     assert (check(), check()) == (1, 1)
@@ -130,17 +130,17 @@ def test_cache_is_read_again_and_survives_corruption(tmp_path):
 
 def test_cache_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("METAATTN_CACHE", str(tmp_path))
-    assert _cache.directory() == tmp_path
+    assert cache.directory() == tmp_path
     monkeypatch.delenv("METAATTN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert str(_cache.directory()) == "/somewhere/metaattn"
+    assert str(cache.directory()) == "/somewhere/metaattn"
 
 
 def test_cache_that_cannot_be_written_costs_a_warning(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a directory")
     with pytest.warns(UserWarning, match="could not be written"):
-        assert _cache.cached("x", "k", lambda: {"a": np.ones(1)}, where=blocked)["a"] == 1
+        assert cache.cached("x", "k", lambda: {"a": np.ones(1)}, where=blocked)["a"] == 1
 
 
 def test_sinusoids():

@@ -26,7 +26,7 @@ FILES |= {"learning.png", "adaptation.png", "episode.png"}
 # The program, but for what befalls the second process in its sixth step.
 DRIVER = """
 import os, signal
-from experiments import train
+from experiments.training import loop as train
 from experiments.training.main import main
 
 take_step = train.Trainer._take_step
