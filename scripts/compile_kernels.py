@@ -12,6 +12,7 @@ folder, which a machine with the same Triton then need not compile again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import math
@@ -21,7 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -219,7 +220,7 @@ def main() -> None:
     p.add_argument("--kinds", nargs="+", default=["full", "causal"], choices=KINDS)
     p.add_argument("--primitives", nargs="+", default=PRIMITIVES, choices=PRIMITIVES)
     p.add_argument("--cache", type=Path, help="the folder of compiled kernels, in place of Triton's own")
-    p.add_argument("--processes", type=int, default=os.cpu_count())
+    p.add_argument("--processes", type=int, default=os.cpu_count(), help="0: compile in this process")
     a = p.parse_args()
     if a.cache is not None:
         os.environ["TRITON_CACHE_DIR"] = str(a.cache.resolve())
@@ -227,8 +228,13 @@ def main() -> None:
     failed = 0
     print(f"Triton {triton.__version__}")
     print("gpu      dtype     size  kind     primitive        kernel   blocks        registers  stack B  shared KiB")
-    with ProcessPoolExecutor(a.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        done = tqdm(pool.map(compile_one, todo), total=len(todo), desc="compile", mininterval=5, disable=None)
+    with contextlib.ExitStack() as stack:
+        compiled: Iterable[tuple[list[Loaded], str | None]] = map(compile_one, todo)
+        if a.processes:
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(a.processes, mp_context=context))
+            compiled = pool.map(compile_one, todo)
+        done = tqdm(compiled, total=len(todo), desc="compile", mininterval=5, disable=None)
         for job, (loaded, problem) in zip(todo, done, strict=True):
             head = f"{job.gpu:8s} {job.dtype:9s} {job.head_size:4d}  {job.kind:8s} {job.primitive:16s}"
             for k in loaded:
