@@ -1,6 +1,6 @@
 """Check that the tests notice faults: change one operation of a source file at a time and run the tests.
 
-    python scripts/mutants.py [--files metaattn/ops/_rules.py ...] [--number 30] [--seed 0] [--tests tests/ops tests/backends]
+    python scripts/mutants.py [--files metaattn/ops/_rules.py] [--number 30] [--tests tests/ops tests/backends]
 
 Each mutant is one change in a copy of the repository: a sign, a dropped term, swapped operands, another comparison, a
 negated condition or another number. They are drawn with a seed, the same number from each file. A mutant is caught if a
@@ -86,7 +86,8 @@ def mutants(file: str, root: Path = ROOT) -> Iterator[Mutant]:
         return lines[line - 1] + len(encoded[line - 1][:column].decode())
 
     def span(node: ast.expr) -> tuple[int, int]:
-        assert node.end_lineno is not None and node.end_col_offset is not None
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
         return offset(node.lineno, node.col_offset), offset(node.end_lineno, node.end_col_offset)
 
     def change(node: ast.expr, start: int, end: int, text: str, what: str) -> Mutant:
@@ -114,11 +115,8 @@ def mutants(file: str, root: Path = ROOT) -> Iterator[Mutant]:
         elif isinstance(node, ast.IfExp):
             start, end = span(node.test)
             yield change(node, start, end, f"not ({source[start:end]})", "negate the condition")
-        elif (
-            isinstance(node, ast.Call) and len(node.args) > 1 and not any(isinstance(a, ast.Starred) for a in node.args)
-        ):
-            (start, _), (_, end) = span(node.args[-2]), span(node.args[-1])
-            (_, middle), (second, _) = span(node.args[-2]), span(node.args[-1])
+        elif isinstance(node, ast.Call) and len(node.args) > 1 and not _starred(node):
+            (start, middle), (second, end) = span(node.args[-2]), span(node.args[-1])
             swapped = source[second:end] + source[middle:second] + source[start:middle]
             yield change(node, start, end, swapped, "swap the last two arguments")
         elif isinstance(node, ast.keyword) and isinstance(node.value, ast.Name) and node.arg != "dtype":
@@ -127,6 +125,20 @@ def mutants(file: str, root: Path = ROOT) -> Iterator[Mutant]:
         elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and node.slice.value in (0, 1):
             start, end = span(node.slice)
             yield change(node, start, end, str(1 - node.slice.value), "another element")
+
+
+def _starred(node: ast.Call) -> bool:
+    return any(isinstance(a, ast.Starred) for a in node.args)
+
+
+def _parses(mutant: Mutant) -> bool:
+    """Return whether a mutant is a program: operators bind differently after a change."""
+    source = (ROOT / mutant.file).read_text()
+    try:
+        ast.parse(source[: mutant.start] + mutant.text + source[mutant.end :])
+    except SyntaxError:
+        return False
+    return True
 
 
 def _computing(node: ast.AST) -> Iterator[ast.AST]:
@@ -148,14 +160,8 @@ def survives(mutant: Mutant, tests: list[str], options: list[str], limit: float)
         mutant.apply(copy)
         program = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-rfE"]
         try:
-            done = subprocess.run(
-                [*program, *options, *tests],
-                cwd=copy,
-                capture_output=True,
-                text=True,
-                timeout=limit,
-                env=_environment(),
-            )
+            command = [*program, *options, *tests]
+            done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=limit, env=_environment())
         except subprocess.TimeoutExpired:
             return False, f"longer than {limit:.0f} s"
     if done.returncode == 0:
@@ -178,9 +184,7 @@ def main() -> None:
     p.add_argument("--tests", nargs="+", default=["tests/ops", "tests/backends"])
     p.add_argument("--first", nargs="*", default=FIRST, help="the tests that run before the others")
     p.add_argument("--pytest", default="", metavar="OPTIONS", help="more options of pytest, in one string")
-    p.add_argument(
-        "--only", type=Path, metavar="JSON", help="not new mutants, but the survivors in this file of --json"
-    )
+    p.add_argument("--only", type=Path, metavar="JSON", help="the survivors in this file, in place of new mutants")
     p.add_argument("--limit", type=float, default=600.0, help="seconds for the tests of a mutant")
     p.add_argument("--json", type=Path, help="a file for the results")
     a = p.parse_args()
@@ -188,7 +192,7 @@ def main() -> None:
         drawn = [Mutant(*r["mutant"]) for r in json.loads(a.only.read_text()) if r["survives"]]
     else:
         draw, per_file = random.Random(a.seed), -(-a.number // len(a.files))
-        found = [list(mutants(file)) for file in a.files]
+        found = [list(filter(_parses, mutants(file))) for file in a.files]
         drawn = [m for all_ in found for m in draw.sample(all_, min(per_file, len(all_)))][: a.number]
     results = []
     for i, mutant in enumerate(drawn, 1):

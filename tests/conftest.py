@@ -28,8 +28,8 @@ torch.set_num_threads(1)  # pytest-xdist starts a process for each core
 os.environ["METAATTN_COMPILE_PROCESSES"] = "0"  # so that no test starts more
 
 BACKENDS = ["reference", "blockwise"]  # those that support float64
-# The reason why the kernels cannot run on the tensors of this suite, which are on the CPU: either there is a GPU, so that
-# the kernels are not interpreted, or the interpreter does not work here. None if they can.
+# The reason why the kernels cannot run on the tensors of this suite, which are on the CPU: either there is a GPU, so
+# that the kernels are not interpreted, or the interpreter does not work here. None if they can.
 NO_KERNELS = registry.refuses("triton", Problem(1.0), Operands(*torch.zeros(3, 1, 1, 1, 1)))
 FUSED = [] if NO_KERNELS else ["triton"]  # float32 is their widest dtype
 
@@ -70,7 +70,7 @@ def small_tiles(monkeypatch):
 def pytest_collection_modifyitems(config, items):
     """Skip what needs a GPU where there is none, leave out the exhaustive tests, and put the slow ones first.
 
-    Several processes then end at about the same time: none of them starts a long test when the others have finished.
+    The order is for several processes: none of them starts a long test when the others have finished.
     """
     if "exhaustive" not in config.option.markexpr and "exhaustive" not in config.option.keyword:
         left_out = [item for item in items if "exhaustive" in item.keywords]
@@ -82,4 +82,5 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
-    items.sort(key=lambda item: "slow" not in item.keywords)
+    if hasattr(config, "workerinput"):  # a process of pytest-xdist
+        items.sort(key=lambda item: "slow" not in item.keywords)

@@ -35,9 +35,10 @@ def _patch_once(fn, patch=interpreter._patch_lang):
 
 
 _scalar_dtype = functools.cache(interpreter._get_np_dtype)
+_POINTER = interpreter._get_np_dtype(language.pointer_type(language.int8))
 
 
-def _numpy_dtype(dtype, pointer=interpreter._get_np_dtype(language.pointer_type(language.int8))):
-    """Return NumPy's dtype of the elements of a type, from a table. The interpreter builds that table at every access."""
+def _numpy_dtype(dtype):
+    """Return NumPy's dtype of a type's elements from a table, which the interpreter builds again in every call."""
     scalar = dtype.scalar
-    return pointer if isinstance(scalar, language.pointer_type) else _scalar_dtype(scalar)
+    return _POINTER if isinstance(scalar, language.pointer_type) else _scalar_dtype(scalar)

@@ -30,8 +30,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import compile_kernels
 
 for row in rows:
-    arguments = [a for pair in zip(("--gpus", "--dtypes", "--head-sizes", "--kinds", "--primitives"), row) for a in pair]
-    sys.argv = ["compile_kernels.py", *arguments, "--processes", "0"]
+    options = ("--gpus", "--dtypes", "--head-sizes", "--kinds", "--primitives")
+    sys.argv = ["compile_kernels.py", "--processes", "0", *(a for pair in zip(options, row) for a in pair)]
     code = 0
     try:
         compile_kernels.main()

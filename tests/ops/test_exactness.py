@@ -1,7 +1,7 @@
 """Every nesting of derivatives of every kind of call against the dense formula in float64.
 
-The full product of nestings, cases and backends runs with ``pytest -m exhaustive``. By default each backend runs the part
-of it that can fail where no other part does:
+The full product of nestings, cases and backends runs with ``pytest -m exhaustive``. By default each backend runs the
+part of it that can fail where no other part does:
 
 * The derivative rules are the same code for every backend, so that all nestings of all cases run on one, ``blockwise``.
 * The other backends run every case through the nestings that call each of their primitives, with absent tangents and
@@ -44,15 +44,16 @@ from tests.ops.nestings import (
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
-# Together these call every primitive: `forward`; `backward` with either part of the cotangent absent; `forward_with_jvp`
-# and `backward_with_jvp` with all tangents but one absent, and with a cotangent that moves; `forward_jvp` and
-# `backward_jvp` (which only reverse over reverse calls separately).
+# Together these call every primitive: `forward`; `backward` with either part of the cotangent absent;
+# `forward_with_jvp` and `backward_with_jvp` with all tangents but one absent, and with a cotangent that moves;
+# `forward_jvp` and `backward_jvp`, which only reverse over reverse calls separately.
 PRIMITIVES = {
     "first": [value, vjp_out, vjp_lse, jvp_each, vmap_value],
     "second": [grad_each_hvp, jvp_vjp, grad_vjp],
 }
-# Kernels in Triton's interpreter are slow: these cases take every path through `interface` and `layout`. What the kernels
-# compute in all other cases is in tests/backends/test_triton.py, and on a GPU every nesting has every case (test_gpu.py).
+# Kernels in Triton's interpreter are slow: these cases take every path through `interface` and `layout`. What the
+# kernels compute in all other cases is in tests/backends/test_triton.py. On a GPU every nesting has every case
+# (tests/backends/test_gpu.py).
 KERNEL_CASES = {
     "first": (
         "causal",
@@ -134,7 +135,8 @@ def test_nesting(backend, nesting, name):
         assert_close(as_vector(got), as_vector(want), dtype, max(4.0, 4.0 * own / TOLERANCE[dtype]))
 
 
-# The derivatives along several tangents that a nesting of third order takes: a function of blockwise, and how many tangents.
+# The derivatives along several tangents that a nesting of third order takes: functions of blockwise, and how many
+# tangents each gets.
 HIGHER = {
     grad3: {("directional", 2), ("gradient", 2)},
     jvp3: {("directional", 2), ("directional", 3)},
