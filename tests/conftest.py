@@ -6,6 +6,7 @@ The fixtures are seeds, backends, and tiles so small that small shapes are cut i
 import contextlib
 import ctypes
 import os
+import re
 
 import torch
 
@@ -84,3 +85,30 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
     if hasattr(config, "workerinput"):  # a process of pytest-xdist
         items.sort(key=lambda item: "slow" not in item.keywords)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--skipped-to", metavar="FILE", help="write the tests that were skipped for want of a library")
+
+
+def pytest_configure(config):
+    path = config.getoption("--skipped-to")
+    if path and not hasattr(config, "workerinput"):  # processes of pytest-xdist report to the first
+        config.pluginmanager.register(_Skipped(path))
+
+
+class _Skipped:
+    """Writes what was skipped for want of a library as arguments of a later run: tests, or whole files."""
+
+    def __init__(self, path):
+        self.path, self.found = path, set()
+
+    def pytest_runtest_logreport(self, report):
+        if report.skipped and re.search("could not import|is not installed", report.longrepr[2]):
+            self.found.add(report.nodeid)
+
+    pytest_collectreport = pytest_runtest_logreport
+
+    def pytest_sessionfinish(self):
+        with open(self.path, "w") as file:
+            file.writelines(f"{test}\n" for test in sorted(self.found))
