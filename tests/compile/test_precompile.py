@@ -53,6 +53,7 @@ def begun(monkeypatch):
     precompile.helpers.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Inductor's own
 def test_what_is_compiled_ahead_is_found(step, begun, precision, tmp_path, monkeypatch):
     precision("high")

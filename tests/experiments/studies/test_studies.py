@@ -96,6 +96,7 @@ def test_boundary_tells_wrong_from_right():
     assert boundary.probe(wrong, boundary.NESTINGS["forward"], (q, k, v, t))["status"] == "wrong"
 
 
+@pytest.mark.slow
 def test_modules_run_as_commands(tmp_path):
     for module in ("experiments.second_order", "experiments.boundary", "experiments.data_weights"):
         done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=120)

@@ -135,6 +135,7 @@ def test_checkpoint_holds_what_goes_on(finished):
     assert content["meta"]["params"]["head.weight"].shape == (5, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_kill_and_resume_is_bit_exact(tmp_path, dropout, finished):
     """20 steps equal some, kill -9 and the rest; with dropout the states of the generators count too."""
@@ -186,6 +187,7 @@ def _assert_identical(a, b):
         assert a == b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_stops(tmp_path, number, code):
     process = _start(tmp_path, "train.steps=100000", "train.checkpoint_every=100000")
