@@ -6,9 +6,9 @@ import re
 import torch
 from torch.utils._pytree import tree_leaves
 
-# The relative error in the 2-norm, against float64, that a result may have in each dtype. In float64 this is a few hundred
-# roundings of 1e-16. In the others it is 2 (float32, bfloat16) to 4 (float16, whose range is smaller) units in the last
-# place on the worst of these cases.
+# The relative error in the 2-norm, against float64, that a result may have in each dtype. In float64 this is a few
+# hundred roundings of 1e-16. In the others it is about 2 (float32, bfloat16) to 4 (float16, whose range is smaller)
+# units in the last place on the worst of the cases here.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -81,8 +81,8 @@ def error(got, want):
 def as_vector(tree):
     """Return all leaves as one vector, with zeros for infinities.
 
-    For low precision: a leaf whose exact value is zero by cancellation, such as the gradient of a bias that shifts whole
-    rows, has no meaningful relative error by itself.
+    For low precision: a leaf whose exact value is zero by cancellation, such as the gradient of a bias that shifts
+    whole rows, has no meaningful relative error by itself.
     """
     leaves = [t for t in tree_leaves(tree) if t is not None]
     return torch.cat([torch.where(torch.isinf(t), 0.0, t).double().flatten() for t in leaves])

@@ -78,7 +78,7 @@ def test_direction(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_where_other_libraries_are_imported(path):
-    """Only experiments and train_maml.py import Hydra, only its backend imports Triton, and no backend imports autograd."""
+    """Only experiments and train_maml.py import Hydra, only its backend Triton, and no backend imports autograd."""
     module, names = _module(path), set(_imports(path))
     tops = {n.split(".")[0] for n in names}
     if module.startswith("metaattn"):
