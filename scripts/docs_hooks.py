@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages of other libraries, one page for each public object, docstrings in the style of the project."""
+"""Hooks of mkdocs: pages of other libraries, a page for each public object, docstrings as mkdocstrings reads them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def on_config(config: Any) -> Any:
 def on_files(files: Any, *, config: Any) -> Any:
     """Add a page for each public object, and a table of all of them."""
     extensions = griffe.load_extensions(AsWritten)
-    package = griffe.load("metaattn", search_paths=[str(Path(config["config_file_path"]).parent)], extensions=extensions)
+    package = griffe.load(
+        "metaattn", search_paths=[str(Path(config["config_file_path"]).parent)], extensions=extensions
+    )
     index = ["# API", "", "One page for each public object."]
     for title, owner, names in API:
         index += ["", f"## {title}", "", f"In `{owner}`:", "", "| | |", "|---|---|"]
