@@ -105,6 +105,11 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     return f'<div class="results" markdown>\n\n{markdown}\n\n</div>\n'
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Let a click on a figure open it in its full size."""
+    return re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', html)
+
+
 class AsWritten(griffe.Extension):
     """Show docstrings as mkdocstrings expects them, and each public name as the object that it stands for."""
 
