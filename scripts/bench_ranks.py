@@ -62,7 +62,10 @@ def main() -> None:
     on_cpu = "device=cpu" in a.overrides or not torch.cuda.is_available()
     device = "CPU" if on_cpu else torch.cuda.get_device_name()
     machine = {"device": device, "torch": str(torch.__version__), "overrides": a.overrides}
-    lines = ["| processes | steps/s | relative to one process | largest difference of a logged loss |", "|---|---|---|---|"]
+    lines = [
+        "| processes | steps/s | relative to one process | largest difference of a logged loss |",
+        "|---|---|---|---|",
+    ]
     for r in rows:
         apart = max(abs(loss - rows[0]["losses"][step]) for step, loss in r["losses"].items())
         if not apart < APART:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -105,7 +106,7 @@ def way(axis: Axes, heights: dict[str, float], x: float, title: str, colour: str
         zorder=6,
         bbox={"fc": PAPER, "ec": "none", "pad": 1.5, "alpha": 0.9},
     )
-    style = {"arrowstyle": "-|>", "mutation_scale": 16, "shrinkA": 0, "shrinkB": 5}
+    style: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 16, "shrinkA": 0, "shrinkB": 5}
     axis.add_patch(FancyArrowPatch((x, top), (x, bottom), color=colour, lw=2.2, zorder=2, **style))
     for package, modules in stops:
         y = heights[package]

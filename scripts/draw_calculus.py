@@ -2,8 +2,8 @@
 
     python scripts/draw_calculus.py [--out docs/figures/calculus.svg]
 
-The arrows are the table of section 3 of docs/mathematics.md for D0, G0, D1, G1 = F, B, T, S. The file's name decides the
-format. An SVG has its letters as outlines and is the same, byte for byte, each time.
+The arrows are the table of section 3 of docs/mathematics.md for D0, G0, D1, G1 = F, B, T, S. The file's name decides
+the format. An SVG has its letters as outlines and is the same, byte for byte, each time.
 """
 
 from __future__ import annotations
