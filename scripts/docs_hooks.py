@@ -47,6 +47,13 @@ API: list[tuple[str, str, list[str]]] = [
         "metaattn.tasks",
         ["glyphs", "omniglot", "Sinusoids", "Episodes", "Episode", "Batch", "stack", "split_classes"],
     ),
+    ("PyTorch's norms", "metaattn.integrations.torch_norms", ["replace_norms"]),
+    (
+        "Hugging Face Transformers",
+        "metaattn.integrations.transformers",
+        ["register", "checkpoint_layers", "replace_layer_norms"],
+    ),
+    ("Hugging Face diffusers", "metaattn.integrations.diffusers", ["differentiable", "checkpoint"]),
 ]
 # Tables of measurements: they take the whole width of the page.
 RESULTS = {f"benchmarks/{name}.md" for name in ("attention", "cpu", "meta", "ranks")}

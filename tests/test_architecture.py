@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.func import functional_call
 
 import metaattn
 from tests.test_imports import MAY_IMPORT
@@ -108,3 +109,21 @@ def test_a_call_of_sdpa_goes_the_way_that_is_drawn():
     stops = [package for package, _ in DRAWING.WAYS[0][2]]
     assert {called for _, called in pairs} == set(stops)
     assert {called for caller, called in pairs if caller is None} == {stops[0]}
+
+
+def test_a_meta_step_goes_the_way_that_is_drawn():
+    """As in a training run, from ``meta`` down. Only the rules, which ``ops`` gives ``autodiff``, are called upward."""
+    model = metaattn.Transformer(
+        input="continuous", in_features=2, dim=4, depth=1, heads=1, output="pooled", out_features=1
+    )
+    learner = metaattn.meta.maml(lambda p, x, y: (functional_call(model, p, (x,)) - y).square().mean(), steps=1)
+    meta = learner.init(dict(model.named_parameters()))
+    tasks = torch.randn(2, 3, 4, 2), torch.randn(2, 3, 1)
+    pairs = _calls(lambda: learner.value_and_grad(meta, tasks, tasks))
+    stops = [package for package, _ in DRAWING.WAYS[2][2]]
+    asked = {"metaattn.compile"}  # for the active compiler, which is none
+    assert {called for _, called in pairs} - asked == set(stops) - {"experiments", "metaattn.tasks"}
+    assert {called for caller, called in pairs if caller is None} == {"metaattn.meta"}
+    order = {package: i for i, package in enumerate(PACKAGES)}
+    upward = {(a, b) for a, b in pairs if a is not None and order[a] < order[b]}
+    assert upward == {("metaattn.autodiff", "metaattn.ops")}

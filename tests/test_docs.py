@@ -54,7 +54,8 @@ def test_links(page):
 
 def _public(path):
     package, _, name = path.rpartition(".")
-    return name in importlib.import_module(package).__all__
+    module = importlib.import_module(package)
+    return name in getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")])
 
 
 def _pages(entries):
