@@ -44,12 +44,12 @@ FOR_AUTO = [(512, 16, 128, 32), (64, 16, 512, 32), (8, 16, 2048, 32)]
 FOR_AUTO += [(256, 16, 128, 64), (64, 16, 256, 64), (64, 16, 333, 64), (16, 16, 1024, 64)]
 FOR_AUTO += [(256, 16, 64, 128), (128, 16, 128, 128), (64, 16, 197, 128), (16, 16, 512, 128), (8, 16, 1024, 128)]
 PARTS = ("auto", "large", "small", "other", "jax", "lengths")
-LEGEND = """`setting`: batch, heads, tokens, head size. `rule`: `fwd`, the forward pass; `bwd`, the backward pass
-only; `jvp`, with its forward pass; `hvp`, a Hessian-vector product with everything before it; `dbl`, a double
-backward with everything before it. float32 uses tf32 products unless the setting says "highest". `ms`: the GPU's
-time, of a replayed CUDA graph. `TFLOP/s`: counts the products that the mathematics needs, half of them when causal.
-`of the ceiling`: share of what a large matrix product reaches, which the heading gives. `eager ms`: a plain call,
-with the CPU's work. `peak MiB`: above what was allocated before. `error`: relative, against float64, on a slice."""
+LEGEND = """`setting`: batch, heads, tokens, head size. `rule`: forward; backward alone; jvp with its forward; hvp, a
+Hessian-vector product with all before it; dbl, a double backward with all before it. float32 takes tf32 products but
+where it is "highest". `ms`: the GPU's time, of a replayed CUDA graph. `TFLOP/s`: of the products that the mathematics
+needs, half when causal. `of the ceiling`: share of what a large matrix product reaches there, as the heading says.
+`eager ms`: a plain call, the CPU's work included. `peak MiB`: above what there was. `error`: against float64, relative,
+on a slice."""
 
 
 def length_rows(quick: bool) -> list[dict[str, Any]]:

@@ -62,10 +62,7 @@ def main() -> None:
     on_cpu = "device=cpu" in a.overrides or not torch.cuda.is_available()
     device = "CPU" if on_cpu else torch.cuda.get_device_name()
     machine = {"device": device, "torch": str(torch.__version__), "overrides": a.overrides}
-    lines = [
-        "| processes | steps/s | relative to one process | largest difference of a logged loss |",
-        "|---|---|---|---|",
-    ]
+    lines = ["| processes | steps/s | to one | largest difference of a logged loss |", "|---|---|---|---|"]
     for r in rows:
         apart = max(abs(loss - rows[0]["losses"][step]) for step, loss in r["losses"].items())
         if not apart < APART:
@@ -75,7 +72,7 @@ def main() -> None:
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     table = "\n".join(lines)
-    a.out.with_suffix(".md").write_text(f"# Several processes\n\n`{json.dumps(machine)}`\n\n{table}\n")
+    a.out.with_suffix(".md").write_text(f"# Several processes\n\n{json.dumps(machine)}\n\n{table}\n")
     print(table)
 
 
