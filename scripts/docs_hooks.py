@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,7 +132,8 @@ class AsWritten(griffe.Extension):
         for package in (pkg, *(m for m in pkg.modules.values() if m.is_subpackage)):
             for name in set(package.exports or ()) & set(package.imports):
                 target = pkg[package.imports[name].removeprefix(f"{pkg.path}.")]
-                target = target[name] if target.is_module else target
-                found.append((package, name, target.final_target if target.is_alias else target))
+                with contextlib.suppress(griffe.AliasResolutionError):  # a name of PyTorch, which is not loaded
+                    target = target[name] if target.is_module else target
+                    found.append((package, name, target.final_target if target.is_alias else target))
         for package, name, target in found:  # after all are found: an object that replaces a module hides its members
             package.members[name] = griffe.Alias(name, target, parent=package)
