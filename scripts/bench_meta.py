@@ -56,10 +56,10 @@ PARTS = ("table", "jax", "steps", "tokens")
 MODE: dict[str, Mode] = {"graph": "graph", "captured+inductor": "inductor"}
 OPTIONS: dict[str, Any] = {}  # Inductor's
 LEGEND = """`setting`: tasks, sequences, tokens, layers, width, heads, inner steps. The model is that of the JAX
-program: no biases, no norm weights. `peak MiB`: above what there was before the step; JAX's is what its compiler says.
-`first step`: until its result is there, recording and compiling included. `error`: of the meta-gradient against
-float64, relative, in a reduced problem (2 tasks of 2 sequences of at most 48 tokens; one inner step in bfloat16, at
-most two in float32)."""
+program: no biases, no norm weights. `peak MiB`: above what was allocated before the step; JAX's is what its compiler
+reports. `first step`: until its result is ready, with recording and compiling. `error`: of the meta-gradient,
+relative, against float64, in a reduced problem (2 tasks of 2 sequences of at most 48 tokens; one inner step in
+bfloat16, at most two in float32)."""
 KINDS = {  # of kernels, by their names
     "attention": "^(values|by_row|by_key|by_bias)|cudnn_generated",
     "fused by Inductor": "^triton_",
