@@ -237,7 +237,7 @@ def test_learning_reduces_the_loss(params, tasks):
         ),
         (
             lambda: adapt(_loss, {"a": ONE}, (), optimizer=sgd(), rates=0.1, steps=1, adapts=["b"]),
-            r"no parameter is named \['b'\]; there are \['a'\]",
+            r"no parameter is named \['b'\]; the parameters are \['a'\]",
         ),
         (lambda: adapt(_loss, {"a": ONE}, (), optimizer=sgd(), rates=0.1, steps=-1), "steps must be at least 0"),
     ],
