@@ -225,8 +225,8 @@ class Implicit(Gradient):
     """Derivative of a minimum of the loss near the initial parameters: ``"implicit"``.
 
     The steps minimise ``loss + proximal / 2 * |params - initial|^2``, and nothing of them is stored. Their end is taken
-    for the minimum, however it was reached; the derivative is as exact as the end is close to the minimum. With ``H`` the Hessian of the loss there and
-    ``w`` a cotangent of the adapted parameters, the derivative is
+    for the minimum, however it was reached; the derivative is as exact as the end is close to the minimum. With ``H``
+    the Hessian of the loss there and ``w`` a cotangent of the adapted parameters, the derivative is
 
     * ``proximal * (H + proximal)^-1 w`` with respect to the initial parameters,
     * ``-d^2 loss/dx d params (H + proximal)^-1 w`` with respect to any other argument ``x`` of the loss,
