@@ -298,7 +298,7 @@ def test_config_and_changes():
         ({"output": "pooled"}, "out_features must be given for output='pooled'; got None"),
         ({"input": "patch", "image_size": 28}, "patch_size must be given for input='patch'; got None"),
         ({"position": "learned", "max_length": 0}, "max_length must be at least 1; got 0"),
-        ({"position": "learned"}, "max_length must be given, to learn positions; got None"),
+        ({"position": "learned"}, "max_length must be given for position='learned'; got None"),
         (
             {"input": "patch", "image_size": 28, "patch_size": 5},
             "patch_size must be a divisor of image_size, 28; got 5",
@@ -307,7 +307,7 @@ def test_config_and_changes():
         ({"window": (-1, 2)}, r"window .*got \(-1, 2\)"),
         ({"mlp_ratio": 0.0}, "mlp_ratio must be positive"),
         ({"mlp_ratio": float("inf")}, "mlp_ratio must be positive and finite"),
-        ({"mlp_ratio": 1e-3}, "and with dim=64 give a hidden unit; got 0.001"),
+        ({"mlp_ratio": 1e-3}, "large enough for a hidden unit at dim=64; got 0.001"),
     ],
 )
 def test_config_errors(changes, message):
@@ -323,11 +323,11 @@ def test_a_window_is_a_pair():
 @pytest.mark.parametrize(
     ("name", "x", "message"),
     [
-        ("tokens", VECTORS, "takes integers; got torch.float64"),
-        ("patches", IMAGES[:, :3], r"takes images \[..., 4, 4\]; got \[2, 3, 4\]"),
-        ("vectors", VECTORS[..., :2], r"takes 3 features in the last dimension; got \[2, 5, 2\]"),
-        ("vectors", VECTORS[0, 0, 0], r"takes 3 features in the last dimension; got \[\]"),
-        ("vectors", VECTORS[0, 0], r"input='continuous' takes a sequence of tokens; got a tensor \[3\]"),
+        ("tokens", VECTORS, "needs integers; got torch.float64"),
+        ("patches", IMAGES[:, :3], r"needs images \[..., 4, 4\]; got \[2, 3, 4\]"),
+        ("vectors", VECTORS[..., :2], r"needs size in_features=3 in the last dimension; got \[2, 5, 2\]"),
+        ("vectors", VECTORS[0, 0, 0], r"needs size in_features=3 in the last dimension; got \[\]"),
+        ("vectors", VECTORS[0, 0], r"input='continuous' needs a sequence of tokens, \[..., length, size\]; got \[3\]"),
     ],
 )
 def test_input_errors(name, x, message):
@@ -337,5 +337,5 @@ def test_input_errors(name, x, message):
 
 def test_too_long_for_learned_positions():
     model = Transformer(input="token", vocab_size=7, position="learned", max_length=4)
-    with pytest.raises(ValueError, match="at most max_length=4 tokens; got 5"):
+    with pytest.raises(ValueError, match="a sequence must have at most max_length=4 tokens; got 5"):
         model(TOKENS)
