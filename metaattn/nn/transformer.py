@@ -205,7 +205,8 @@ class Transformer(nn.Module):
     def reset_parameters(self) -> None:
         """Draw new weights: normal with standard deviation ``fan_in^-1/2``, and zero for the head.
 
-        The last weights of a residual branch are also divided by ``sqrt(2 depth)``, because as many branches are summed.
+        The last weights of a residual branch are also divided by ``sqrt(2 depth)``, because ``2 depth`` branches are
+        summed.
         """
         for name, p in self.named_parameters():
             if p.dim() == 1:
