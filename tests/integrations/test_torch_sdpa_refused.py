@@ -62,13 +62,16 @@ def test_functions_in_steps_are_not_decorated():
         return 1
 
     for function in (steps, wait):
-        with pytest.raises(TypeError, match="open one inside"):
+        with pytest.raises(TypeError, match=r"got the generator or coroutine function .*Open one inside"):
             metaattn.replace_sdpa()(function)
 
 
 def test_a_mask_of_a_wrong_shape_is_an_error():
     model, padding = encoder(), torch.zeros(4, 2, dtype=torch.bool)  # transposed
-    with metaattn.replace_sdpa(), pytest.raises(ValueError, match=r"key_padding_mask must be \[2, 4\]; got \[4, 2\]"):
+    with (
+        metaattn.replace_sdpa(),
+        pytest.raises(ValueError, match=r"key_padding_mask must have shape \[2, 4\]; got \[4, 2\]"),
+    ):
         model.layers[0].self_attn(*[torch.randn(2, 4, 8, **F64)] * 3, key_padding_mask=padding)
 
 

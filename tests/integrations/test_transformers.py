@@ -184,7 +184,7 @@ def test_models_that_are_refused():
         logits(build("gemma2"))
     # It would add the boolean mask to its scores. T5 came to the interface after 5.0, Bloom to its masks.
     name, own = ("bloom", "BloomAttention") if _serves("t5") else ("t5", "T5Attention")
-    with pytest.raises(NotImplementedError, match=rf"computes its attention by itself \({own}.*'eager'"):
+    with pytest.raises(NotImplementedError, match=rf"computes its attention itself \({own}.*'eager'"):
         logits(build(name))
 
 
@@ -193,7 +193,7 @@ def test_weights_are_not_returned(name):
     model = build(name)
     inputs = {"pixel_values": torch.randn(1, 3, 6, 6).double()} if name == "vit" else {"input_ids": IDS}
     if "transformers.utils.output_capturing" in sys.modules or name in ("llama", "mistral", "bert"):
-        with pytest.raises(ValueError, match="output_attentions=True asks for them; drop it"):
+        with pytest.raises(ValueError, match="output_attentions=True requests them; drop it"):
             model(**inputs, output_attentions=True)
     else:  # the first releases of version 5 do not tell these layers; what they return is empty
         weights = model(**inputs, output_attentions=True).attentions
@@ -205,7 +205,7 @@ def test_weights_are_not_returned(name):
     [
         ({"softcap": 30.0}, "Module caps its scores"),
         ({"head_mask": torch.ones(2)}, "masks whole heads"),
-        ({"indices": torch.ones(1, 3, 2, dtype=torch.int32)}, r"chosen keys only \(indices\)"),
+        ({"indices": torch.ones(1, 3, 2, dtype=torch.int32)}, r"selected keys only \(indices\)"),
         ({"cache": object()}, "paged cache"),
         ({"cu_seq_lens_q": torch.tensor([0, 2, 3])}, "pass position_ids that start at 0"),
         ({"slopes": torch.ones(2)}, r"passes slopes, of shape \[2\], to its attention"),
@@ -222,7 +222,7 @@ def test_what_changes_the_scores_is_refused(arguments, message):
 def test_a_scale_that_only_eager_knows():
     module, x = torch.nn.Module(), torch.randn(1, 2, 3, 4)
     module.scale_attn_by_inverse_layer_idx = True
-    with pytest.raises(NotImplementedError, match="by a rule that it tells eager attention only"):
+    with pytest.raises(NotImplementedError, match="by a rule that it passes to eager attention only"):
         integration.attention(module, x, x, x, None)
     integration.attention(module, x, x, x, None, scaling=0.1)
 
@@ -244,7 +244,7 @@ def test_every_part_of_attention_in_this_release_is_known():
     served = {"module", "scaling", "dropout", "is_causal", "position_bias", "s_aux", "kwargs"} | tensors
     told_by_the_mask = {"sliding_window", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q"}
     harmless = {"max_length_k", "output_attentions", "deterministic"}
-    known = served | told_by_the_mask | harmless | set(integration._UNSERVED)
+    known = served | told_by_the_mask | harmless | set(integration._UNSUPPORTED)
     of_modules = {"training", "num_key_value_groups", "head_dim", "sinks"}  # sinks come as s_aux
     of_gpt2 = {"scale_attn_weights", "scale_attn_by_inverse_layer_idx"}
     of_gpt2 |= {"is_cross_attention", "attn_dropout", "bias", "layer_idx"}
