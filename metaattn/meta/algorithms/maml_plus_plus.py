@@ -82,7 +82,16 @@ class MAMLPlusPlus(GradientBased):
         return "first_order" if self.progress < self.first_order_until else self.gradient
 
     def objective(self, meta: MetaParams, support: Samples, query: Samples) -> tuple[Tensor, Any]:
-        """Return the weighted sum of the query losses after each step, and the query loss after the last."""
+        """Return the weighted sum of the query losses after each step, and the query loss after the last.
+
+        Args:
+            meta: Meta-parameters of :meth:`init`.
+            support: One task's support set, such as inputs ``[shots, tokens, width]`` and targets ``[shots]``.
+            query: The same task's query set, such as ``[queries, tokens, width]`` and ``[queries]``.
+
+        Returns:
+            A scalar, and the result of :meth:`task_loss`.
+        """
         passed: list[Params] = self.trajectory(meta, support)[1:]
         counted = [(v, p) for v, p in zip(self.weights(), passed, strict=True) if v > 0]
         outs = [scored(self.loss, p, query) for _, p in counted]

@@ -63,6 +63,15 @@ class Reptile(GradientBased):
         """Return ``|initial - adapted|^2 / 2`` with constant adapted parameters, and the query loss.
 
         The gradient of this objective in the initial parameters is the difference ``initial - adapted``.
+
+        Args:
+            meta: Meta-parameters of :meth:`init`.
+            support: One task's support set, such as inputs ``[shots, tokens, width]`` and targets ``[shots]``.
+            query: The same task's query set, such as ``[queries, tokens, width]`` and ``[queries]``; the task adapts to
+                these samples too.
+
+        Returns:
+            A scalar, and the result of :meth:`task_loss`.
         """
         samples = [torch.cat(pair) for pair in zip(support, query, strict=True)]
         with torch.no_grad():
