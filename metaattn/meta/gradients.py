@@ -194,7 +194,7 @@ class Truncated(Gradient):
         >>> rate, data = torch.tensor(0.25, requires_grad=True), (torch.tensor(1.0),)
         >>> start = {"w": torch.tensor(0.0)}
         >>> adapted = adapt(loss, start, data, optimizer=sgd(), rates=rate, steps=2, gradient=Truncated(steps=1))
-        >>> torch.autograd.grad(adapted["w"], rate)[0].item()  # the second step's gradient alone, at w = 0.5
+        >>> torch.autograd.grad(adapted["w"], rate)[0].item()  # minus the second step's gradient, taken at w = 0.5
         1.0
     """
 

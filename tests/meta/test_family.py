@@ -1,4 +1,7 @@
-"""The family of algorithms, one suite: each learns, and has the meta-gradient of its definition written out."""
+"""One suite for all algorithms: each learns, and has the meta-gradient of its definition in plain autograd.
+
+Tests all constructors, and cavia, imaml, maml_plus_plus, prototypes and reptile in particular.
+"""
 
 import dataclasses
 import inspect
@@ -72,7 +75,7 @@ def _episodes():
 
 
 def _descend(loss, w, names, rate, batch, steps=STEPS, constant=False, passed=None):
-    """Plain gradient steps by plain autograd; ``rate(name, step)``."""
+    """Gradient steps in plain autograd; the learning rate is ``rate(name, step)``."""
     for step in range(steps):
         g = torch.autograd.grad(loss(w, *batch), [w[k] for k in names], create_graph=True)
         g = [t.detach() if constant else t for t in g]
@@ -117,7 +120,7 @@ def _plus_plus(weights, constant):
 
 
 def _reptile(meta, support, query):
-    """The surrogate whose gradient is the initial parameters less the adapted ones."""
+    """A surrogate objective whose gradient is the initial parameters minus the adapted ones."""
     both = [torch.cat(pair) for pair in zip(support, query, strict=True)]
     end = _descend(_regression, meta["params"], ALL, lambda k, s: RATE, both)
     gradient = {k: (p - end[k]).detach() for k, p in meta["params"].items()}
@@ -160,14 +163,14 @@ def _distances(meta, support, query):
 
 def _proto_maml(meta, support, query):
     c = _centres(meta, support)
-    # Aliases, so that the inner gradient of the body is not also that through the head which was made of it.
+    # Aliases, so that the inner gradient of the body does not include the path through the head made from it.
     body = {k: p.view_as(p) for k, p in meta["params"].items()}
     w = {**body, "head.weight": 2 * c, "head.bias": -c.square().sum(-1)}
     return _classification(_descend(_classification, w, ALL, lambda k, s: RATE, support), *query)
 
 
 def _cavia(meta, support, query):
-    """The context beside the inputs, with weights of its own."""
+    """The context as additional inputs of the first layer, with separate weights."""
 
     def loss(w, x, y):
         inputs = torch.cat([x, w["context"].expand(len(x), -1)], 1)
@@ -180,7 +183,7 @@ def _cavia(meta, support, query):
 
 S = {"steps": STEPS, "learning_rate": RATE}
 PROTO = {"embed": _embed, "way": WAY}
-# The learner, its definition, and whether its tasks are classification.
+# The learner, its definition, and True if its tasks are classification.
 FAMILY = {
     "maml": (maml(_regression, **S), _unrolled(), False),
     "maml_mixed": (maml(_regression, gradient="mixed", **S), _unrolled(), False),
@@ -271,7 +274,7 @@ def test_boil_and_its_rates_leave_the_head():
     assert learner.init(_params(1, 1))["rates"].keys() == {"embed.weight", "embed.bias"}
 
 
-def test_cavia_adapts_the_context_alone():
+def test_cavia_adapts_only_the_context():
     learner = cavia(_regression, size=3, **S)
     meta, (support, _) = learner.init(_params(1, 1)), _sinusoids()
     start, *_, end = learner.trajectory(meta, [t[0] for t in support])
@@ -279,7 +282,7 @@ def test_cavia_adapts_the_context_alone():
     assert {k for k in end if not torch.equal(end[k], meta["params"][k])} == {"embed.bias"}
 
 
-def test_the_head_of_prototypes_is_no_meta_parameter():
+def test_the_head_of_prototypes_is_not_a_meta_parameter():
     meta = prototypical(_classification, **PROTO).init(_params(2, WAY))
     assert meta["params"].keys() == set(ALL[:2])
 
@@ -313,7 +316,7 @@ def test_errors(make, kind, message):
         make()
 
 
-OPTIONS = {  # besides those of GradientBased
+OPTIONS = {  # in addition to those of GradientBased
     imaml: {"proximal", "damping", "iterations", "tolerance"},
     maml_plus_plus: {"multi_step_until", "first_order_until", "progress"},
     cavia: {"size", "into"},

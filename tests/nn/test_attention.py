@@ -1,4 +1,4 @@
-"""MultiheadAttention in place of PyTorch's, in value and in every derivative."""
+"""MultiheadAttention against PyTorch's module, in value and in every derivative; and rotary positions."""
 
 import itertools
 
@@ -112,7 +112,7 @@ def test_derivatives_of_parameters(weights, backend):
 
         return lambda p: jvp(grad(loss), (p,), (t,))[1]
 
-    # With need_weights PyTorch computes densely; without, its fused attention has no second derivative.
+    # PyTorch computes attention densely with need_weights; without, its fused attention has no second derivative.
     theirs_out = hvp(theirs)(params) if weights else None
     if theirs_out is None:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -176,11 +176,11 @@ def test_shape_errors(shapes, message):
     x = [torch.randn(shape) for shape in shapes]
     with pytest.raises(ValueError, match=message):
         metaattn.MultiheadAttention(8, 2, batch_first=True)(*x)
-    with pytest.raises((AssertionError, RuntimeError)):  # what PyTorch refuses too
+    with pytest.raises((AssertionError, RuntimeError)):  # PyTorch rejects them too
         torch.nn.MultiheadAttention(8, 2, batch_first=True)(*x)
 
 
-def test_a_backend_that_is_not_there():
+def test_an_unknown_backend():
     with pytest.raises(ValueError, match=r"backend must be one of .*; got 'trition'"):
         metaattn.MultiheadAttention(8, 2, backend="trition")
 
@@ -192,7 +192,7 @@ def test_the_batch_is_where_batch_first_says():
         metaattn.MultiheadAttention(8, 2)(x, x[:, :1], x[:, :1])
 
 
-def test_rotation_makes_scores_depend_on_distance_alone():
+def test_rotation_makes_scores_depend_only_on_distance():
     x, y = torch.randn(2, 1, 8, **F64)
     by = rotation(10, 8, 10000.0, x)
     q, k = rotate(x.expand(10, 8), by), rotate(y.expand(10, 8), by)

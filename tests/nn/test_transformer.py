@@ -1,4 +1,4 @@
-"""The Transformer: each transform over the whole model against the same model on the dense formula."""
+"""Transformer: each transform of the whole model against the same model on the dense formula of attention."""
 
 import copy
 
@@ -57,7 +57,7 @@ def _model(name, dtype=torch.float64, **changes):
     torch.manual_seed(0)
     options, x = MODELS[name]
     model = Transformer(**{**SMALL, **options, **changes}).to(dtype)
-    for p in model.parameters():  # the head starts at zero, which would hide the rest
+    for p in model.parameters():  # a head of zeros would hide the rest of the model
         torch.nn.init.normal_(p, std=0.3)
     return model, x
 
@@ -111,7 +111,7 @@ def test_transforms_over_the_model(name, transform, backend):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", MODELS)
 def test_rematerialised_equals_plain(name, transform):
-    """With dropout: the numbers drawn again are those of the value."""
+    """With dropout: the random numbers drawn again are those of the first pass."""
     drops = {"dropout": 0.3, "attention_dropout": 0.3}
     (plain, x), (ours, _) = _model(name, **drops), _model(name, remat=True, **drops)
     params = {k: p.detach() for k, p in plain.named_parameters()}
@@ -130,7 +130,7 @@ def test_rematerialised_equals_plain(name, transform):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_rematerialised_meta_gradients_by_autograd(name):
-    """The outermost derivative taken by autograd, of an inner one by torch.func under vmap."""
+    """Outermost derivative by autograd, inner derivative by torch.func under vmap."""
     (plain, x), (ours, _) = _model(name), _model(name, remat=True)
     xs = torch.stack([x, x.flip(1)])
 
@@ -148,7 +148,7 @@ def test_rematerialised_meta_gradients_by_autograd(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_meta_gradients_under_vmap(name, backend):
-    """Every operation of the model under vmap, below an outer derivative, against a loop over tasks."""
+    """Every operation of the model under vmap and an outer derivative, against a loop over tasks."""
     model, x = _model(name, backend=backend)
     params = {k: p.detach() for k, p in model.named_parameters()}
     xs = torch.stack([x, x.flip(1), x.roll(1, 1)])
@@ -195,7 +195,7 @@ def test_dtypes(name, dtype):
     want = jvp(grad(_loss(model, x)), (params,), (t,))[1]
     flat = lambda tree: torch.cat([g.double().flatten() for g in tree.values()])
     error = (flat(got) - flat(want)).norm() / flat(want).norm()
-    assert error < {torch.float32: 1e-6, torch.bfloat16: 0.03}[dtype]  # seen: 4e-7 and 0.016
+    assert error < {torch.float32: 1e-6, torch.bfloat16: 0.03}[dtype]  # measured: 4e-7 and 0.016
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -231,7 +231,7 @@ def test_causal_models_do_not_look_ahead():
 
 @pytest.mark.parametrize("position", ["rope", "learned", "none"])
 def test_positions(position):
-    """With positions a permutation of the tokens shows; without, the mean of the tokens hides it."""
+    """With positions, the mean of the tokens depends on their order; without, it does not."""
     model, x = _model("vectors", position=position, max_length=5, output="pooled", out_features=2)
     same = torch.allclose(model(x), model(x.flip(1)))
     assert same == (position == "none")
