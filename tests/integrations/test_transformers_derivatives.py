@@ -215,7 +215,9 @@ def test_checkpointed_layers_and_caches():
         logits(model)
     options = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate(IDS, **options), build("llama").generate(IDS, **options))
-    with pytest.raises(ValueError, match="must have layers of the class GradientCheckpointingLayer; got Linear without any"):
+    with pytest.raises(
+        ValueError, match="must have layers of the class GradientCheckpointingLayer; got Linear without any"
+    ):
         checkpoint_layers(torch.nn.Linear(2, 2))
 
 
