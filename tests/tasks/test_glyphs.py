@@ -1,4 +1,4 @@
-"""Glyphs: what is rendered, how it is split into classes, and its episodes."""
+"""Glyphs: the rendered characters, their split into classes, their episodes, and the extra they need (_extra)."""
 
 import sys
 import unicodedata

@@ -101,7 +101,7 @@ class Prototypical(GradientBased):
 
         Args:
             meta: Meta-parameters of :meth:`init`.
-            support: One task's support set: inputs ``[shots, …]`` and integer targets ``[shots]``.
+            support: One task's support set: inputs ``[shots, ...]`` and integer targets ``[shots]``.
 
         Returns:
             The parameters, and the head: weight ``[way, features]`` and bias ``[way]``, differentiable functions of the
@@ -115,7 +115,7 @@ class Prototypical(GradientBased):
         return {**meta["params"], self.weight: 2 * centres, self.bias: -centres.square().sum(-1)}
 
     def trajectory(self, meta: MetaParams, support: Samples, steps: int | None = None) -> list[Params]:
-        """See :class:`Learner`; a learner with ``steps=0`` takes no steps, whatever ``steps`` says."""
+        """See :class:`Learner`; a learner with ``steps=0`` returns the same parameters ``steps + 1`` times."""
         if self.steps == 0:
             return [self.start(meta, support)] * (1 + (steps or 0))
         return super().trajectory(meta, support, steps)
