@@ -16,8 +16,8 @@ if find_spec("timm") is None:
 def _import_timm():
     """Import timm, if necessary after declaring operators of torchvision without implementing them.
 
-    timm imports torchvision, whose package contains its operators for CUDA only. On another machine its Python part does
-    not import either, for these two are missing; the model uses none of them.
+    timm imports torchvision, whose package contains its operators for CUDA only. On another machine its Python part
+    does not import either, for these two are missing; the model uses none of them.
     """
     try:
         import timm

@@ -54,7 +54,7 @@ class TestBlocks:
 
         assert_close(power(X, 3), _dense(_dense(_dense(X))))
         assert used == ["reference"] * 3
-        assert (power.__name__, power.__doc__) == ("power", "As it was.")
+        assert (power.__name__, power.__doc__) == ("power", "Docstring that the decorator keeps.")
 
     def test_are_of_their_thread(self, used):
         with metaattn.replace_sdpa():

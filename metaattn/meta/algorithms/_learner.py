@@ -228,8 +228,8 @@ class Learner(ABC):
             chunk_size: Number of tasks that are computed at once, at least 1; ``None`` for all. Less takes less memory.
 
         Returns:
-            Losses ``[tasks]`` or, with ``has_aux``, a pair of them and metrics ``[tasks, ...]``. They are differentiable
-            in the meta-parameters.
+            Losses ``[tasks]`` or, with ``has_aux``, a pair of them and metrics ``[tasks, ...]``. They are
+            differentiable in the meta-parameters.
 
         Raises:
             TypeError: ``meta`` was not made by :meth:`init` of such a learner; a set is not a sequence of tensors.
