@@ -201,8 +201,8 @@ def mask(
     if config is not None:
         _check_model(type(config))
     causal, bidirectional = allow_is_causal_skip, allow_is_bidirectional_skip
-    mapped = attention_mask is not None and any(batched for _, batched in levels(attention_mask))
-    if mapped:
+    under_vmap = attention_mask is not None and any(batched for _, batched in levels(attention_mask))
+    if under_vmap:
         # Leaving the mask out would depend on its values, which may differ from task to task.
         allow_is_causal_skip = allow_is_bidirectional_skip = False
     lengths = {"kv_length": kv_length, "kv_offset": kv_offset}
@@ -210,7 +210,7 @@ def mask(
         lengths["q_length"] = q_length
     else:
         q_length = kwargs["cache_position"].shape[0]
-    made = sdpa_mask(
+    result = sdpa_mask(
         **lengths,
         attention_mask=attention_mask,
         local_size=local_size,
@@ -220,12 +220,12 @@ def mask(
         **kwargs,
     )
     # A mask that must not be left out contains more than pattern and padding: a cache, images or packed sequences.
-    if made is None or local_size is None or not (causal or bidirectional) or not _is_window(config, local_size):
-        return made
+    if result is None or local_size is None or not (causal or bidirectional) or not _is_window(config, local_size):
+        return result
     if kv_offset == 0 and kv_length == q_length:
         limits = (local_size - 1, 0) if causal else (local_size, local_size)
-        setattr(made, _WINDOW, _Window(limits, not mapped and _shows_all(attention_mask, kv_length)))
-    return made
+        setattr(result, _WINDOW, _Window(limits, not under_vmap and _shows_all(attention_mask, kv_length)))
+    return result
 
 
 def _check(

@@ -224,8 +224,8 @@ class Truncated(Gradient):
 class Implicit(Gradient):
     """Derivative of a minimum of the loss near the initial parameters: ``"implicit"``.
 
-    The steps minimise ``loss + proximal / 2 * |params - initial|^2``, and nothing of them is stored. Their end is taken
-    for the minimum, however it was reached; the derivative is as exact as the end is close to the minimum. With ``H``
+    The steps minimise ``loss + proximal / 2 * |params - initial|^2`` and store nothing. Their result is treated as the
+    minimum, whichever steps led to it; the derivative is as accurate as the result is close to the minimum. With ``H``
     the Hessian of the loss there and ``w`` a cotangent of the adapted parameters, the derivative is
 
     * ``proximal * (H + proximal)^-1 w`` with respect to the initial parameters,
@@ -233,8 +233,8 @@ class Implicit(Gradient):
     * zero with respect to learning rates.
 
     The linear system is solved by conjugate gradients, which start at ``w / (proximal + damping)``, the first-order
-    gradient. They stop where ``H + proximal + damping`` turns out not to be positive definite: the end is then no
-    minimum, and ``proximal`` is too small. This mode has one derivative, in reverse mode; other derivatives raise.
+    gradient. They stop where ``H + proximal + damping`` turns out not to be positive definite: the result is then
+    no minimum, and ``proximal`` is too small. This mode has one derivative, in reverse mode; other derivatives raise.
 
     Args:
         proximal: Strength of the pull towards the initial parameters, positive.
