@@ -129,12 +129,13 @@ def test_public_names(name):
     assert here <= set(names), f"public but not in {name}.__all__: {sorted(here - set(names))}"
 
 
-def test_tasks_are_imported_when_they_are_asked_for():
-    """They need matplotlib, which takes longer to import than all the rest of ours."""
+def test_tasks_are_imported_on_first_use_without_matplotlib():
+    """Only the families that render or decode images need matplotlib and Pillow, when they are called."""
     code = """
 import sys, metaattn
-assert "tasks" in dir(metaattn) and "matplotlib" not in sys.modules
-assert metaattn.tasks.stack and "matplotlib" in sys.modules
+assert "tasks" in dir(metaattn) and "metaattn.tasks" not in sys.modules
+assert metaattn.tasks.glyphs and metaattn.tasks.omniglot
+assert not {"matplotlib", "PIL"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="module 'metaattn' has no attribute 'task'"):

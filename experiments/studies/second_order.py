@@ -146,7 +146,7 @@ def check(s: Settings) -> list[dict[str, Any]]:
     wide = _cast(tasks, torch.float64, torch.device("cpu"))
     rows = []
     for steps in tqdm(s.inner_steps, desc="inner steps", leave=False):
-        options = {"steps": steps, "learning_rate": s.learning_rate}
+        options: dict[str, Any] = {"steps": steps, "learning_rate": s.learning_rate}
         got = _gradient(maml(_loss_of(ours, s.precision), **options), params, tasks)
         learner = maml(_loss_of(oracle), **options)
         want = _gradient(learner, exact, wide)

@@ -370,7 +370,7 @@ MISTAKES = {
     "patch": (["model.patch_size=5"], "patch_size must be a divisor of image_size, 28; got 5"),
     "way": (["task.way=3000"], "3000-way episodes need at least 3000 classes"),
     "shots": (["task.shot=10"], "need 15 samples of each class; class"),
-    "patterns": (["algorithm.adapts=[tail.*]"], "no parameter matches ['tail.*']"),
+    "patterns": (["algorithm.adapts=[tail.*]"], "adapts must match the name of a parameter; got ['tail.*']"),
     "no_steps": (["algorithm.steps=0"], "steps must be at least 1; got 0"),
     "no_classes": (
         ["task=sinusoid", "algorithm=prototypical"],
@@ -387,7 +387,7 @@ MISTAKES = {
     "added_nested_key": (["++train.stps=1"], "Key 'stps' not in 'TrainConfig' (did you mean 'steps'?)"),
     "mlp_ratio": (
         ["model.mlp_ratio=1e-5"],
-        "mlp_ratio must be positive and finite, and with dim=64 give a hidden unit",
+        "mlp_ratio must be positive and finite, and large enough for a hidden unit at dim=64",
     ),
     "training_a_checkpoint": (
         ["checkpoint=a/b"],
