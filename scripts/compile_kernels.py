@@ -227,7 +227,8 @@ def compile_one(job: Job) -> tuple[list[LoadedKernel], str | None]:
 def jobs(a: argparse.Namespace) -> Iterator[Job]:
     """Yield the requested jobs that have kernels.
 
-    ``backward_with_jvp`` has one only for some head sizes and no bias; ``matmul_jvp`` has none for float32, and no masks.
+    ``backward_with_jvp`` has one only for some head sizes and no bias; ``matmul_jvp`` has none for float32, and no
+    masks.
     """
     for job in itertools.starmap(Job, itertools.product(a.gpus, a.dtypes, a.head_sizes, a.kinds, a.primitives)):
         fused = block_sizes.for_capability(GPUS[job.gpu].capability).get(
@@ -267,7 +268,7 @@ def digests(lines: Iterable[str]) -> dict[Row, tuple[str, str]]:
 
 
 def differences(before: dict[Row, tuple[str, str]], now: dict[Row, tuple[str, str]]) -> list[str]:
-    """Return a line for each row of ``now`` whose digest is not that of ``before``, or that ``before`` does not have."""
+    """Return a line for each row of ``now`` whose digest differs from that of ``before``, or is not in ``before``."""
     found = []
     for row, (blocks, code) in now.items():
         name = " ".join(row[:6])

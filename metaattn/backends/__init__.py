@@ -6,8 +6,9 @@ Entry point: :func:`select` returns the :class:`~metaattn.backends.base.Backend`
 primitives. :class:`use_backend` sets the name for a block of code.
 
 Mechanism: ``reference`` follows the formulas, ``blockwise`` works on tiles in plain PyTorch, ``triton`` has fused
-kernels, ``vendor`` calls PyTorch's own, and ``auto`` chooses among them for each primitive. Third and higher derivatives
-are in :mod:`metaattn.backends.blockwise` for all of them. :mod:`metaattn.backends.base` tells how to write a backend.
+kernels, ``vendor`` calls PyTorch's own, and ``auto`` chooses among them for each primitive. Third and higher
+derivatives are in :mod:`metaattn.backends.blockwise` for all of them. :mod:`metaattn.backends.base` tells how to write
+a backend.
 
 Every package may import this one; it imports no other package of the project.
 """

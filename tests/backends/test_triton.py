@@ -202,8 +202,8 @@ def test_gradients_that_are_not_packed(name):
 def test_rounding(call):
     """Errors of float16 results are little larger than the rounding of the results themselves.
 
-    For rows that see few keys, delta and mu are not computed from rounded values; with few rows no intermediate value is
-    rounded without compensation.
+    For rows that see few keys, delta and mu are not computed from rounded values; with few rows no intermediate value
+    is rounded without compensation.
     """
     call, max_ratio = {
         "window": ({"rows": 20, "keys": 20, "left": 3, "right": 0}, 2.0),

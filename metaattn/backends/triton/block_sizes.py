@@ -1,4 +1,4 @@
-"""Block sizes of the kernels: rows and keys of a tile, warps, pipeline stages, and two choices of how the loop is built.
+"""Block sizes of the kernels: rows and keys of a tile, warps, pipeline stages, and two options of the loop.
 
 ``block_sizes.json`` holds the fastest sizes that ``scripts/tune_block_sizes.py`` found, by compute capability,
 primitive, arithmetic of the products and head size; one without a band and one with a band (a causal mask, a window).
@@ -6,8 +6,8 @@ Entries that have no times in ``docs/benchmarks/block_sizes.json`` (all of 8.0; 
 measured yet. They are large and spill few registers, as ``scripts/compile_kernels.py`` shows.
 
 A device whose capability is not in the table uses that of the newest capability before it. A head size that is not in
-the table uses the next larger one. ``backward_with_jvp`` has one kernel only for the head sizes in the table: for larger
-ones its results do not fit into registers.
+the table uses the next larger one. ``backward_with_jvp`` has one kernel only for the head sizes in the table: for
+larger ones its results do not fit into registers.
 """
 
 from __future__ import annotations

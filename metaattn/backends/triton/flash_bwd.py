@@ -149,8 +149,8 @@ def probabilities(
 def score_gradient(p, dp, p_t, dp_t, delta, delta_t, JVP: tl.constexpr, SINGLE_KEY_BLOCK: tl.constexpr):
     """Return ``dS`` and, with JVP, its tangent.
 
-    SINGLE_KEY_BLOCK: the tile ``[keys, rows]`` holds whole rows, so that ``rowsum(P dP)`` is summed here. That is exact;
-    a delta from the rounded ``out`` is not.
+    SINGLE_KEY_BLOCK: the tile ``[keys, rows]`` holds whole rows, so that ``rowsum(P dP)`` is summed here. That is
+    exact; a delta from the rounded ``out`` is not.
     """
     if SINGLE_KEY_BLOCK:
         delta += tl.sum(p * dp, 0)[None, :]

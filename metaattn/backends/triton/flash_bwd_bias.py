@@ -24,7 +24,7 @@ def attention_backward_bias(
     COMPENSATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute one tile of a bias's gradient, summed over one share of the heads, and over rows and keys if broadcast."""
+    """Compute one tile of a bias's gradient: its sum over a share of the heads, and over broadcast rows and keys."""
     NQ = problem.NQ
     NK = problem.NK
     r = tl.arange(0, BM)

@@ -1,8 +1,8 @@
 """The kernel of F, of T, and of both at once: one loop over the keys for each block of rows.
 
 Read this beside ``docs/mathematics.md``. FORWARD and JVP say which of the two are computed. With FORWARD the softmax is
-online (Milakov and Gimelshein 2018, arXiv 1805.02867). Without it ``out`` and ``lse`` are given, and only their tangents
-are computed.
+online (Milakov and Gimelshein 2018, arXiv 1805.02867). Without it ``out`` and ``lse`` are given, and only their
+tangents are computed.
 """
 
 import triton

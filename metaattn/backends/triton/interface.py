@@ -68,8 +68,8 @@ class TritonBackend(Backend):
             )
         if device.type == "cpu" and x.query.dtype == torch.bfloat16:
             return (
-                "backend='triton' on a CPU does not support bfloat16, whose products are wrong in Triton's interpreter. "
-                "Convert the tensors, or ask for backend='blockwise'"
+                "backend='triton' on a CPU does not support bfloat16: Triton's interpreter computes wrong products of "
+                "it. Convert the tensors, or ask for backend='blockwise'"
             )
         if x.query.dtype not in DTYPES:
             return (

@@ -54,8 +54,8 @@ class Blocks(NamedTuple):
 # a tangent. LARGE: products that fill the GPU several times.
 ONE, SEVERAL, LARGE = Blocks(64, 64, 32, 4, 3), Blocks(64, 128, 32, 4, 4), Blocks(128, 128, 64, 8, 3)
 # For tf32, found on an H200, for small and large products. With two warps the compiler uses the older tensor-core
-# instructions, which read factors in any layout. Hopper's need both factors contiguous along the sum. Those of a layer's
-# gradients are not, and transposing them for these instructions took three times as long.
+# instructions, which read factors in any layout. Hopper's need both factors contiguous along the sum. Those of a
+# layer's gradients are not, and transposing them for these instructions took three times as long.
 ONE_TF32, SEVERAL_TF32 = Blocks(64, 128, 32, 4, 3), Blocks(64, 64, 32, 2, 3)
 LARGE_FROM = 1024  # blocks of 64 x 128
 _stages: dict[tuple[Any, ...], int] = {}  # the most stages that fit, for launches whose first choice did not fit

@@ -1,8 +1,8 @@
 """Operations on one tile, on the device: loads and stores, products, scores, mask, window, bias and dropout.
 
 All kernels share these. A tile is ``[rows, keys]`` in the kernels that loop over keys, and ``[keys, rows]`` in those
-that loop over rows. Everything here works for both: the caller shapes the row numbers ``i`` and the key numbers ``j`` to
-broadcast to its tile. Scores are in base 2: the probabilities are ``exp2(s * c - lse * LOG2E)``.
+that loop over rows. Everything here works for both: the caller shapes the row numbers ``i`` and the key numbers ``j``
+to broadcast to its tile. Scores are in base 2: the probabilities are ``exp2(s * c - lse * LOG2E)``.
 
 Compile-time arguments are in capitals. Four of them are measures against rounding and against slow code:
 
@@ -25,7 +25,7 @@ MAX_FEW_KEYS = tl.constexpr(64)  # in rows that see more keys, the effect of rou
 
 
 class HeadTerms(NamedTuple):
-    """Where the terms of one head's scores begin: bias, its tangent and mask; and the dropout seed. ``None``: absent."""
+    """Addresses of one head's bias, bias tangent and mask; and its dropout seed. ``None`` is absent."""
 
     bias: Any
     bias_t: Any
@@ -321,9 +321,9 @@ def row_range(problem, key, BM: tl.constexpr, BN: tl.constexpr):
 def segment_exists(segment, starts_with_edge, ends_with_edge, SPLIT):
     """Return whether a loop over a range ``lo <= a <= b <= hi`` has a segment.
 
-    With SPLIT the loop has up to three: 0, from ``lo`` to ``a``, if the range starts with tiles that an edge crosses; 1,
-    from ``a`` to ``b``, which needs no comparisons; 2, from ``b`` to ``hi``, if it ends with such tiles. Without SPLIT
-    it has one, number 2.
+    With SPLIT the loop has up to three: 0, from ``lo`` to ``a``, if the range starts with tiles that an edge crosses;
+    1, from ``a`` to ``b``, which needs no comparisons; 2, from ``b`` to ``hi``, if it ends with such tiles. Without
+    SPLIT it has one, number 2.
 
     Each kernel has one loop body, inside ``for segment in tl.static_range(3)``. The loop itself cannot be shared: its
     body updates the accumulators of the kernel, and Triton has no function arguments that could do so.
