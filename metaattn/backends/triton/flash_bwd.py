@@ -19,10 +19,10 @@ import triton.language as tl
 
 from .tile_ops import (
     LOG2E,
+    HeadTerms,
     bias_and_mask,
     deltas,
     dropout_keeps,
-    head_terms,
     keep_in_registers,
     key_head,
     key_range,
@@ -31,6 +31,8 @@ from .tile_ops import (
     load_query_rows,
     load_row_value,
     load_score_tile,
+    load_seed,
+    locate_optional,
     minus_lse_bar,
     product,
     product_with_rest,
@@ -218,7 +220,12 @@ def attention_backward_rows(
     e_t = keep_in_registers(e_t, KEEP_IN_REGISTERS)
     lse = load_lse(rows.lse, head_index, i, NQ)[:, None]
     mu = load_row_value(rows.lse_t, head_index, i, NQ, 0.0)[:, None] if JVP else lse
-    terms = head_terms(x_t, problem, where, head_index)
+    terms = HeadTerms(
+        locate_optional(problem.bias, where),
+        locate_optional(x_t.bias, where),
+        locate_optional(problem.mask, where),
+        load_seed(problem, head_index),
+    )
     bounds = key_range(problem, row, BM, BN)
 
     delta, delta_t = deltas(e, e_t, o, o_t, JVP)
@@ -353,7 +360,12 @@ def attention_backward_keys(
     for g in range(GROUP):
         where = (b0, b1, kv_head * GROUP + g)
         head_index = kv_head_index * GROUP + g
-        terms = head_terms(x_t, problem, where, head_index)
+        terms = HeadTerms(
+            locate_optional(problem.bias, where),
+            locate_optional(x_t.bias, where),
+            locate_optional(problem.mask, where),
+            load_seed(problem, head_index),
+        )
         for segment in tl.static_range(3):
             if segment_exists(segment, problem.right is not None, not EVEN_M or problem.left is not None, SPLIT):
                 first, last = segment_bounds(bounds, segment, SPLIT)

@@ -4,7 +4,16 @@ import triton
 import triton.language as tl
 
 from .flash_bwd import RowStats, probabilities, score_gradient, score_products
-from .tile_ops import head_terms, key_head, load_key_rows, load_lse, load_query_rows, load_row_value
+from .tile_ops import (
+    HeadTerms,
+    key_head,
+    load_key_rows,
+    load_lse,
+    load_query_rows,
+    load_row_value,
+    load_seed,
+    locate_optional,
+)
 
 
 @triton.jit
@@ -60,7 +69,12 @@ def attention_backward_bias(
         where = (b0.to(tl.int64), b1.to(tl.int64), head.to(tl.int64))
         kv_where = key_head(where, problem)
         head_index = ((b0 * problem.BATCH1 + b1) * problem.HEADS + head).to(tl.int64)
-        terms = head_terms(x_t, problem, where, head_index)
+        terms = HeadTerms(
+            locate_optional(problem.bias, where),
+            locate_optional(x_t.bias, where),
+            locate_optional(problem.mask, where),
+            load_seed(problem, head_index),
+        )
         first_row = tile_row if split.row is not None else 0
         last_row = tile_row + 1 if split.row is not None else row_blocks
         first_key = tile_key if split.col is not None else 0

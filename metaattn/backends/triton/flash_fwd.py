@@ -11,9 +11,9 @@ import triton.language as tl
 from .tile_ops import (
     LN2,
     LOG2E,
+    HeadTerms,
     bias_and_mask,
     dropout_keeps,
-    head_terms,
     keep_in_registers,
     key_head,
     key_range,
@@ -21,6 +21,8 @@ from .tile_ops import (
     load_lse,
     load_query_rows,
     load_score_tile,
+    load_seed,
+    locate_optional,
     product,
     product_with_rest,
     reversed_row_block,
@@ -112,7 +114,12 @@ def attention_forward(
     dtype = q.dtype
     q = keep_in_registers(q, KEEP_IN_REGISTERS)
     q_t = keep_in_registers(load_query_rows(x_t.query, where, problem, row, r, d, EVEN_M), KEEP_IN_REGISTERS)
-    terms = head_terms(x_t, problem, where, head_index)
+    terms = HeadTerms(
+        locate_optional(problem.bias, where),
+        locate_optional(x_t.bias, where),
+        locate_optional(problem.mask, where),
+        load_seed(problem, head_index),
+    )
     if JVP:
         acc_t = tl.zeros([BM, DV], tl.float32)
         mu = tl.zeros([BM], tl.float32)

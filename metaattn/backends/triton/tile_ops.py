@@ -146,13 +146,21 @@ def key_head(where, problem):
 
 
 @triton.jit
-def head_terms(x_t, problem, where, head_index):
-    """Return the terms of the scores of one head."""
-    bias = locate(problem.bias, where) if problem.bias.ptr is not None else None
-    mask = locate(problem.mask, where) if problem.mask.ptr is not None else None
-    bias_t = locate(x_t.bias, where) if x_t.bias.ptr is not None else None
-    seed = tl.load(problem.seeds + head_index) if problem.seeds is not None else None
-    return HeadTerms(bias, bias_t, mask, seed)
+def locate_optional(x, where):
+    """Return :func:`locate`, or ``None`` if the tensor is absent."""
+    if x.ptr is None:
+        return  # noqa: RET502 (Triton 3.6 turns `return None` into a tensor, and cannot return tuples with None)
+    else:
+        return locate(x, where)
+
+
+@triton.jit
+def load_seed(problem, head_index):
+    """Load the dropout seed of a head; return ``None`` without dropout."""
+    if problem.seeds is None:
+        return  # noqa: RET502
+    else:
+        return tl.load(problem.seeds + head_index)
 
 
 @triton.jit
@@ -195,7 +203,7 @@ def load_rows(at, stride, start, r, d, limit, EVEN: tl.constexpr):
 def load_query_rows(x, where, problem, start, r, d, EVEN: tl.constexpr):
     """Load rows of a view of query heads (query, cotangent, result); return ``None`` if it is absent."""
     if x.ptr is None:
-        return  # noqa: RET502 (Triton 3.6 turns `return None` into a tensor)
+        return  # noqa: RET502
     else:
         return load_rows(locate(x, where), row_stride(x, problem), start, r, d, problem.NQ, EVEN)
 
