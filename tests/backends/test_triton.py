@@ -3,20 +3,18 @@
 Without a GPU they run in Triton's interpreter, in float32. ``scripts/check_attention.py`` checks all dtypes on a GPU.
 """
 
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
-from metaattn.backends import auto
 from metaattn.backends.base import BackwardJvpInputs, Operands, Problem, Rows, Tangent, pack_qkv_gradients
 from metaattn.backends.reference import backend as reference
 from tests.conftest import NO_KERNELS
 from tests.helpers import assert_close
 
 triton = pytest.importorskip("metaattn.backends.triton", exc_type=ImportError).backend
-from metaattn.backends.triton import block_sizes, interface, launch, layout  # noqa: E402
+from metaattn.backends.triton import block_sizes, launch  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and NO_KERNELS is not None, reason=NO_KERNELS or "")
@@ -233,98 +231,6 @@ def test_rounding(call):
         assert lost < max_ratio * rounding, (lost, rounding)
 
 
-def test_batches_merge_without_copies():
-    q = torch.randn(2, 3, 4, 16, 16)
-    shared = torch.randn(1, 3, 4, 16, 16).expand(2, -1, -1, -1, -1)
-    batch = layout.BatchLayout(Operands(q, shared, shared))
-    assert batch.groups == [[0], [1]]
-    assert batch.view(shared).ptr is shared
-    assert layout.BatchLayout(Operands(q, q, q)).groups == [[0, 1]]
-
-
-@pytest.mark.parametrize(
-    ("tensor", "copied"),
-    [
-        (torch.randn(2, 8, 32), False),
-        (torch.randn(8, 2, 32).transpose(0, 1), False),
-        (torch.randn(1, 8, 32).expand(2, 8, 32), False),
-        (torch.randn(2, 8, 64)[..., :32], False),
-        (torch.randn(2, 8, 40)[..., :32], True),
-        (torch.randn(2, 32, 8).mT, True),
-        (torch.randn(2, 8, 33)[..., 1:], True),
-        (torch.randn(2, 8, 24), True),
-        (torch.randn(2 * 8 * 32 + 1)[1:].view(2, 8, 32), True),
-    ],
-)
-def test_alignment(tensor, copied):
-    got = layout.aligned(tensor)
-    assert (got is not tensor) == copied
-    assert got.shape[-1] in (16, 32)
-    assert torch.equal(got[..., : tensor.shape[-1]], tensor)
-    assert got.stride(-1) == 1
-    assert all(s % 16 == 0 for s in got.stride()[:-1])
-    assert got.data_ptr() % 16 == 0
-
-
-def test_blocks_that_do_not_fit_shrink():
-    from triton.runtime.errors import OutOfResources
-
-    x = Operands(*(torch.randn(1, 1, 64, 16, device=DEVICE),) * 3)
-    tried = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            def launch(*arguments, BM, BN, num_warps, num_stages, **options):
-                tried.append((BM, BN, num_warps, num_stages))
-                if BM * BN * num_stages > 64 * 32:
-                    raise OutOfResources(1, 0, "shared memory")
-
-            return launch
-
-    kernel, batch = Kernel(), layout.BatchLayout(x)
-    for _ in range(2):
-        launch.launch_kernel(kernel, "forward", block_sizes.Tile(128, 64, 8, 2), batch, lambda t: 1, (), {})
-    assert tried == [(128, 64, 8, 2), (128, 64, 8, 1), (64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)]
-
-
-def test_fixed_keys_that_do_not_fit():
-    from triton.runtime.errors import OutOfResources
-
-    x = Operands(*(torch.randn(1, 1, 64, 16, device=DEVICE),) * 3)
-    tried = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            def launch(*arguments, BM, BN, num_warps, num_stages, **options):
-                tried.append((BM, BN))
-                raise OutOfResources(1, 0, "shared memory")
-
-            return launch
-
-    kernel, batch = Kernel(), layout.BatchLayout(x)
-    for _ in range(2):
-        tile = block_sizes.Tile(32, 64, 4, 1)
-        assert not launch.launch_kernel(kernel, "backward_keys", tile, batch, lambda t: 1, (), {}, fixed_keys=True)
-    assert tried == [(32, 64), (16, 64)]
-    with pytest.raises(OutOfResources):
-        launch.launch_kernel(kernel, "backward_rows", tile, batch, lambda t: 1, (), {})
-
-
-def test_table_has_no_more_warps_than_rows():
-    """A warp needs 16 rows of a product. See block_sizes.limit_warps."""
-    for primitives in block_sizes.table().values():
-        for (primitive, _), column in primitives.items():
-            for tile in itertools.chain(*column.values()):
-                assert block_sizes.limit_warps(primitive, tile) == tile, (primitive, tile)
-
-
-def test_table_keeps_only_16_bits_in_registers():
-    """A product with the identity is not exact in tf32."""
-    for primitives in block_sizes.table().values():
-        for (_, arithmetic), column in primitives.items():
-            assert arithmetic == "half" or not any(tile.keep_in_registers for tile in itertools.chain(*column.values()))
-
-
 def test_unsupported_calls():
     problem = Problem(1.0)
 
@@ -341,20 +247,6 @@ def test_unsupported_calls():
     assert "needs a CUDA device; the tensors are on meta" in triton.unsupported_reason(
         problem, operands(8, device="meta")
     )
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """Operands on a simulated GPU of a given capability and shared memory."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    def make(size, dtype, capability, kib):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-        monkeypatch.setattr(interface, "shared_bytes", lambda _: kib * 1024)
-        with FakeTensorMode():
-            return Operands(*(torch.empty(1, 1, 4, size, dtype=dtype, device="cuda:0"),) * 3)
-
-    return make
 
 
 def test_a_gpu_that_is_too_old(gpu):
@@ -376,42 +268,3 @@ def test_large_heads_in_float32_need_shared_memory(gpu):
 def test_the_remedy_for_large_heads_works(gpu, precision):
     precision("high")
     assert triton.unsupported_reason(Problem(1.0), gpu(200, torch.float32, (8, 9), 99)) is None
-
-
-def test_auto_on_a_gpu_that_was_never_measured(gpu):
-    choice = auto.choose("forward", Problem(1.0), gpu(64, torch.float16, (8, 0), 163))
-    assert choice.backend.name == "triton"
-    assert choice.why == "our kernel; PyTorch's own is not measured on compute capability 8.0"
-    measured = auto.choose("forward", Problem(1.0), gpu(64, torch.float16, (9, 0), 227))
-    assert "times as fast as" in measured.why
-
-
-@pytest.mark.parametrize(
-    ("tokens", "right", "name"),
-    [(64, None, "triton"), (100, None, "triton"), (180, None, "vendor"), (400, None, "triton"), (197, 0, "triton")],
-)
-@pytest.mark.parametrize("kv_heads", [1, 2])
-def test_auto_goes_by_the_nearest_length_that_was_measured(gpu, monkeypatch, tokens, right, name, kv_heads):
-    column = {"full": {"64": 0.5, "197": 1.2, "512": 0.9}, "causal": {"64": 0.5}}
-    monkeypatch.setattr(auto, "_table", lambda: {"9.0": {"backward": {"64": column}}})
-    x = gpu(40, torch.float16, (9, 0), 227)
-    query, key = (x.query.new_empty(1, heads, tokens, 40) for heads in (2, kv_heads))
-    choice = auto.choose("backward", Problem(1.0, None, right), Operands(query, key, key))
-    assert choice.backend.name == name
-    if name == "vendor":
-        assert choice.why == "PyTorch's own is measured 1.20 times as fast as ours at 197 tokens"
-    unmeasured = auto.choose("forward", Problem(1.0, None, right), Operands(query, key, key))
-    assert unmeasured.why == "our kernel; PyTorch's own is not measured there at head size 40"
-
-
-def test_auto_where_one_band_was_not_measured(gpu, monkeypatch):
-    monkeypatch.setattr(auto, "_table", lambda: {"9.0": {"forward": {"64": {"full": {"64": 2.0}}}}})
-    x = gpu(64, torch.float16, (9, 0), 227)
-    assert auto.choose("forward", Problem(1.0), x).backend.name == "vendor"
-    assert auto.choose("forward", Problem(1.0, None, 0), x).backend.name == "triton"
-
-
-def test_auto_on_a_gpu_that_is_too_old(gpu):
-    choice = auto.choose("backward_jvp", Problem(1.0), gpu(64, torch.float16, (7, 5), 64))
-    assert choice.backend.name == "blockwise"
-    assert "needs a GPU of compute capability 8.0" in choice.why
