@@ -1,4 +1,4 @@
-"""Check the Triton kernels on this GPU against float64, beside PyTorch's math attention in the same dtype.
+"""Check the Triton kernels on this GPU against float64; compare errors with PyTorch's math attention in the same dtype.
 
     python scripts/check_attention.py [--cases 64] [--out docs/benchmarks/check] [--sanitize 6]
 

@@ -8,9 +8,9 @@ that do not fit its shared memory give way to smaller ones, as on the GPU. A tab
 thread, stack bytes per thread (mostly spilled registers) and shared memory of each kernel, and a digest of its machine
 code (SASS). With --compare FILE, digests are compared with those of a saved table: equal digests mean equal machine
 code. Triton's cache of compiled kernels is filled in the process; with --cache DIR it is that folder, and a machine
-with the same Triton version can use it. The compiler is not entirely deterministic: a kernel that spills registers (head
-size 128, "short", backward_jvp) compiles to one of two programs from run to run. Compile again, with an empty cache,
-before a difference counts.
+with the same Triton version can use it. The compiler is not entirely deterministic: a kernel that spills registers
+(head size 128, "short", backward_jvp) compiles to one of two programs from run to run. Compile again, with an empty
+cache, before a difference counts.
 
 Exits with 1 if a kernel does not compile, fits with no block sizes, or has a digest that differs.
 """
@@ -50,7 +50,7 @@ from metaattn.backends.triton import backend, block_sizes, launch, matmul_jvp
 
 
 class Gpu(NamedTuple):
-    """What compilation depends on: the compute capability, and the shared memory that a block can request."""
+    """Properties that compilation depends on: compute capability, and shared memory that a block can request."""
 
     capability: tuple[int, int]
     shared_bytes: int

@@ -4,8 +4,8 @@
 
 Candidates compile in parallel, in as many processes as there are cores. Then each is checked against the formulas in
 float64 and timed, without a band and with one (a causal mask), and the best few are timed again for longer. With
-``--bands full`` the best sizes without a band are used for both. All times go to --out as JSON, beside those of other
-devices, primitives, sizes and dtypes; ``metaattn/backends/triton/block_sizes.json`` is updated in place.
+``--bands full`` the best sizes without a band are used for both. All times go to --out as JSON, together with those of
+other devices, primitives, sizes and dtypes; ``metaattn/backends/triton/block_sizes.json`` is updated in place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Time matrix products with tangents (``metaattn.backends.matmul_jvp``) by block sizes on this GPU, beside PyTorch.
+"""Time matrix products with tangents (``metaattn.backends.matmul_jvp``) by block sizes, and PyTorch's kernels.
 
     python scripts/tune_matmul_jvp.py [--out docs/benchmarks/matmul_jvp.json] [--dtype bfloat16]
 

@@ -74,7 +74,7 @@ def choose(primitive: str, problem: Problem, x: Operands) -> Choice:
         return Choice(triton, f"our kernel; PyTorch's own is not measured on compute capability {capability}")
     tokens, ratio = _measured(_table()[capability].get(primitive, {}), problem, x)
     if ratio is None:
-        return Choice(triton, f"our kernel; PyTorch's own is not measured there at head size {x.query.shape[-1]}")
+        return Choice(triton, f"our kernel; PyTorch's own is not measured at head size {x.query.shape[-1]}")
     if ratio > 1.0:
         return Choice(vendor, f"PyTorch's own is measured {ratio:.2f} times as fast as ours at {tokens} tokens")
     return Choice(triton, f"measured {1.0 / ratio:.2f} times as fast as PyTorch's own at {tokens} tokens")

@@ -1,6 +1,6 @@
 """Dense attention by the formulas, on any device and in any dtype: the exact results for tests of other backends.
 
-Read this beside the formulas of ``docs/mathematics.md``. A dot there is ``_t`` (tangent) here, a bar is ``_bar``
+Read this together with the formulas of ``docs/mathematics.md``. A dot there is ``_t`` (tangent) here, a bar is ``_bar``
 (cotangent). Memory is quadratic in the length.
 """
 

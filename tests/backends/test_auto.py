@@ -54,7 +54,7 @@ def test_goes_by_the_nearest_length_that_was_measured(gpu, monkeypatch, tokens, 
     if name == "vendor":
         assert choice.why == "PyTorch's own is measured 1.20 times as fast as ours at 197 tokens"
     unmeasured = auto.choose("forward", Problem(1.0, None, right), Operands(query, key, key))
-    assert unmeasured.why == "our kernel; PyTorch's own is not measured there at head size 40"
+    assert unmeasured.why == "our kernel; PyTorch's own is not measured at head size 40"
 
 
 @needs_kernels

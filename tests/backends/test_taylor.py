@@ -18,7 +18,7 @@ def _random_series(n, shape=(3, 3)):
 
 
 def _polynomial(x, n):
-    """The function of n scalars whose mixed derivative at 0 along all of them is the last coefficient."""
+    """Return the function of n scalars whose mixed derivative at 0 along all of them is the last coefficient."""
 
     def term(s, t, e):
         return math.prod((e[i] for i in range(n) if s >> i & 1), start=t)
@@ -30,7 +30,7 @@ def _polynomial(x, n):
 
 
 def _mixed(f, n):
-    """The derivative of f, a function of n scalars, once along each, at zero."""
+    """Return the mixed derivative of f, a function of n scalars, once along each of them, at zero."""
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     args = [zero] * n
 

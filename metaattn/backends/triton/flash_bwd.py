@@ -1,6 +1,6 @@
 """The kernels of B, of S, and of both at once: the gradients, and their derivative.
 
-Read this beside ``docs/mathematics.md``. There are two kernels, and each computes the scores again, so that no result
+Read this with ``docs/mathematics.md``. There are two kernels, and each computes the scores again, so that no result
 needs atomic additions:
 
 * :func:`attention_backward_rows` computes the gradient of a block of rows, with tiles ``[rows, keys]``, and the deltas
@@ -9,7 +9,7 @@ needs atomic additions:
 
 If the roles of ``(query, out_bar)`` and ``(key, value)`` are exchanged, the formulas of both are the same:
 :func:`score_products`, :func:`probabilities`, :func:`score_gradient`. JVP says that S is computed. For B and S at once
-the kernels get, beside the results of S, tensors ``first_*`` for those of B.
+the kernels write the results of B to the tensors ``first_*``, and those of S to the others.
 """
 
 from typing import Any, NamedTuple
@@ -174,7 +174,7 @@ def attention_backward_rows(
     problem,  # KernelProblem
     rows,  # RowInputs; deltas and row_renorm are written
     grad_query,  # View, written
-    first_query,  # a tensor with the same strides, or None: B's gradient, beside S's
+    first_query,  # a tensor with the same strides, or None: the gradient of B, if S is computed as well
     D: tl.constexpr,
     DV: tl.constexpr,
     BM: tl.constexpr,
@@ -301,7 +301,7 @@ def attention_backward_keys(
     problem,  # KernelProblem
     rows,  # RowInputs
     grad_query,  # View, written with SINGLE_KEY_BLOCK
-    first_query,  # a tensor with the same strides, or None: B's gradient, beside S's
+    first_query,  # a tensor with the same strides, or None: the gradient of B, if S is computed as well
     grad_key,  # View, written
     first_key,  # as first_query
     grad_value,  # View, written

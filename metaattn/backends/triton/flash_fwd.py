@@ -1,6 +1,6 @@
 """The kernel of F, of T, and of both at once: one loop over the keys for each block of rows.
 
-Read this beside ``docs/mathematics.md``. FORWARD and JVP say which of the two are computed. With FORWARD the softmax is
+Read this with ``docs/mathematics.md``. FORWARD and JVP say which of the two are computed. With FORWARD the softmax is
 online (Milakov and Gimelshein 2018, arXiv 1805.02867). Without it ``out`` and ``lse`` are given, and only their
 tangents are computed.
 """
@@ -94,8 +94,8 @@ def attention_forward(
 ):
     """Compute rows ``[row, row + BM)`` of one query head.
 
-    FEW_KEYS: some rows see few keys. There ``P (s. - mu)`` is small beside ``P s.``, and the rounding of ``P s.`` to
-    16 bits would be a large error of it. A first loop over the keys of such rows therefore computes mu.
+    FEW_KEYS: some rows see few keys. There ``P (s. - mu)`` is small compared with ``P s.``, so that rounding ``P s.`` to
+    16 bits would be a large error. A first loop over the keys of such rows therefore computes mu.
     """
     NQ = problem.NQ
     blocks = tl.cdiv(NQ, BM)

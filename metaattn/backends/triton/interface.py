@@ -261,7 +261,8 @@ def _launch_backward(primitive: str, problem: Problem, x: Operands, inputs: Back
     layout = BatchLayout(x, (*tangent[:3], w.out, w_t.out), (tangent.bias,), (rows.out, values_t.out))
     both = primitive == "backward_with_jvp"
     results = [_empty_gradients(problem, layout, sizes) for _ in range(1 + both)]
-    # For query, key and value: the view that a kernel writes; and for B beside S, a tensor with the same strides.
+    # For query, key and value: the view that a kernel writes; and for B and S at once, a tensor with the same strides
+    # for B.
     query, key, value = (
         (layout.output_view(written), others[0] if both else None) for written, *others in zip(*results, strict=True)
     )

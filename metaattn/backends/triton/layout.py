@@ -100,7 +100,7 @@ class KernelProblem(NamedTuple):
 
 
 class RowInputs(NamedTuple):
-    """What the backward kernels read for each row: cotangents and values, with tangents (``_t``); and scratch memory.
+    """Inputs of the backward kernels by row: cotangents and values, with tangents (``_t``); and scratch memory.
 
     The rows kernel writes ``delta``, ``delta_t`` and ``row_renorm``; the others read them.
     """
@@ -119,7 +119,7 @@ class RowInputs(NamedTuple):
 
 
 class BiasSplit(NamedTuple):
-    """How the gradient of a bias is laid out, and how the sum over what the bias is broadcast to is split.
+    """Layout of the gradient of a bias, and the split of its sum over what the bias is broadcast to.
 
     Attributes:
         row: Row stride of the gradient; ``None`` where the bias is broadcast to all rows.

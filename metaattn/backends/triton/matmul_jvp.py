@@ -58,7 +58,7 @@ ONE, SEVERAL, LARGE = Blocks(64, 64, 32, 4, 3), Blocks(64, 128, 32, 4, 4), Block
 # layer's gradients are not, and transposing them for these instructions took three times as long.
 ONE_TF32, SEVERAL_TF32 = Blocks(64, 128, 32, 4, 3), Blocks(64, 64, 32, 2, 3)
 LARGE_FROM = 1024  # blocks of 64 x 128
-_stages: dict[tuple[Any, ...], int] = {}  # the most stages that fit, for launches whose first choice did not fit
+_stages: dict[tuple[Any, ...], int] = {}  # the largest number that fits, for launches whose first choice did not fit
 
 
 def matmul_supported(like: Tensor) -> bool:
