@@ -35,7 +35,10 @@ def import_with_triton(name: str) -> ModuleType | str:
     try:
         return importlib.import_module(f".{name}", __package__)
     except ImportError as error:
-        return f"backend={name!r} needs the package triton, which cannot be imported here: {error}"
+        return (
+            f"backend={name!r} needs the package triton, which cannot be imported here ({error}). Install it, or "
+            "ask for backend='blockwise' or 'auto'"
+        )
 
 
 @functools.cache
@@ -56,7 +59,7 @@ def choose(primitive: str, problem: Problem, x: Operands) -> Choice:
         return Choice(blockwise.backend, f"tensors on {x.query.device.type}: tiles in plain PyTorch")
     module = import_with_triton("triton")
     if isinstance(module, str):
-        return Choice(blockwise.backend, module)
+        return Choice(blockwise.backend, module.split(". ")[0])
     triton: Backend = module.backend
     if (reason := triton.unsupported_reason(problem, x)) is not None:
         return Choice(blockwise.backend, reason.split(". ")[0])

@@ -28,8 +28,12 @@ class VendorBackend(TritonBackend):
         d, dv = x.query.shape[-1], x.value.shape[-1]
         if not x.query.is_cuda:
             return f"backend='vendor' needs a CUDA device; the tensors are on {x.query.device}{instead}"
-        if torch.cuda.get_device_capability(x.query.device) < (8, 0):
-            return f"backend='vendor' needs a GPU of compute capability 8.0 or above{instead}"
+        capability = torch.cuda.get_device_capability(x.query.device)
+        if capability < (8, 0):
+            return (
+                "backend='vendor' needs a GPU of compute capability 8.0 or newer; got {}.{}".format(*capability)
+                + instead
+            )
         if x.query.dtype not in DTYPES:
             return f"backend='vendor' supports float16 and bfloat16; got {x.query.dtype}{instead}"
         if x.bias is not None or x.mask is not None or x.seeds is not None:
@@ -42,7 +46,8 @@ class VendorBackend(TritonBackend):
                 f"{MAX_HEAD_SIZE}; got {d} and {dv}{instead}"
             )
         if x.query.shape[-2] != x.key.shape[-2]:
-            return f"backend='vendor' supports only equal lengths of query and key{instead}"
+            lengths = f"{x.query.shape[-2]} and {x.key.shape[-2]}"
+            return f"backend='vendor' supports only equal lengths of query and key; got {lengths}{instead}"
         if x.query.numel() == 0:
             return f"backend='vendor' supports no empty tensors{instead}"
         return None

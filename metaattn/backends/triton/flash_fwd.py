@@ -94,8 +94,8 @@ def attention_forward(
 ):
     """Compute rows ``[row, row + BM)`` of one query head.
 
-    FEW_KEYS: some rows see few keys. There ``P (s. - mu)`` is small compared with ``P s.``, so that rounding ``P s.`` to
-    16 bits would be a large error. A first loop over the keys of such rows therefore computes mu.
+    FEW_KEYS: some rows see few keys. There ``P (s. - mu)`` is small compared with ``P s.``, so that the rounding of
+    ``P s.`` to 16 bits would be a large error. A first loop over the keys of such rows therefore computes mu.
     """
     NQ = problem.NQ
     blocks = tl.cdiv(NQ, BM)
