@@ -61,9 +61,9 @@ reports. `first step`: until its result is ready, with recording and compiling. 
 relative, against float64, in a reduced problem (2 tasks of 2 sequences of at most 48 tokens; one inner step in
 bfloat16, at most two in float32)."""
 KINDS = {  # of kernels, by their names
-    "attention": "^(values|by_row|by_key|by_bias)|cudnn_generated",
+    "attention": "^(attention_(forward|backward)|values|by_row|by_key|by_bias)|cudnn_generated",
     "fused by Inductor": "^triton_",
-    "matrix products": "^products|gemm|gemv|nvjet|cutlass|xmma|splitK",
+    "matrix products": "^(matmul_jvp|products)|gemm|gemv|nvjet|cutlass|xmma|splitK",
 }
 Gradient = dict[str, Tensor]
 Step = Callable[[], Gradient]

@@ -27,7 +27,7 @@ os.environ["METAATTN_COMPILE_PROCESSES"] = "0"  # and none of them needs more
 BACKENDS = ["reference", "blockwise"]  # those that serve float64
 # Why the kernels do not run on the suite's tensors, which are on the CPU: there is a GPU, and so no interpreter; or the
 # interpreter does not run here.
-NO_KERNELS = registry.refuses("triton", Problem(1.0), Operands(*torch.zeros(3, 1, 1, 1, 1)))
+NO_KERNELS = registry.unsupported_reason("triton", Problem(1.0), Operands(*torch.zeros(3, 1, 1, 1, 1)))
 FUSED = [] if NO_KERNELS else ["triton"]  # float32 at the widest
 
 

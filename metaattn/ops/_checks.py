@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import check_name, current_backend, refuses
+from ..backends import check_name, current_backend, unsupported_reason
 from ..backends.base import Operands
 from .operators import Call, autocasts
 
@@ -79,7 +79,7 @@ def prepare(
 
     call = Call(float(scale), left, right, float(dropout_p), name)
     x = Operands(query, key, value, bias, mask)
-    if (reason := refuses(name, call.problem, x)) is not None:
+    if (reason := unsupported_reason(name, call.problem, x)) is not None:
         raise NotImplementedError(reason)
     if dropout_p > 0.0:
         # Drawn with PyTorch's generator, so that torch.manual_seed and vmap's `randomness` govern it.

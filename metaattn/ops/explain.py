@@ -16,13 +16,14 @@ class Explanation(NamedTuple):
 
     forward: tuple[str, str]
     backward: tuple[str, str]
-    tangent: tuple[str, str]
+    forward_jvp: tuple[str, str]
     forward_with_jvp: tuple[str, str]
-    second: tuple[str, str]
+    backward_jvp: tuple[str, str]
+    backward_with_jvp: tuple[str, str]
 
     def __str__(self) -> str:
         width = max(len(backend) for backend, _ in self)
-        return "\n".join(f"{n:<16}{b:<{width + 2}}{w}" for n, (b, w) in zip(self._fields, self, strict=True))
+        return "\n".join(f"{n:<18}{b:<{width + 2}}{w}" for n, (b, w) in zip(self._fields, self, strict=True))
 
 
 def explain(
@@ -41,8 +42,8 @@ def explain(
     """Which backend would serve each primitive of :func:`sdpa` with these arguments, and why. Computes nothing.
 
     The primitives: the value (``forward``), its gradient (``backward``), its directional derivative alone
-    (``tangent``) and with the value (``forward_with_jvp``), and the derivative of the gradient (``second``).
-    In forward mode over reverse mode the gradient comes from ``second``'s kernel too where one has room for both.
+    (``forward_jvp``) and with the value (``forward_with_jvp``), and the derivative of the gradient, alone
+    (``backward_jvp``) and with the gradient (``backward_with_jvp``).
     Third and higher derivatives are by ``blockwise`` for every backend.
 
     Args:
@@ -69,11 +70,12 @@ def explain(
         >>> import torch, metaattn
         >>> q = torch.randn(1, 2, 64, 16)
         >>> print(metaattn.explain(q, q, q))
-        forward         blockwise  tensors on cpu: tiles in plain PyTorch
-        backward        blockwise  tensors on cpu: tiles in plain PyTorch
-        tangent         blockwise  tensors on cpu: tiles in plain PyTorch
-        forward_with_jvp blockwise  tensors on cpu: tiles in plain PyTorch
-        second          blockwise  tensors on cpu: tiles in plain PyTorch
+        forward           blockwise  tensors on cpu: tiles in plain PyTorch
+        backward          blockwise  tensors on cpu: tiles in plain PyTorch
+        forward_jvp       blockwise  tensors on cpu: tiles in plain PyTorch
+        forward_with_jvp  blockwise  tensors on cpu: tiles in plain PyTorch
+        backward_jvp      blockwise  tensors on cpu: tiles in plain PyTorch
+        backward_with_jvp blockwise  backward, then backward_jvp: no kernel for both here
     """
     with torch.random.fork_rng(enabled=dropout_p > 0.0):
         p = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, backend)

@@ -20,7 +20,18 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.library import Library, register_fake
 
 from ..backends import blockwise, select
-from ..backends.base import Gradients, Operands, Pair, Problem, Rows, Tangent, Values, accumulator, in_one, tokens_first
+from ..backends.base import (
+    BackwardJvpInputs,
+    Gradients,
+    Operands,
+    Problem,
+    Rows,
+    Tangent,
+    Values,
+    accumulator,
+    pack_qkv_gradients,
+    tokens_first,
+)
 
 
 @dataclass(frozen=True)
@@ -213,10 +224,10 @@ def gradient_tangent(*args: Any) -> tuple[Tensor, ...]:
 
 @_leaf(f"({_CALL}, {_X}, bool both, {_ROWS}, {_TANGENT}) -> Tensor[]")
 def gradients_in_one(*args: Any) -> tuple[Tensor, ...]:
-    """As :func:`gradient`, or :func:`gradient_tangent` for ``both``: query, key and value :func:`in_one`, no bias."""
+    """As :func:`gradient`, or :func:`gradient_tangent` for ``both``: query, key and value packed, no bias."""
     call, problem, x, (both, *rows) = _split(args)
-    found = _gradients(call, replace(problem, in_one=True), x, rows, both=both, bias_grad=False)
-    return tuple(in_one(grads[:3]) for grads in found)
+    found = _gradients(call, replace(problem, pack_qkv_gradients=True), x, rows, both=both, bias_grad=False)
+    return tuple(pack_qkv_gradients(grads[:3]) for grads in found)
 
 
 def _gradients(
@@ -224,15 +235,13 @@ def _gradients(
 ) -> tuple[Gradients, ...]:
     """B's without a tangent, S's with one; or those of both."""
     values, values_t, w, w_t = _rows(rows)
-    backend, tangent = select(call.backend, problem, x), Tangent(*rows[8:])
+    backend = select(call.backend, problem, x)
+    inputs = BackwardJvpInputs(values, values_t, w, Tangent(*rows[8:]), w_t, bias_grad)
     if both:
-        pair: Pair = backend.backward_with_jvp(
-            problem, x, values, values_t, w, tangent, cotangent_tangent=w_t, bias_grad=bias_grad
-        )
-        return pair
-    if tangent.is_zero:
+        return backend.backward_with_jvp(problem, x, inputs)
+    if inputs.tangent.is_zero:
         return (backend.backward(problem, x, values, w, bias_grad=bias_grad),)
-    return (backend.backward_jvp(problem, x, values, values_t, w, tangent, cotangent_tangent=w_t, bias_grad=bias_grad),)
+    return (backend.backward_jvp(problem, x, inputs),)
 
 
 def any_directional(*args: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

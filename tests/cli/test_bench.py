@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from metaattn.backends import blockwise
+from metaattn.backends.blockwise import backend as blockwise
 from metaattn.cli import bench, main
 
 SMALL = ["bench", "--device", "cpu", "--shape", "1,2,16,8"]

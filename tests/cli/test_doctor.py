@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from metaattn.backends import blockwise
+from metaattn.backends.blockwise import backend as blockwise
 from metaattn.cli import _environment, _selfcheck, main
 from tests.conftest import NO_KERNELS
 

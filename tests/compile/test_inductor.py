@@ -71,7 +71,7 @@ def two_layers(params, x, y):
 @pytest.mark.parametrize("name", ["two layers", "transformer"])
 def test_joined_products_are_the_same(name, gradient, monkeypatch):
     """As on a GPU, where our kernel does them at once."""
-    monkeypatch.setattr(matmul_fusion, "served", lambda like: True)
+    monkeypatch.setattr(matmul_fusion, "supported", lambda like: True)
     model, classify = transformer(2)
     if name == "transformer":
         learner, params, data = (

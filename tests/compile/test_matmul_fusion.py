@@ -13,7 +13,7 @@ from tests.helpers import assert_close
 @pytest.fixture(autouse=True)
 def _everywhere(monkeypatch):
     """As if our kernel served all, which it does on GPUs."""
-    monkeypatch.setattr(matmul_fusion, "served", lambda like: True)
+    monkeypatch.setattr(matmul_fusion, "supported", lambda like: True)
 
 
 def run(function, *tensors):
@@ -146,7 +146,7 @@ def test_dtypes_are_not_mixed():
 
 
 def test_what_is_not_served_is_left_alone(monkeypatch):
-    monkeypatch.setattr(matmul_fusion, "served", lambda like: False)
+    monkeypatch.setattr(matmul_fusion, "supported", lambda like: False)
     assert run(lambda a, a_t, b, b_t: (a @ b, a_t @ b + a @ b_t), A, A_T, B, B_T) == ["bmm"] * 3
 
 

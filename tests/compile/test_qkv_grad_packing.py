@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
 import metaattn
-from metaattn.backends.base import in_one, room_in_one
+from metaattn.backends.base import empty_packed_qkv, pack_qkv_gradients
 from metaattn.compile.passes.matmul_fusion import joined
 from metaattn.compile.passes.qkv_grad_packing import written_in_one
 from metaattn.compile.piecewise import Lowered, as_recorded
@@ -166,22 +166,22 @@ def test_with_the_gradient_of_a_bias_is_not():
 def test_in_one_is_a_view_where_there_is_room():
     shapes = (2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)
     parts = [torch.randn(shape) for shape in shapes]
-    room = room_in_one(parts)
+    room = empty_packed_qkv(parts)
     for there, part in zip(room, parts, strict=True):
         there.copy_(part)
-    one = in_one(room)
+    one = pack_qkv_gradients(room)
     assert one.shape == (2, 5, 8, 8)
     assert one.data_ptr() == room[0].data_ptr()
-    assert torch.equal(one, in_one(parts))
+    assert torch.equal(one, pack_qkv_gradients(parts))
     assert torch.equal(one, torch.cat(parts, 1).transpose(1, 2))
 
 
 @pytest.mark.parametrize("order", [(1, 0, 2), (0, 2, 1)])
 def test_in_one_copies_what_lies_otherwise(order):
-    room = room_in_one([torch.randn(2, 2, 5, 8)] * 3)
+    room = empty_packed_qkv([torch.randn(2, 2, 5, 8)] * 3)
     for t in room:
         t.normal_()
     parts = [room[i] for i in order]
-    one = in_one(parts)
+    one = pack_qkv_gradients(parts)
     assert torch.equal(one, torch.cat(parts, 1).transpose(1, 2))
     assert one.untyped_storage().data_ptr() != room[0].untyped_storage().data_ptr()

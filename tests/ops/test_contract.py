@@ -240,21 +240,22 @@ class _Largest(TorchDispatchMode):
 
 def _largest(n, order):
     from metaattn.backends import blockwise, tiling
-    from metaattn.backends.base import Operands, Problem, Rows, Tangent
+    from metaattn.backends.base import BackwardJvpInputs, Operands, Problem, Rows, Tangent
 
     x = Operands(*(torch.randn(1, 2, n, 8) for _ in range(3)))
     t = Tangent(*(torch.randn(1, 2, n, 8) for _ in range(3)))
     w, problem = Rows(torch.randn(1, 2, n, 8)), Problem(0.3)
     largest = _Largest()
+    backend = blockwise.backend
     with largest:
-        values = blockwise.forward(problem, x)
+        values = backend.forward(problem, x)
         if order == "backward":
-            blockwise.backward(problem, x, values, w, bias_grad=False)
+            backend.backward(problem, x, values, w, bias_grad=False)
         if order == "forward_jvp":
-            blockwise.forward_jvp(problem, x, values, t)
+            backend.forward_jvp(problem, x, values, t)
         if order == "backward_jvp":
-            vt = blockwise.forward_jvp(problem, x, values, t)
-            blockwise.backward_jvp(problem, x, values, vt, w, t, cotangent_tangent=Rows(), bias_grad=False)
+            vt = backend.forward_jvp(problem, x, values, t)
+            backend.backward_jvp(problem, x, BackwardJvpInputs(values, vt, w, t))
         if order == "third":
             blockwise.gradient(problem, x, values, w, [t, t], cotangent_tangent=Rows(), bias_grad=False)
     return largest.numel, tiling.TILE

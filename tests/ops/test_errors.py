@@ -119,7 +119,7 @@ def test_an_unknown_transform():
 
 def test_an_interpreter_that_fails_with_this_numpy(monkeypatch):
     primitives = pytest.importorskip("metaattn.backends.triton.interface", exc_type=ImportError)
-    monkeypatch.setattr(primitives, "UNINTERPRETABLE", True)
+    monkeypatch.setattr(primitives, "INTERPRETER_FAILS", True)
     monkeypatch.setattr(operators, "forward", None)
     with pytest.raises(NotImplementedError, match=r"needs a numpy below 2\.4, or Triton 3\.7; got .*blockwise"):
         metaattn.sdpa(*[X.float()] * 3, backend="triton")

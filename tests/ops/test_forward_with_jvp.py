@@ -5,7 +5,8 @@ import torch
 from torch.func import grad, jvp, vjp, vmap
 
 import metaattn
-from metaattn.backends import reference
+from metaattn.backends import PRIMITIVES
+from metaattn.backends.reference import backend as reference
 from tests.helpers import assert_close, dense
 
 X = tuple(torch.randn(1, 2, 4, 3, dtype=torch.float64) for _ in range(3))
@@ -36,7 +37,7 @@ def calls(monkeypatch):
 
         return call
 
-    for name in ("forward", "forward_with_jvp", "forward_jvp", "backward", "backward_jvp", "backward_with_jvp"):
+    for name in PRIMITIVES:
         monkeypatch.setattr(reference, name, recorded(name, getattr(reference, name)))
     return names
 

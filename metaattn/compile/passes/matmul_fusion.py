@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.library import register_fake
 
-from ...backends.matmul_jvp import Product, multiply, served
+from ...backends.matmul_jvp import Product, multiply, supported
 from ...ops.operators import LIBRARY, is_attention_op
 
 SMALL = 2**29  # multiplications: of larger ones each fills a GPU, and cuBLAS' kernels are better
@@ -125,7 +125,7 @@ def _factors(node: Any) -> tuple[fx.Node, fx.Node] | None:
     a, b = node.args
     assert isinstance(a, fx.Node)
     assert isinstance(b, fx.Node)
-    return (a, b) if served(node.meta["result"]) else None
+    return (a, b) if supported(node.meta["result"]) else None
 
 
 def _size(product: fx.Node) -> int:
