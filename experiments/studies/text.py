@@ -34,7 +34,7 @@ def corpus() -> dict[str, Tensor]:
 
 
 def windows(text: Tensor, count: int, length: int, g: torch.Generator) -> Tensor:
-    """MetaStepCompiler of the text and the byte behind each, ``[count, length + 1]``."""
+    """Pieces of the text, each with the byte after it, ``[count, length + 1]``."""
     start = torch.randint(len(text) - length, (count, 1), generator=g)
     return text[start + torch.arange(length + 1)].long()
 

@@ -33,11 +33,11 @@ RESUMED = (
     "threads",
     "backend",
     "compile",
-    "loop.steps",
-    "loop.log_every",
-    "loop.checkpoint_every",
-    "loop.validate_every",
-    "loop.validation_tasks",
+    "train.steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.validate_every",
+    "train.validation_tasks",
     "test.*",
 )
 # And when it is evaluated: on which tasks and how, but not what was learned.

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 WRITER = """
 import sys, torch
 from pathlib import Path
-from experiments import checkpoint
+from experiments.training import checkpoint
 for i in range(10**6):
     checkpoint.save(Path(sys.argv[1]), {"step": i, "data": torch.full((200_000,), float(i))})
 """

@@ -26,17 +26,17 @@ FILES |= {"learning.png", "adaptation.png", "episode.png"}
 # The program, but for what befalls the second process in its sixth step.
 DRIVER = """
 import os, signal
-from experiments import train
+from experiments.training import loop
 from experiments.training.main import main
 
-take_step = train.Trainer._take_step
+take_step = loop.Trainer._take_step
 
 def befallen(self):
     if os.environ["RANK"] == "1" and self.step == 5:
         {what}
     return take_step(self)
 
-train.Trainer._take_step = befallen
+loop.Trainer._take_step = befallen
 main()
 """
 
