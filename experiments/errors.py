@@ -1,13 +1,16 @@
-"""Errors that are the user's to mend: one line, no traceback."""
+"""Errors that the user can correct; the commands print them in one line, without a traceback."""
 
 
 class UserError(Exception):
-    """What was expected, what came and what to do; ends the command with ``code``."""
+    """A mistake of the user: the message says what was expected, what was received and what to do.
+
+    The command ends with the exit code ``code``.
+    """
 
     code = 2
 
 
 class RunStoppedError(UserError):
-    """A run that cannot go on, though nothing was misspelt."""
+    """A run that cannot continue although its settings are valid."""
 
     code = 1

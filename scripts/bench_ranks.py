@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from experiments.training.report import read_metrics
+from experiments.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 OVERRIDES = ["experiment=glyphs_gpu", "train.tasks=128", "train.steps=160", "train.log_every=40"]

@@ -13,7 +13,7 @@ from experiments.errors import UserError
 from experiments.studies import curvature
 from experiments.studies.curvature import Settings, Study
 from experiments.training import checkpoint
-from tests.helpers import assert_close
+from tests.helpers import assert_close, dense
 
 pytest.importorskip("curvlinops")
 
@@ -34,7 +34,7 @@ def dense_hessian(study, params, x, y):
     flat = torch.cat([p.detach().flatten() for p in params.values()]).requires_grad_()
     named = {k: t.view_as(params[k]) for k, t in zip(params, flat.split(sizes), strict=True)}
     for block in study.run.model.blocks:
-        block.attention.attention = lambda q, k, v, **_: torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+        block.attention.attention = lambda q, k, v, **_: dense(q, k, v)[0]
     loss = (functional_call(study.run.model, named, (x,)) - y).square().mean()
     (gradient,) = torch.autograd.grad(loss, flat, create_graph=True)
     return torch.stack([torch.autograd.grad(g, flat, retain_graph=True)[0] for g in gradient])
@@ -79,9 +79,9 @@ def test_a_task_that_adapts_a_part(run, tmp_path):
 
 def test_stability_is_of_one_fixed_rate(run):
     config = study(run).run.config
-    assert curvature.stable_up_to(config) == pytest.approx(40)
+    assert curvature.stability_limit(config) == pytest.approx(40)
     learned = replace(config, algorithm=replace(config.algorithm, learns=curvature.Learns.tensor))
-    assert curvature.stable_up_to(learned) is None
+    assert curvature.stability_limit(learned) is None
 
 
 def _main(monkeypatch, *arguments):
@@ -119,7 +119,7 @@ def test_mistakes(run, monkeypatch, tmp_path, capsys):
     assert "no checkpoint at" in told(f"checkpoint={tmp_path}/none.pt")
     monkeypatch.setitem(sys.modules, "curvlinops", None)
     assert told().endswith('pip install -r requirements.txt -c requirements-integrations.txt -e ".[curvlinops]"\n')
-    monkeypatch.setattr(curvature, "MOST", 100)
+    monkeypatch.setattr(curvature, "MAX_PARAMETERS", 100)
     with pytest.raises(UserError, match=r"adapts 721 parameters, too many for all eigenvalues .*lanczos=60"):
         study(run)
     content = checkpoint.load(run / "best.pt")

@@ -80,7 +80,7 @@ def test_reading_helps(tmp_path, monkeypatch, capsys):
     )
     long_context.main()
     content = json.loads((out / "long_context.json").read_text())
-    with_steps, without = (content["bits_per_byte"][k] for k in ("learns as it reads", "the same, steps left out"))
+    with_steps, without = (content["bits_per_byte"][k] for k in ("learns as it reads", "the same, without steps"))
     assert with_steps[0] == pytest.approx(without[0])  # nothing has been read before the first chunk
     assert with_steps[-1] < without[-1] - 0.5
     assert content["training"]["meta-training"][-1] < content["training"]["meta-training"][0] - 0.5
@@ -91,7 +91,7 @@ def test_reading_helps(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"chunks": 1}, "chunks must be at least 2, for there is nothing to remember in the first; got 1"),
+        ({"chunks": 1}, "chunks must be at least 2, because the first has nothing to remember; got 1"),
         ({"window": 0}, "window must be at least 1; got 0"),
         ({"inner_learning_rate": 0.0}, "inner_learning_rate must be positive and finite; got 0.0"),
     ],
@@ -102,5 +102,5 @@ def test_mistakes(changes, message):
 
 
 def test_nothing_to_adapt():
-    with pytest.raises(UserError, match=r"no parameter matches adapts=\['blocks.9.*'\]; there are "):
+    with pytest.raises(UserError, match=r"no parameter matches adapts=\['blocks.9.*'\]; the parameters are "):
         study(adapts=["blocks.9.*"])

@@ -9,10 +9,13 @@ import sys
 import pytest
 import torch
 
+from experiments.output import write_json
 from experiments.studies import boundary, second_order
+from experiments.studies._dense import dense_attention
 from experiments.training import report
 from experiments.training.config import Backend, Precision
 from experiments.training.loop import learning_rate
+from experiments.training.metrics import Metrics, read_metrics
 
 NUMBERS = {f"{name}_{when}": 0.5 for name in ("loss", "accuracy") for when in ("before", "after")}
 FAST = {"inner_steps": [1, 2], "tasks": 2, "way": 3, "dim": 8, "depth": 1}
@@ -39,14 +42,14 @@ def test_second_order_writes_and_judges(monkeypatch, tmp_path, capsys):
     arguments = [f"{k}={v}".replace(" ", "") for k, v in FAST.items()] + [f"out={tmp_path}"]
     assert _run(monkeypatch, second_order, *arguments) == 0
     content = json.loads((tmp_path / "second_order.json").read_text())
-    assert content["broken"] == []
+    assert content["exceeded"] == []
     assert [r["inner_steps"] for r in content["rows"]] == [1, 2]
     assert (tmp_path / "second_order.png").stat().st_size > 10_000
     assert "first order" in capsys.readouterr().out
     # A bound that is broken ends with 1 and says which: a wrong gradient cannot pass.
     monkeypatch.setitem(second_order.BOUNDS, Precision.float64, {"dense": 0.0, "symmetry": 1.0, "differences": 1.0})
     assert _run(monkeypatch, second_order, *arguments) == 1
-    assert "broken: dense at 1 steps" in capsys.readouterr().err
+    assert "bounds exceeded: dense at 1 steps" in capsys.readouterr().err
 
 
 def test_second_order_sees_a_wrong_meta_gradient(monkeypatch):
@@ -92,7 +95,7 @@ def test_a_device_that_is_not_there(module, monkeypatch, capsys, tmp_path):
 
 def test_boundary_tells_wrong_from_right():
     q, k, v, t = (torch.randn(1, 2, 16, 32) for _ in range(4))
-    wrong = lambda q, k, v: second_order.dense(q, k, v).detach() * 1.5
+    wrong = lambda q, k, v: dense_attention(q, k, v).detach() * 1.5
     assert boundary.probe(wrong, boundary.NESTINGS["forward"], (q, k, v, t))["status"] == "wrong"
 
 
@@ -121,8 +124,8 @@ def test_schedule():
 def figures(monkeypatch):
     """What is drawn."""
     figures = []
-    save = report._save
-    monkeypatch.setattr(report, "_save", lambda figure, path: (save(figure, path), figures.append(figure)))
+    save = report.save_figure
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: (save(figure, path), figures.append(figure)))
     return figures
 
 
@@ -161,31 +164,33 @@ def test_a_single_row_is_drawn(tmp_path, figures):
 
 @pytest.mark.parametrize("seen", [False, True])
 def test_a_curve_of_samples_that_were_adapted_to_says_so(seen, tmp_path, figures):
-    report.learning(tmp_path / "learning.png", [{"step": 1, "split": "train", **NUMBERS}], "loss", None, seen=seen)
+    report.learning(
+        tmp_path / "learning.png", [{"step": 1, "split": "train", **NUMBERS}], "loss", None, adapts_to_query=seen
+    )
     assert ("train, adapted to these samples too" in _legend(figures[0].axes[0])) == seen
     assert ("train, after adaptation" in _legend(figures[0].axes[0])) != seen
 
 
-@pytest.mark.parametrize(("way", "said"), [(10, "right"), (12, "right\n(10 of 12 classes shown)")])
+@pytest.mark.parametrize(("way", "said"), [(10, "correct"), (12, "correct\n(10 of 12 classes shown)")])
 def test_an_episode_tells_how_many_of_its_classes_are_shown(way, said, tmp_path, figures):
     samples = [torch.rand(way, 4, 4), torch.arange(way)]
     report._classification(tmp_path / "episode.png", samples, samples, torch.arange(way), way)
-    assert figures[0].get_suptitle() == f"One held-out task, adapted: 100% of the queries {said}"
+    assert figures[0].get_suptitle() == f"One held-out task after adaptation: 100% of the queries {said}"
 
 
 def test_json_has_no_numbers_that_are_not_finite(tmp_path):
-    report.write_json(tmp_path / "a.json", {"at": [1.0, math.inf, math.nan], "of": {"chance": None}})
+    write_json(tmp_path / "a.json", {"at": [1.0, math.inf, math.nan], "of": {"chance": None}})
     assert json.loads((tmp_path / "a.json").read_text()) == {"at": [1.0, None, None], "of": {"chance": None}}
 
 
 def test_metrics_survive_a_cut_line(tmp_path):
-    metrics = report.Metrics(tmp_path, 0)
+    metrics = Metrics(tmp_path, 0)
     row = {"loss_before": 1.0, "loss_after": 0.5, "accuracy_before": None, "accuracy_after": None}
     for step in (1, 2, 3):
         metrics.add({"step": step, "split": "train", **row})
     metrics.close()
     path = tmp_path / "metrics.csv"
     path.write_text(path.read_text() + "4,trai")
-    again = report.Metrics(tmp_path, 2)
+    again = Metrics(tmp_path, 2)
     again.close()
-    assert [r["step"] for r in again.rows] == [r["step"] for r in report.read_metrics(path)] == [1, 2]
+    assert [r["step"] for r in again.rows] == [r["step"] for r in read_metrics(path)] == [1, 2]

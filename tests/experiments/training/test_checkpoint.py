@@ -78,7 +78,7 @@ def test_a_kill_at_any_instant_leaves_a_readable_one(tmp_path):
 def test_a_run_without_a_validation_says_what_there_is(tmp_path):
     checkpoint.save(tmp_path / "latest.pt", {"step": 3})
     assert checkpoint.find(tmp_path) == tmp_path / "latest.pt"
-    with pytest.raises(UserError, match=r"has no best\.pt: no validation .* checkpoint=\S+/latest\.pt, or"):
+    with pytest.raises(UserError, match=r"has no best\.pt: the run has not validated.* checkpoint=\S+/latest\.pt, or"):
         checkpoint.find(tmp_path, "best.pt")
 
 
@@ -90,10 +90,10 @@ def test_one_bit_that_is_wrong_is_found(tmp_path):
     raw[at + 3] ^= 0x40
     path.write_bytes(raw)
     assert torch.load(path)["data"][0] != 1, "which PyTorch does not see"
-    with pytest.raises(UserError, match=r"a\.pt is damaged: the checksum of \S+/data/0 in it is wrong$"):
+    with pytest.raises(UserError, match=r"a\.pt is damaged: the checksum of its part \S+/data/0 is wrong$"):
         checkpoint.load(path)
     checkpoint.save(tmp_path / "best.pt", {"step": 2})
-    with pytest.raises(UserError, match=r"is wrong; \S+/best\.pt, of an earlier step, may be whole"):
+    with pytest.raises(UserError, match=r"is wrong; \S+/best\.pt, of an earlier step, may be intact"):
         checkpoint.load(path)
 
 

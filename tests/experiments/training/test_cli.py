@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.training import checkpoint, report, setup
+from experiments.training import checkpoint, metrics, setup
 from experiments.training.config import Backend, Config, TaskConfig, TaskName
 from experiments.training.main import main
 from metaattn.compile import compiler
@@ -164,7 +164,7 @@ def test_kill_and_resume_is_bit_exact(tmp_path, dropout, finished):
     for part in ("meta", "optimizer", "step", "best", "rng"):
         _assert_identical(got[part], want[part])
     rows = [
-        [{k: v for k, v in r.items() if k != "steps_per_second"} for r in report.read_metrics(p / "metrics.csv")]
+        [{k: v for k, v in r.items() if k != "steps_per_second"} for r in metrics.read_metrics(p / "metrics.csv")]
         for p in (path.parent, reference)
     ]
     assert rows[0] == rows[1]
@@ -196,7 +196,7 @@ def test_a_signal_saves_and_stops(tmp_path, number, code):
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "go on with resume=" in err
+    assert "continue with resume=" in err
     assert "Traceback" not in err
     assert checkpoint.load(_only(run) / "latest.pt")["step"] >= 5
 
@@ -319,7 +319,7 @@ def test_compiled_steps_learn_as_eager_ones_do(command, monkeypatch):
     for how in ("none", "inductor"):
         options = ["train.steps=2", "test.tasks=2", "precision=float64", "device=cpu", f"hydra.run.dir={how}"]
         assert command(*SMOKE, *options, f"compile={how}")[0] == 0
-        losses[how] = [row["loss_after"] for row in report.read_metrics(Path(how) / "metrics.csv")]
+        losses[how] = [row["loss_after"] for row in metrics.read_metrics(Path(how) / "metrics.csv")]
     assert lowered
     assert losses["inductor"] == pytest.approx(losses["none"], rel=1e-9)
 
@@ -358,8 +358,8 @@ MISTAKES = {
     "nested_key": (["train.stps=3"], "did you mean 'steps'"),
     "value": (["backend=tritn"], "auto, reference, blockwise, triton"),
     "type": (["train.steps=many"], "many"),
-    "group": (["task=glyph"], "did you mean 'glyphs'?); there are glyphs, omniglot, sinusoid"),
-    "far_group": (["task=foo"], "Could not find 'task/foo'; there are glyphs, omniglot, sinusoid"),
+    "group": (["task=glyph"], "did you mean 'glyphs'?); the choices are glyphs, omniglot, sinusoid"),
+    "far_group": (["task=foo"], "Could not find 'task/foo'; the choices are glyphs, omniglot, sinusoid"),
     "no_value": (["train.steps"], "Error parsing override 'train.steps'; expected key=value"),
     "flag": (["--steps", "3"], "unrecognized arguments: --steps; settings are key=value, without dashes"),
     "experiment": (["experiment=smok"], "did you mean 'smoke'"),
@@ -391,7 +391,7 @@ MISTAKES = {
     ),
     "training_a_checkpoint": (
         ["checkpoint=a/b"],
-        "checkpoint=a/b is for mode=evaluate; to train on from it give resume=",
+        "checkpoint=a/b is for mode=evaluate; to train it further give resume=",
     ),
     "no_checkpoint": (["mode=evaluate"], "mode=evaluate needs checkpoint=PATH"),
     "lost_checkpoint": (["resume=/nowhere/latest.pt"], "no checkpoint at /nowhere/latest.pt"),
@@ -441,7 +441,7 @@ def test_a_directory_that_is_no_run(command, tmp_path):
     (tmp_path / "empty").mkdir()
     code, _, err = command(f"resume={tmp_path / 'empty'}")
     assert code == 2
-    assert "holds no latest.pt" in err
+    assert "contains no latest.pt" in err
 
 
 def test_only_its_own_empty_directory_is_removed(command, tmp_path):

@@ -66,7 +66,7 @@ def test_a_number_that_is_not_allowed_is_named(key):
         (config.SEED, [0, 2**63 - 1], [-1, 2**63]),
         (config.POSITIVE, [1e-9, 3.0], [0.0, -1.0, math.nan, math.inf]),
         (config.FINITE, [0, 1.0], [-1.0, math.inf, math.nan]),
-        (config.SHARE, [0.0, 0.5, 1.0], [-0.1, 1.1, math.nan]),
+        (config.FRACTION, [0.0, 0.5, 1.0], [-0.1, 1.1, math.nan]),
         (config.PROBABILITY, [0.0, 0.99], [-0.1, 1.0, math.nan]),
         (config._or_null(config.ONE), [None, 1], [0]),
     ],

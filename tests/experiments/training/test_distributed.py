@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments.errors import UserError
-from experiments.training import checkpoint, distributed, report
+from experiments.training import checkpoint, distributed, metrics
 from tests.helpers import assert_close, error
 
 ROOT = Path(__file__).parents[3]
@@ -32,7 +32,7 @@ from experiments.training.main import main
 take_step = loop.Trainer._take_step
 
 def befallen(self):
-    if os.environ["RANK"] == "1" and self.step == 5:
+    if os.environ["RANK"] == "1" and self.state.step == 5:
         {what}
     return take_step(self)
 
@@ -85,7 +85,7 @@ def alone(tmp_path_factory):
 def _assert_same_run(got, want):
     """Metrics, summaries, parameters and the optimizer's state, all within rounding; files by name."""
     assert {p.name for p in got.iterdir()} == {p.name for p in want.iterdir()} == FILES
-    rows = [report.read_metrics(run / "metrics.csv") for run in (got, want)]
+    rows = [metrics.read_metrics(run / "metrics.csv") for run in (got, want)]
     assert [(r["step"], r["split"]) for r in rows[0]] == [(r["step"], r["split"]) for r in rows[1]]
     for name in ("loss_before", "loss_after"):
         assert_close(*([torch.tensor([r[name] for r in part], dtype=torch.float64)] for part in rows))
@@ -121,8 +121,8 @@ def test_two_processes_give_the_same_run(tmp_path, alone):
 def test_a_death_ends_the_job_which_resumes_at_another_size(tmp_path, alone):
     run, errors = _befall(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
     assert len(errors) == 1
-    assert errors[0].startswith("error: another process of this job has ended, or does not answer; go on from the last")
-    assert errors[0].endswith(f"checkpoint with resume={run}")
+    assert errors[0].startswith("error: another process of this job has ended or does not answer; continue from the")
+    assert errors[0].endswith(f"last checkpoint with resume={run}")
     assert checkpoint.load(run / "latest.pt")["step"] == 5  # saved on the way out: the last regular one is of step 0
     # Not yet the same as at the end: what follows can fail.
     assert error(checkpoint.load(run / "latest.pt")["meta"], checkpoint.load(alone / "latest.pt")["meta"]) > 1e-4
@@ -209,5 +209,5 @@ def test_devices(be, monkeypatch):
     with pytest.raises(UserError, match="device=cuda:1 is one device for 2 processes"):
         distributed.device("cuda:1")
     be(2, 4)
-    with pytest.raises(UserError, match="4 processes need as many GPUs, and there are 2; give --nproc-per-node=2"):
+    with pytest.raises(UserError, match="4 processes need as many GPUs, but there are 2; give --nproc-per-node=2"):
         distributed.device("auto")
