@@ -1,6 +1,7 @@
-"""Former paths of the modules that moved to ``experiments.training`` and ``experiments.studies``.
+"""Former paths of what moved to ``experiments.training`` and ``experiments.studies``.
 
-They work for one release, with a warning; then delete this file and its import.
+They work for one release, with a warning. To remove them, delete this file and its two uses: ``install`` in
+``__init__.py``, and ``attributes_of`` in the modules of the commands.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ MOVED = {
 
 
 class _MovedModules(MetaPathFinder, Loader):
-    """Import a module from its new path where the old one is requested."""
+    """Importer of modules at their former paths."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
         return spec_from_loader(name, self) if name in MOVED else None
@@ -40,29 +41,28 @@ class _MovedModules(MetaPathFinder, Loader):
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        old = module.__name__
-        _warn(old, MOVED[old], 3)
-        sys.modules[old] = importlib.import_module(MOVED[old])
+        _warn(module.__name__, MOVED[module.__name__])
+        sys.modules[module.__name__] = importlib.import_module(MOVED[module.__name__])
 
 
 def install() -> None:
-    """Make the former paths importable."""
+    """Make the modules importable at their former paths."""
     sys.meta_path.append(_MovedModules())
 
 
-def attributes(old: str, new: str) -> Callable[[str], Any]:
-    """Return a module's ``__getattr__`` that finds the names of the module ``new`` at ``old``."""
+def attributes_of(new: str, old: str) -> Callable[[str], Any]:
+    """Return a ``__getattr__`` for the module ``old``, which finds the names of the module ``new``."""
 
     def get(name: str) -> Any:
-        if name.startswith("__"):  # such as __path__, which the import system asks for
+        if name.startswith("__"):  # such as __path__, for which the import system asks
             raise AttributeError(f"module {old!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(new), name)
-        _warn(f"{old}.{name}", f"{new}.{name}", 3)
+        _warn(f"{old}.{name}", f"{new}.{name}")
         return value
 
     return get
 
 
-def _warn(old: str, new: str, stacklevel: int) -> None:
+def _warn(old: str, new: str) -> None:
     message = f"{old} is now {new}; the old path will be removed in the next release"
-    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
+    warnings.warn(message, DeprecationWarning, stacklevel=3)

@@ -1,9 +1,12 @@
 """The command ``python -m experiments.boundary``, see :mod:`experiments.studies.boundary`."""
 
-from . import _moved
-from .studies.boundary import main
+from ._moved import attributes_of
+from .errors import require_train_extra
 
-__getattr__ = _moved.attributes(__name__, "experiments.studies.boundary")
+__getattr__ = attributes_of("experiments.studies.boundary", __name__)
 
 if __name__ == "__main__":
+    require_train_extra()
+    from .studies.boundary import main
+
     main()

@@ -1,9 +1,12 @@
 """The command ``python -m experiments.data_weights``, see :mod:`experiments.studies.data_weights`."""
 
-from . import _moved
-from .studies.data_weights import main
+from ._moved import attributes_of
+from .errors import require_train_extra
 
-__getattr__ = _moved.attributes(__name__, "experiments.studies.data_weights")
+__getattr__ = attributes_of("experiments.studies.data_weights", __name__)
 
 if __name__ == "__main__":
+    require_train_extra()
+    from .studies.data_weights import main
+
     main()

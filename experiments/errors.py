@@ -1,5 +1,19 @@
 """Errors that the user can correct; the commands print them in one line, without a traceback."""
 
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+# The modules of the extra "train" of pyproject.toml, and the packages that install them.
+TRAIN_EXTRA = {
+    "hydra": "hydra-core",
+    "matplotlib": "matplotlib",
+    "PIL": "pillow",
+    "tensorboard": "tensorboard",
+    "tqdm": "tqdm",
+}
+
 
 class UserError(Exception):
     """A mistake of the user: the message says what was expected, what was received and what to do.
@@ -14,3 +28,14 @@ class RunStoppedError(UserError):
     """A run that cannot continue although its settings are valid."""
 
     code = 1
+
+
+def require_train_extra() -> None:
+    """Exit with code 2 and one line if a package of the extra ``train`` is not installed."""
+    if missing := [package for module, package in TRAIN_EXTRA.items() if find_spec(module) is None]:
+        print(
+            f"error: expected {', '.join(TRAIN_EXTRA.values())} to be installed; missing: {', '.join(missing)}. "
+            'In a clone of the repository: pip install -r requirements.txt -e ".[train]"',
+            file=sys.stderr,
+        )
+        sys.exit(2)
