@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from metaattn.backends import blockwise
-from metaattn.cli import _environment, _selfcheck, main
+from metaattn.cli import _environment, _selfcheck, doctor, main
+from metaattn.cli._derivatives import derivative
 from tests.conftest import NO_KERNELS
 
 CPU = torch.device("cpu")
@@ -45,7 +46,27 @@ def test_all_is_well(monkeypatch, capsys):
     assert "vendor      backend='vendor' needs a CUDA device" in out
     assert f"PyTorch             {torch.__version__}" in out
     assert "TRITON_INTERPRET=1" in out
-    assert "All 287 results are right" in out
+    assert "All 287 results are correct" in out
+
+
+def test_the_legend_names_the_primitives_that_run(monkeypatch):
+    called = set()
+
+    def record(name, primitive):
+        return lambda *a, **o: (called.add(name), primitive(*a, **o))[1]
+
+    names = {name for name in vars(blockwise) if re.fullmatch(r"(forward|backward)(_with)?(_jvp)?", name)}
+    assert len(names) == 6
+    for name in names:
+        monkeypatch.setattr(blockwise, name, record(name, getattr(blockwise, name)))
+    x, t, w = _selfcheck.CALLS[0].tensors(torch.float64, CPU)
+    for rule, primitives in _selfcheck.PRIMITIVES.items():
+        called.clear()
+        derivative(rule, _selfcheck.attention(_selfcheck.CALLS[0], "blockwise", CPU), x, t, w)()
+        assert called >= set(primitives), rule
+    assert {p for primitives in _selfcheck.PRIMITIVES.values() for p in primitives} == names
+    assert "  dbl  double backward" in "\n".join(doctor.table([]))
+    assert "primitives forward, backward, forward_jvp, backward_jvp" in "\n".join(doctor.table([]))
 
 
 @pytest.fixture
@@ -70,7 +91,7 @@ def test_a_wrong_primitive_is_named(primitive, rule, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert all(row[rule].endswith("!") for row in _cells(out).values())
     assert re.search(rf"blockwise, float64: {rule} of the full call: relative error \S+, at most 1e-11 allowed", out)
-    assert "call with backend='reference'" in out
+    assert "pass backend='reference'" in out
 
 
 @pytest.mark.usefixtures("one_call")
@@ -121,7 +142,7 @@ def test_oracle(call):
     (query, key, value, *bias), _, _ = call.tensors(torch.float64, CPU)
     got = _selfcheck.dense(call, CPU)(query, key, value, *bias)
     i, j = torch.arange(call.rows)[:, None], torch.arange(call.keys)
-    mask = bias[0] if bias else call.shown(CPU)
+    mask = bias[0] if bias else call.boolean_mask(CPU)
     if "window" in call.options:
         left, right = call.options["window"]
         mask = (i - j <= left) & (j - i <= right)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import metaattn
 from metaattn.cli import bench, main
 
 ROOT = Path(__file__).parent.parent.parent
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
         (["repair"], "invalid choice: 'repair'"),
         (["doctor", "--backend", "flash"], "invalid choice: 'flash'"),
         (["doctor", "--device", "tpu"], "expected cpu, cuda or cuda:N; got 'tpu'"),
-        (["doctor", "--device", "cuda:99"], "cuda:99 is not here"),
+        (["doctor", "--device", "cuda:99"], "cuda:99 does not exist"),
         (["bench", "--shape", "1,8,64"], "four positive integers such as 1,8,1024,64; got '1,8,64'"),
         (["bench", "--shape", "1,8,0,64"], "four positive integers"),
         (["bench", "--dtype", "int8"], "expected one of float64, float32, float16, bfloat16; got 'int8'"),
@@ -43,7 +44,14 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as end:
         main(["bench", "--help"])
     assert end.value.code == 0
-    assert "Ratios above 1 are in our favour" in capsys.readouterr().out
+    assert "Ratios above 1 mean that ours is faster" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"metaattn {metaattn.__version__}\n"
 
 
 def test_interruption(monkeypatch, capsys):
