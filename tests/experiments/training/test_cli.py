@@ -1,6 +1,7 @@
 """The command line: what a run leaves, its errors and exit codes, kill and resume."""
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.training import checkpoint, metrics, setup
+from experiments.training import checkpoint, loop, metrics, report, setup
 from experiments.training.config import Backend, Config, TaskConfig, TaskName
 from experiments.training.main import main
 from metaattn.compile import compiler
@@ -26,36 +28,46 @@ ROOT = Path(__file__).parents[3]
 SMOKE = ["experiment=smoke", "threads=1"]
 
 
-@pytest.fixture
-def command(monkeypatch, tmp_path, capsys):
-    """``train_maml.py`` in this process and in an empty directory: exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    before = torch.get_float32_matmul_precision()
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train_maml.py", *arguments])
-        code = 0
+def _main(cwd, *arguments):
+    """Run ``train_maml.py`` in this process and in a directory: exit code, stdout and stderr."""
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    precision = torch.get_float32_matmul_precision()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["train_maml.py", *arguments])
         try:
             main()
         except SystemExit as end:
             code = end.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        finally:
+            torch.set_float32_matmul_precision(precision)  # precision=tf32 sets it
+    return code, out.getvalue(), err.getvalue()
 
-    yield call
-    torch.set_float32_matmul_precision(before)  # precision=tf32 sets it
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Run ``train_maml.py`` in an empty directory. Plots, which take half of the time, are only drawn on request."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments, draw=False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not draw:
+                for name in ("learning", "adaptation", "episode"):
+                    patch.setattr(report, name, lambda path, *_, **__: path.touch())
+            return _main(tmp_path, *arguments)
+
+    return call
+
+
+def _program(*arguments):
+    """The command line of ``train_maml.py`` in a process, and the options to start it."""
+    options = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "text": True}
+    return [sys.executable, str(ROOT / "train_maml.py"), *arguments], options
 
 
 def _start(cwd, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train_maml.py"), *SMOKE, *arguments],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    program, options = _program(*SMOKE, *arguments)
+    return subprocess.Popen(program, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def _only(path):
@@ -79,9 +91,8 @@ def _wait_for_step(out, step, process):
 def finished(tmp_path_factory):
     """A whole smoke run of 20 steps."""
     cwd = tmp_path_factory.mktemp("finished")
-    process = _start(cwd)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    code, out, err = _main(cwd, *SMOKE)
+    assert code == 0, err
     return _only(cwd / "outputs" / "glyphs"), out
 
 
@@ -137,29 +148,27 @@ def test_checkpoint_holds_what_goes_on(finished):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_kill_and_resume_is_bit_exact(tmp_path, dropout, finished):
-    """20 steps equal some, kill -9 and the rest; with dropout the states of the generators count too."""
+    """20 steps equal some, kill -9 and the rest, which another process takes; dropout depends on the generators too."""
     extra = [f"model.dropout={dropout}", f"model.attention_dropout={dropout}"]
+    killed = _start(tmp_path, *extra, "train.checkpoint_every=1")
     if dropout:
-        whole = _start(tmp_path / "..", *extra, f"hydra.run.dir={tmp_path}/whole")
-        _, err = whole.communicate(timeout=300)
-        assert whole.returncode == 0, err
         reference = tmp_path / "whole"
+        code, _, err = _main(tmp_path, *SMOKE, *extra, f"hydra.run.dir={reference}")  # while the other one starts
+        assert code == 0, err
     else:
         reference = finished[0]
-    killed = _start(tmp_path, *extra, "train.checkpoint_every=1")
     path = _wait_for_step(tmp_path / "outputs" / "glyphs", 8, killed)
     killed.send_signal(signal.SIGKILL)
     killed.communicate(timeout=30)
     assert checkpoint.load(path)["step"] < 20
-    resumed = subprocess.run(
-        [sys.executable, str(ROOT / "train_maml.py"), f"resume={path.parent}", "threads=1"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    resume = [f"resume={path.parent}", "threads=1"]
+    if dropout:
+        code, _, err = _main(tmp_path, *resume)
+    else:
+        program, options = _program(*resume)
+        done = subprocess.run(program, cwd=tmp_path, capture_output=True, timeout=300, **options)
+        code, err = done.returncode, done.stderr
+    assert code == 0, err
     got, want = checkpoint.load(path), checkpoint.load(reference / "latest.pt")
     for part in ("meta", "optimizer", "step", "best", "rng"):
         _assert_identical(got[part], want[part])
@@ -186,19 +195,59 @@ def _assert_identical(a, b):
         assert a == b
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_stops(tmp_path, number, code):
+def test_ctrl_c_saves_and_stops(tmp_path):
     process = _start(tmp_path, "train.steps=100000", "train.checkpoint_every=100000")
     run = tmp_path / "outputs" / "glyphs"
     _wait_for_step(run, 0, process)
     while not any(len(p.read_text().splitlines()) > 2 for p in run.glob("*/metrics.csv")):
         time.sleep(0.1)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == 130
     assert "continue with resume=" in err
     assert "Traceback" not in err
     assert checkpoint.load(_only(run) / "latest.pt")["step"] >= 5
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    """Send signals to this process in the sixth step; a signal that the program does not handle fails the test."""
+
+    def unhandled(number, _):
+        raise AssertionError(f"signal {number} is not handled")
+
+    def send(*numbers):
+        take_step = loop.Trainer._take_step
+
+        def step(trainer):
+            if trainer.state.step == 5:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+            return take_step(trainer)
+
+        monkeypatch.setattr(loop.Trainer, "_take_step", step)
+
+    before = {number: signal.signal(number, unhandled) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield send
+    assert all(signal.signal(number, handler) is unhandled for number, handler in before.items())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_after_the_step(command, tmp_path, signals, number, code):
+    signals(number)
+    result, out, err = command(*SMOKE, "train.checkpoint_every=100")
+    run = _only(tmp_path / "outputs" / "glyphs")
+    assert (result, out) == (code, "")
+    assert err.endswith(f"stopped after a complete step, which is saved; continue with resume={run}\n")
+    assert checkpoint.load(run / "latest.pt")["step"] == 6
+    assert (run / "learning.png").exists()
+
+
+def test_a_second_signal_stops_immediately(command, tmp_path, signals):
+    signals(signal.SIGTERM, signal.SIGINT)
+    result, _, err = command(*SMOKE, "train.checkpoint_every=100")
+    assert (result, err.splitlines()[-1]) == (130, "stopped immediately")
+    assert checkpoint.load(_only(tmp_path / "outputs" / "glyphs") / "latest.pt")["step"] == 0
 
 
 def test_evaluate(finished, command):
@@ -272,7 +321,13 @@ REGRESSION = ["maml", "first_order_maml", "anil", "boil", "meta_sgd", "maml_plus
 @pytest.mark.parametrize("algorithm", REGRESSION)
 def test_algorithms_and_sinusoids(command, algorithm, tmp_path):
     code, out, _ = command(
-        *SMOKE, "task=sinusoid", f"algorithm={algorithm}", "train.steps=3", "train.validate_every=3", "test.tasks=4"
+        *SMOKE,
+        "task=sinusoid",
+        f"algorithm={algorithm}",
+        "train.steps=3",
+        "train.validate_every=3",
+        "test.tasks=4",
+        draw=algorithm in ("maml", "reptile"),
     )
     assert code == 0
     assert "loss on 4 held-out test tasks" in out
@@ -281,7 +336,9 @@ def test_algorithms_and_sinusoids(command, algorithm, tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["prototypical", "proto_maml"])
 def test_algorithms_of_classification(command, algorithm, tmp_path):
-    code, out, _ = command(*SMOKE, f"algorithm={algorithm}", "train.steps=3", "train.validate_every=3", "test.tasks=4")
+    code, out, _ = command(
+        *SMOKE, f"algorithm={algorithm}", "train.steps=3", "train.validate_every=3", "test.tasks=4", draw=True
+    )
     assert code == 0
     inner = algorithm != "prototypical"
     assert ("after 3 inner steps" in out) == ("before adaptation" in out) == inner

@@ -1,4 +1,4 @@
-"""A run on several processes is the run on one, whatever happens to one of them."""
+"""A run on several processes equals the run on one process, and survives the death of a process."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.helpers import assert_close, error
 
 ROOT = Path(__file__).parents[3]
 STEPS = 12
-# Five tasks: no number of processes here but one divides them.
+# Five tasks, which cannot be split evenly over the numbers of processes below.
 TINY = [
     *("experiment=smoke", "task=sinusoid", "precision=float64", "threads=1", "algorithm.learning_rate=0.02"),
     *(f"train.steps={STEPS}", "train.tasks=5", "train.validate_every=4", "train.checkpoint_every=100"),
@@ -23,7 +23,7 @@ TINY = [
 ]
 FILES = {"config.yaml", "metrics.csv", "summary.json", "latest.pt", "best.pt", "tensorboard"}
 FILES |= {"learning.png", "adaptation.png", "episode.png"}
-# The program, but for what befalls the second process in its sixth step.
+# The program, with a failure of the second process in its sixth step.
 DRIVER = """
 import os, signal
 from experiments.training import loop
@@ -31,18 +31,18 @@ from experiments.training.main import main
 
 take_step = loop.Trainer._take_step
 
-def befallen(self):
+def failing(self):
     if os.environ["RANK"] == "1" and self.state.step == 5:
         {what}
     return take_step(self)
 
-loop.Trainer._take_step = befallen
+loop.Trainer._take_step = failing
 main()
 """
 
 
 def _run(cwd, ranks, *arguments, program=ROOT / "train_maml.py"):
-    """The program on so many processes, and whatever it printed."""
+    """Run the program on a number of processes, and capture its output."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return subprocess.run(
         [sys.executable, *torchrun, str(program), *arguments],
@@ -59,9 +59,9 @@ def _only(path):
     return found
 
 
-def _befall(tmp_path, what):
-    """A job of two processes, the second of which meets its end."""
-    program = tmp_path / "befallen.py"
+def _fail(tmp_path, what):
+    """Run a job of two processes, the second of which fails."""
+    program = tmp_path / "failing.py"
     program.write_text(DRIVER.format(what=what))
     done = _run(tmp_path, 2, *TINY, program=program)
     assert done.returncode != 0
@@ -69,14 +69,14 @@ def _befall(tmp_path, what):
 
 
 def _errors(done):
-    """The lines of ours, from all processes."""
+    """The error lines of our program, from all processes."""
     return [line.split("\r")[-1] for line in done.stderr.splitlines() if "error: " in line]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The run in an ordinary process."""
-    cwd = tmp_path_factory.mktemp("alone")
+def single(tmp_path_factory):
+    """The run in a single ordinary process."""
+    cwd = tmp_path_factory.mktemp("single")
     done = _run(cwd, 1, *TINY)
     assert done.returncode == 0, done.stderr
     return _only(cwd / "outputs" / "sinusoid")
@@ -107,33 +107,35 @@ def _assert_same_run(got, want):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_run(tmp_path, alone):
+def test_two_processes_give_the_same_run(tmp_path, single):
     done = _run(tmp_path, 2, *TINY)
     assert done.returncode == 0, done.stderr
-    _assert_same_run(_only(tmp_path / "outputs" / "sinusoid"), alone)
-    # One process alone prints.
+    _assert_same_run(_only(tmp_path / "outputs" / "sinusoid"), single)
+    # Only one process prints.
     assert done.stdout.count("held-out test tasks") == 1
     assert [line.split()[1] for line in done.stdout.splitlines() if "validation" in line] == ["4", "8", "12"]
     assert done.stderr.count("| 0/12 [00:00<?, ?it/s]") == 1
 
 
 @pytest.mark.slow
-def test_a_death_ends_the_job_which_resumes_at_another_size(tmp_path, alone):
-    run, errors = _befall(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+def test_a_death_ends_the_job_which_resumes_at_another_size(tmp_path, single):
+    run, errors = _fail(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
     assert len(errors) == 1
     assert errors[0].startswith("error: another process of this job has ended or does not answer; continue from the")
     assert errors[0].endswith(f"last checkpoint with resume={run}")
-    assert checkpoint.load(run / "latest.pt")["step"] == 5  # saved on the way out: the last regular one is of step 0
-    # Not yet the same as at the end: what follows can fail.
-    assert error(checkpoint.load(run / "latest.pt")["meta"], checkpoint.load(alone / "latest.pt")["meta"]) > 1e-4
-    resumed = _run(tmp_path, 4, f"resume={run}", "threads=1")
+    assert (
+        checkpoint.load(run / "latest.pt")["step"] == 5
+    )  # saved because of the failure: the last regular one is of step 0
+    # It differs from the final state, so that the comparison below can fail.
+    assert error(checkpoint.load(run / "latest.pt")["meta"], checkpoint.load(single / "latest.pt")["meta"]) > 1e-4
+    resumed = _run(tmp_path, 3, f"resume={run}", "threads=1")
     assert resumed.returncode == 0, resumed.stderr
-    _assert_same_run(run, alone)
+    _assert_same_run(run, single)
 
 
 @pytest.mark.slow
 def test_an_exception_of_one_process_ends_the_job(tmp_path):
-    run, errors = _befall(tmp_path, "raise ArithmeticError('of one rank')")
+    run, errors = _fail(tmp_path, "raise ArithmeticError('of one rank')")
     assert errors == ["error: rank 1: ArithmeticError: of one rank (METAATTN_TRACEBACK=1 shows where)"]
     assert checkpoint.load(run / "latest.pt")["step"] == 5
 
@@ -151,7 +153,7 @@ def test_a_sweep_shares_its_directory(tmp_path):
 
 @pytest.fixture
 def be(monkeypatch):
-    """Take this process for one of several."""
+    """Make this process appear as one of several."""
 
     def call(rank, size):
         monkeypatch.setattr(distributed, "rank", lambda: rank)
@@ -190,7 +192,7 @@ def test_ranks_draw_different_numbers_the_same_again(be):
     assert drawn == [draw(rank, step) for rank in (0, 1) for step in (0, 1)]
 
 
-def test_alone_nothing_is_seeded():
+def test_a_single_process_is_not_seeded():
     state = torch.get_rng_state()
     distributed.seed(7, 0)
     assert torch.equal(torch.get_rng_state(), state)
