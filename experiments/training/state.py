@@ -30,7 +30,7 @@ def restore_meta(run: Setup, saved: MetaParams) -> MetaParams:
 
 @dataclass
 class TrainState:
-    """What changes from step to step.
+    """The mutable state of a run.
 
     Args:
         meta: The meta-parameters, by group and name.
@@ -51,7 +51,7 @@ class TrainState:
 
     @property
     def seconds(self) -> float:
-        """How long the run has trained in all of its sessions."""
+        """The training time of all sessions of the run, in seconds."""
         return self.seconds_before + time.perf_counter() - self._started
 
     @property

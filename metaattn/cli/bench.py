@@ -138,7 +138,7 @@ def _call(rule: str, who: str, x: list[Tensor], causal: bool) -> Callable[[], An
 def _cell(
     prepared: Callable[[list[Tensor]], Callable[[], Any]],
     part: list[Tensor],
-    whole: list[Tensor],
+    tensors: list[Tensor],
     want: Any,
     dtype: torch.dtype,
     device: torch.device,
@@ -147,7 +147,7 @@ def _cell(
         error = relative_error(prepared(part)(), want)
         if not error <= BOUND[dtype]:
             return {"error": error, "failed": "wrong"}
-        call = prepared(whole)
+        call = prepared(tensors)
         peak = peak_bytes(call, device)
         return {"error": error, "ms": milliseconds(call, MIN_SECONDS), "peak_mib": peak / 2**20}
     except torch.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""``metaattn bench``: its rows, its file, and that what is wrong has no time."""
+"""``metaattn bench``: its rows and its file; a wrong result has no time."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_writes_what_it_prints(tmp_path, capsys):
         assert f"{row['metaattn']['ms']:.2f}" in out
 
 
-def test_what_is_wrong_has_no_time(monkeypatch, capsys):
+def test_a_wrong_result_has_no_time(monkeypatch, capsys):
     right = blockwise.backward_jvp
     monkeypatch.setattr(blockwise, "backward_jvp", lambda *a, **o: type(g := right(*a, **o))(-g[0], *g[1:]))
     assert main(SMALL) == 1
@@ -45,7 +45,7 @@ def test_what_is_wrong_has_no_time(monkeypatch, capsys):
     assert sum("wrong" in line for line in out.splitlines()[2:-1]) == 2
 
 
-def test_what_raises_says_so(monkeypatch):
+def test_an_exception_is_reported(monkeypatch):
     def lost(*_, **__):
         raise RuntimeError("no such kernel")
 

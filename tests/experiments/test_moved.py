@@ -1,4 +1,4 @@
-"""Former paths of what moved to experiments.training and experiments.studies, and the commands that stay."""
+"""The former paths of modules in experiments.training and experiments.studies, and the commands."""
 
 import importlib
 import runpy
@@ -30,7 +30,7 @@ def test_a_name_is_imported_from_its_former_path():
     assert Config is importlib.import_module("experiments.training.config").Config
 
 
-def test_what_never_was_is_missing():
+def test_unknown_names_are_errors():
     with pytest.raises(ModuleNotFoundError, match=r"experiments\.nothing"):
         importlib.import_module("experiments.nothing")
     command = importlib.import_module("experiments.second_order")
@@ -40,7 +40,7 @@ def test_what_never_was_is_missing():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_names_of_a_command(name):
-    """The module of a command has the names of its study, with a warning."""
+    """The module of a command still has the names of its study, with a warning."""
     command = importlib.import_module(f"experiments.{name}")
     with pytest.warns(
         DeprecationWarning, match=rf"experiments\.{name}\.Settings is now experiments\.studies\.{name}\."

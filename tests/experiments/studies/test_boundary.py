@@ -1,4 +1,4 @@
-"""The table of who differentiates what."""
+"""The table of the derivatives that each attention supports."""
 
 import json
 import sys

@@ -30,7 +30,7 @@ def test_second_order_holds(backend):
     assert all(r["first_order_error"] > 0.01 for r in rows)
 
 
-def test_second_order_writes_and_judges(monkeypatch, tmp_path, capsys):
+def test_second_order_writes_results_and_checks_bounds(monkeypatch, tmp_path, capsys):
     arguments = [f"{k}={v}".replace(" ", "") for k, v in FAST.items()] + [f"out={tmp_path}"]
     assert _run(monkeypatch, second_order, *arguments) == 0
     content = json.loads((tmp_path / "second_order.json").read_text())
@@ -44,7 +44,7 @@ def test_second_order_writes_and_judges(monkeypatch, tmp_path, capsys):
     assert "bounds exceeded: dense at 1 steps" in capsys.readouterr().err
 
 
-def test_second_order_sees_a_wrong_meta_gradient(monkeypatch):
+def test_second_order_detects_a_wrong_meta_gradient(monkeypatch):
     """With detached inner gradients the check must fail."""
     monkeypatch.setattr(second_order, "maml", second_order.first_order_maml)
     rows = second_order.check(second_order.Settings(**FAST))
@@ -72,7 +72,7 @@ def test_a_device_that_does_not_exist(monkeypatch, capsys, tmp_path):
 
 
 def test_as_a_command():
-    """In a process; tests/experiments/test_moved.py runs all studies."""
+    """One study in a process; test_moved.py runs all of them in this one."""
     command = [sys.executable, "-m", "experiments.second_order", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0

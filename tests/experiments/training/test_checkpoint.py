@@ -16,8 +16,7 @@ from experiments.errors import UserError
 from experiments.training import checkpoint
 
 ROOT = Path(__file__).parents[3]
-# For each line of its input: a process that writes checkpoints until it is killed. They are forked, so that PyTorch is
-# imported only once.
+# For each line of its input it forks a process that writes checkpoints until it is killed. PyTorch is imported once.
 WRITER = """
 import os, sys, torch
 from pathlib import Path
@@ -96,7 +95,7 @@ def test_a_run_without_a_validation_names_the_alternatives(tmp_path):
         checkpoint.find(tmp_path, "best.pt")
 
 
-def test_one_bit_that_is_wrong_is_found(tmp_path):
+def test_a_single_flipped_bit_is_found(tmp_path):
     path = tmp_path / "a.pt"
     checkpoint.save(path, {"step": 3, "data": torch.ones(1000)})
     raw = bytearray(path.read_bytes())
@@ -120,7 +119,7 @@ def test_an_entry_that_is_missing_or_wrong_is_named(tmp_path):
         checkpoint.load(path, meta=dict)
 
 
-def test_another_version_says_so(tmp_path):
+def test_another_format_version_is_named(tmp_path):
     torch.save({"format": checkpoint.FORMAT, "version": 99}, tmp_path / "a.pt")
     with pytest.raises(UserError, match="format version 99; this program reads version 1"):
         checkpoint.load(tmp_path / "a.pt")

@@ -1,4 +1,4 @@
-"""The command line: what a run leaves, its errors and exit codes, kill and resume."""
+"""The command ``train_maml.py``: the files of a run, errors and exit codes, kill and resume."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ SMOKE = ["experiment=smoke", "threads=1"]
 
 
 def _main(cwd, *arguments):
-    """Run ``train_maml.py`` in this process and in a directory: exit code, stdout and stderr."""
+    """Run ``train_maml.py`` in this process, in a directory; return the exit code, stdout and stderr."""
     code, out, err = 0, io.StringIO(), io.StringIO()
     precision = torch.get_float32_matmul_precision()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
@@ -60,7 +60,7 @@ def command(monkeypatch, tmp_path):
 
 
 def _program(*arguments):
-    """The command line of ``train_maml.py`` in a process, and the options to start it."""
+    """Return the command line of ``train_maml.py``, and the options to start it as a process."""
     options = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "text": True}
     return [sys.executable, str(ROOT / "train_maml.py"), *arguments], options
 
@@ -76,7 +76,7 @@ def _only(path):
 
 
 def _wait_for_step(out, step, process):
-    """Until ``latest.pt`` is of at least this step."""
+    """Wait until ``latest.pt`` has reached a step; return its path."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
@@ -89,14 +89,14 @@ def _wait_for_step(out, step, process):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A whole smoke run of 20 steps."""
+    """A complete smoke run of 20 steps: its directory and its stdout."""
     cwd = tmp_path_factory.mktemp("finished")
     code, out, err = _main(cwd, *SMOKE)
     assert code == 0, err
     return _only(cwd / "outputs" / "glyphs"), out
 
 
-def test_a_run_leaves_everything(finished):
+def test_a_run_writes_all_files(finished):
     run, out = finished
     names = {p.name for p in run.iterdir()}
     plots = {"adaptation.png", "learning.png", "episode.png"}
@@ -138,7 +138,7 @@ def test_config_is_resolved(finished):
     assert "${" not in text
 
 
-def test_checkpoint_holds_what_goes_on(finished):
+def test_checkpoint_has_what_a_resumed_run_needs(finished):
     content = checkpoint.load(finished[0] / "latest.pt")
     assert content["step"] == 20
     assert {"torch", "cuda", "numpy", "python"} == set(content["rng"])
@@ -148,12 +148,12 @@ def test_checkpoint_holds_what_goes_on(finished):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_kill_and_resume_is_bit_exact(tmp_path, dropout, finished):
-    """20 steps equal some, kill -9 and the rest, which another process takes; dropout depends on the generators too."""
+    """20 steps equal some steps, kill -9, and the rest after a resume. Dropout depends on the random generators."""
     extra = [f"model.dropout={dropout}", f"model.attention_dropout={dropout}"]
     killed = _start(tmp_path, *extra, "train.checkpoint_every=1")
     if dropout:
         reference = tmp_path / "whole"
-        code, _, err = _main(tmp_path, *SMOKE, *extra, f"hydra.run.dir={reference}")  # while the other one starts
+        code, _, err = _main(tmp_path, *SMOKE, *extra, f"hydra.run.dir={reference}")  # while the other process starts
         assert code == 0, err
     else:
         reference = finished[0]
@@ -263,7 +263,7 @@ def test_evaluation_repeats_that_of_the_run(finished, command):
     assert out.splitlines()[1] in finished[1]
 
 
-def test_evaluation_takes_what_does_not_touch_what_was_learned(finished, command, tmp_path):
+def test_evaluation_accepts_changes_of_tasks_and_execution(finished, command, tmp_path):
     changes = ["task.shot=5", "task.queries=2", "task.augment=false", "seed=3", "test.steps=2", "test.chunk_size=7"]
     code, out, err = command("mode=evaluate", f"checkpoint={finished[0]}", "test.tasks=30", "threads=1", *changes)
     assert code == 0, err
@@ -277,7 +277,7 @@ LEARNED = ["task=sinusoid", "task.way=3", "task.way=7", "model.dim=64", "algorit
 
 
 @pytest.mark.parametrize("override", [*LEARNED, "train.steps=3", "experiment=smoke", "resume=x", "+foo=1", "test={}"])
-def test_evaluation_refuses_the_rest(finished, command, override):
+def test_evaluation_rejects_other_changes(finished, command, override):
     _assert_mistake(
         command("mode=evaluate", f"checkpoint={finished[0]}", override),
         f"{override.split('=')[0].lstrip('+')} cannot change when a run is evaluated, it comes from the checkpoint; "
@@ -293,11 +293,11 @@ def test_evaluation_refuses_the_rest(finished, command, override):
         ("task.shot=9", "9 shots and 5 queries need 14 samples of each class"),
     ],
 )
-def test_evaluation_checks_what_it_takes(finished, command, override, message):
+def test_evaluation_checks_the_changes(finished, command, override, message):
     _assert_mistake(command("mode=evaluate", f"checkpoint={finished[0]}", override), message)
 
 
-def test_null_takes_back_what_the_checkpoint_says(command, tmp_path):
+def test_null_resets_a_value_of_the_checkpoint(command, tmp_path):
     assert command(*SMOKE, "train.steps=1", "test.tasks=2", "test.steps=1", f"hydra.run.dir={tmp_path}/run")[0] == 0
     steps = lambda: len(json.loads((tmp_path / "e" / "summary.json").read_text())["at_each_step"])
     evaluate = ["mode=evaluate", f"checkpoint={tmp_path}/run", f"hydra.run.dir={tmp_path}/e"]
@@ -360,14 +360,14 @@ def test_gradients(command, gradient):
         (["algorithm=maml_plus_plus"], "algorithm=maml_plus_plus changes from step to step, and a compiled or"),
     ],
 )
-def test_a_step_that_no_graph_can_hold_runs_eagerly(command, options, reason):
-    with pytest.warns(UserWarning, match=f"run.? eagerly: {reason}") as said:
+def test_a_step_that_cannot_be_captured_runs_eagerly(command, options, reason):
+    with pytest.warns(UserWarning, match=f"run.? eagerly: {reason}") as warned:
         assert command(*SMOKE, "train.steps=2", "device=cpu", "compile=graph", *options)[0] == 0
-    assert len([w for w in said if "eagerly" in str(w.message)]) == 1
+    assert len([w for w in warned if "eagerly" in str(w.message)]) == 1
 
 
 def test_compiled_steps_learn_as_eager_ones_do(command, monkeypatch):
-    """Recorded and cut, and not lowered: that takes minutes of a C++ compiler."""
+    """The steps are recorded and split, but not lowered, because the C++ compiler would take minutes."""
     lowered = []
     monkeypatch.setattr(
         compiler, "inductor", lambda options: lambda module, inputs: lowered.append(module) or as_recorded(module)
@@ -381,7 +381,7 @@ def test_compiled_steps_learn_as_eager_ones_do(command, monkeypatch):
     assert losses["inductor"] == pytest.approx(losses["none"], rel=1e-9)
 
 
-def test_every_algorithm_is_tried():
+def test_every_algorithm_is_tested():
     assert {*REGRESSION, "prototypical", "proto_maml"} == {p.stem for p in (ROOT / "conf" / "algorithm").iterdir()}
 
 
@@ -395,7 +395,7 @@ def test_options(command, options):
 
 
 @pytest.mark.skipif(NO_KERNELS is not None, reason=NO_KERNELS or "")
-def test_kernels_are_taken_in_their_interpreter():
+def test_the_triton_backend_runs_in_its_interpreter():
     c = Config(TaskConfig(TaskName.sinusoid), backend=Backend.triton, device="cpu")
     assert setup.setup(c).model.config.backend == "triton"
 
@@ -494,14 +494,14 @@ def test_damaged_checkpoints(finished, command, tmp_path):
         assert (code, name in err, message in err) == (2, True, True), err
 
 
-def test_a_directory_that_is_no_run(command, tmp_path):
+def test_a_directory_without_a_run(command, tmp_path):
     (tmp_path / "empty").mkdir()
     code, _, err = command(f"resume={tmp_path / 'empty'}")
     assert code == 2
     assert "contains no latest.pt" in err
 
 
-def test_only_its_own_empty_directory_is_removed(command, tmp_path):
+def test_only_an_empty_directory_of_this_command_is_removed(command, tmp_path):
     mistake = ["model.heads=5", "threads=1"]
     (tmp_path / "empty").mkdir()
     assert command(*mistake, f"hydra.run.dir={tmp_path / 'empty'}")[0] == 2
@@ -513,7 +513,7 @@ def test_only_its_own_empty_directory_is_removed(command, tmp_path):
     assert not [p for p in (tmp_path / "outputs" / "sweep").glob("*/*") if p.is_dir()]
 
 
-def test_resume_refuses_another_run(finished, command):
+def test_resume_rejects_another_model(finished, command):
     code, _, err = command(f"resume={finished[0]}", "model.dim=32")
     assert code == 2
     assert "model.dim cannot change when a run is resumed" in err
@@ -521,11 +521,11 @@ def test_resume_refuses_another_run(finished, command):
 
 @pytest.fixture
 def copy(finished, tmp_path):
-    """The finished run, to resume."""
+    """A copy of the finished run, to resume."""
     return shutil.copytree(finished[0], tmp_path / "copy")
 
 
-def test_resume_refuses_fewer_steps_than_are_done(copy, command):
+def test_resume_rejects_fewer_steps_than_were_taken(copy, command):
     _assert_mistake(
         command(f"resume={copy}", "train.steps=3"),
         "the run is at step 20 already; train.steps=3 would do nothing",
@@ -542,13 +542,13 @@ def test_resuming_a_finished_run_evaluates_it_again(copy, finished, command):
     assert again == summary
 
 
-def test_a_copy_without_its_best_checkpoint_takes_the_next_validation(copy, command):
+def test_a_copy_without_its_best_checkpoint_validates_again(copy, command):
     (copy / "best.pt").unlink()
     assert command(f"resume={copy}", "threads=1", "test.tasks=2")[0] == 0
     assert checkpoint.load(copy / "best.pt")["step"] == 20
 
 
-@pytest.mark.parametrize("before", [{"seconds": 1000.0}, {}])  # older checkpoints have none
+@pytest.mark.parametrize("before", [{"seconds": 1000.0}, {}])  # older checkpoints do not have it
 def test_the_seconds_of_all_sessions_count(before, copy, command):
     content = checkpoint.load(copy / "latest.pt")
     del content["seconds"]

@@ -123,9 +123,7 @@ def test_a_death_ends_the_job_which_resumes_at_another_size(tmp_path, single):
     assert len(errors) == 1
     assert errors[0].startswith("error: another process of this job has ended or does not answer; continue from the")
     assert errors[0].endswith(f"last checkpoint with resume={run}")
-    assert (
-        checkpoint.load(run / "latest.pt")["step"] == 5
-    )  # saved because of the failure: the last regular one is of step 0
+    assert checkpoint.load(run / "latest.pt")["step"] == 5  # not 0, the last regular one
     # It differs from the final state, so that the comparison below can fail.
     assert error(checkpoint.load(run / "latest.pt")["meta"], checkpoint.load(single / "latest.pt")["meta"]) > 1e-4
     resumed = _run(tmp_path, 3, f"resume={run}", "threads=1")

@@ -4,7 +4,7 @@ from experiments.training import distributed
 from experiments.training.metrics import Metrics, RunLog, read_metrics
 
 
-def test_metrics_survive_a_cut_line(tmp_path):
+def test_a_truncated_line_is_dropped(tmp_path):
     metrics = Metrics(tmp_path, 0)
     row = {"loss_before": 1.0, "loss_after": 0.5, "accuracy_before": None, "accuracy_after": None}
     for step in (1, 2, 3):

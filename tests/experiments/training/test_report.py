@@ -12,7 +12,7 @@ NUMBERS = {f"{name}_{when}": 0.5 for name in ("loss", "accuracy") for when in ("
 
 @pytest.fixture
 def figures(monkeypatch):
-    """What is drawn."""
+    """The figures that were saved."""
     figures = []
     save = report.save_figure
     monkeypatch.setattr(report, "save_figure", lambda figure, path: (save(figure, path), figures.append(figure)))
@@ -24,7 +24,7 @@ def _legend(axis):
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
-def test_legends_cover_no_data_and_steps_are_whole(metric, tmp_path, figures):
+def test_legends_cover_no_data_and_ticks_are_integers(metric, tmp_path, figures):
     rows = [{"step": step, "split": split, **NUMBERS} for split in ("train", "validation") for step in (1, 4, 7)]
     chance = None if metric == "loss" else 0.2
     report.learning(tmp_path / "learning.png", rows, metric, chance)
@@ -36,7 +36,7 @@ def test_legends_cover_no_data_and_steps_are_whole(metric, tmp_path, figures):
 
 
 @pytest.mark.parametrize("far", [[1e3, 1e26], [math.inf, math.nan]])
-def test_an_inner_loop_that_diverges_leaves_the_axis_to_what_was_trained(far, tmp_path, figures):
+def test_the_axis_fits_the_trained_steps_of_a_diverging_inner_loop(far, tmp_path, figures):
     values = torch.tensor([[4.0, 2.0, 5.0, *far]]).repeat(3, 1).double()
     report.adaptation(tmp_path / "adaptation.png", values, "loss", 1, 1.0, None)
     (axis,) = figures[0].axes
@@ -53,7 +53,7 @@ def test_a_single_row_is_drawn(tmp_path, figures):
 
 
 @pytest.mark.parametrize("seen", [False, True])
-def test_a_curve_of_samples_that_were_adapted_to_says_so(seen, tmp_path, figures):
+def test_the_legend_says_that_training_adapts_to_the_query_set(seen, tmp_path, figures):
     report.learning(
         tmp_path / "learning.png", [{"step": 1, "split": "train", **NUMBERS}], "loss", None, adapts_to_query=seen
     )
@@ -61,8 +61,8 @@ def test_a_curve_of_samples_that_were_adapted_to_says_so(seen, tmp_path, figures
     assert ("train, after adaptation" in _legend(figures[0].axes[0])) != seen
 
 
-@pytest.mark.parametrize(("way", "said"), [(10, "correct"), (12, "correct\n(10 of 12 classes shown)")])
-def test_an_episode_tells_how_many_of_its_classes_are_shown(way, said, tmp_path, figures):
+@pytest.mark.parametrize(("way", "title"), [(10, "correct"), (12, "correct\n(10 of 12 classes shown)")])
+def test_the_title_says_how_many_classes_are_shown(way, title, tmp_path, figures):
     samples = [torch.rand(way, 4, 4), torch.arange(way)]
     report._classification(tmp_path / "episode.png", samples, samples, torch.arange(way), way)
-    assert figures[0].get_suptitle() == f"One held-out task after adaptation: 100% of the queries {said}"
+    assert figures[0].get_suptitle() == f"One held-out task after adaptation: 100% of the queries {title}"
