@@ -1,4 +1,4 @@
-"""Attention that can be differentiated to any order, and meta-learning on it."""
+"""Attention that can be differentiated to any order, and meta-learning with it."""
 
 from __future__ import annotations
 

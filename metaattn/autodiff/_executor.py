@@ -56,7 +56,7 @@ class _Unset:
 
 
 _UNSET = _Unset()
-_active: ContextVar[Executor | None | _Unset] = ContextVar("metaattn_executor", default=_UNSET)
+_active: ContextVar[Executor | _Unset | None] = ContextVar("metaattn_executor", default=_UNSET)
 
 
 def active_executor(carried: Executor | None = None) -> Executor | None:
