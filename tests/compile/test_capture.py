@@ -172,11 +172,11 @@ def test_transforms_see_the_step(device):
     ("arguments", "error", "match"),
     [
         ({"mode": "fast"}, ValueError, "mode must be one of 'graph', 'inductor', 'none'; got 'fast'"),
-        ({"options": {"max_autotune": True}}, ValueError, "options are Inductor's, for mode='inductor'"),
+        ({"options": {"max_autotune": True}}, ValueError, "options are Inductor's and need mode='inductor'"),
         ({"mode": "inductor", "options": {"nope": 1}}, ValueError, "Inductor has no option 'nope'"),
         ({"step": 3}, TypeError, "step must be a function; got 3"),
         ({"state": ["w"]}, TypeError, "state must be tensors"),
-        ({"most": 0}, ValueError, "most must be at least 1; got 0"),
+        ({"max_graphs": 0}, ValueError, "max_graphs must be at least 1; got 0"),
     ],
 )
 def test_errors(arguments, error, match):

@@ -38,7 +38,7 @@ def recorded(step):
         captured.lowered.append(module)
         return as_recorded(module)
 
-    captured.pieces.lower = lower
+    captured.compiler.compile_piece = lower
     return captured
 
 
@@ -83,9 +83,9 @@ def test_joined_products_are_the_same(name, gradient, monkeypatch):
         learner, params, data = maml(two_layers, steps=2, gradient=gradient), PARAMS | {"u": PARAMS["w"].sin()}, tasks()
     fast, meta = recorded(learner.value_and_grad), learner.init(params)
     assert_close(fast(meta, *data), learner.value_and_grad(meta, *data))
-    assert not fast.pieces.reasons
+    assert not fast.compiler.reasons
     names = [str(n.target) for module in fast.lowered for n in module.graph.nodes]
-    assert "metaattn._products.default" in names
+    assert "metaattn._fused_matmuls.default" in names
 
 
 @pytest.mark.parametrize("optimizer", [sgd(), adam()], ids=["sgd", "adam"])
@@ -110,7 +110,7 @@ def test_pieces_equal_the_eager_step(gradient, learns, optimizer):
     fast = recorded(learner.value_and_grad)
     for seed in range(2):
         assert_close(fast(meta, *tasks(seed=seed)), learner.value_and_grad(meta, *tasks(seed=seed)))
-    assert not fast.pieces.reasons
+    assert not fast.compiler.reasons
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_inductor(gradient):
         data = tasks(seed=seed)
         assert_close(fast(meta, *data), learner.value_and_grad(meta, *data))
     assert fast.reason is None
-    assert not fast.pieces.reasons
+    assert not fast.compiler.reasons
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -176,7 +176,7 @@ def test_a_second_process_finds_what_one_compiled(tmp_path, monkeypatch):
         counters["inductor"].clear()
         fast = capture(learner.value_and_grad, mode="inductor")
         assert_close(fast(meta, *data), learner.value_and_grad(meta, *data))
-        assert not fast.pieces.reasons
+        assert not fast.compiler.reasons
         found.append([counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")])
     (_, missed, _), after = found
     assert missed > 0
@@ -200,7 +200,7 @@ def test_inductor_in_a_graph(gradient, dtype):
         (want, _), want_grad = learner.value_and_grad(meta, (x, y), (u, v))
         (got, _), got_grad = fast(low, (x.to(dtype), y), (u.to(dtype), v))
         assert fast.reason is None
-        assert not fast.pieces.reasons
+        assert not fast.compiler.reasons
         names = list(want_grad["params"])
         flat = [torch.cat([g["params"][k].double().flatten() for k in names]) for g in (got_grad, want_grad)]
         # A whole step on weights rounded to the dtype: its roundings, some hundred times over.
@@ -235,7 +235,7 @@ def test_autocast_is_not_applied_to_what_was_recorded_below_it():
         seen.append(torch.is_autocast_enabled("cpu"))
         return as_recorded(module)
 
-    fast.pieces.lower = lower
+    fast.compiler.compile_piece = lower
     with torch.autocast("cpu", torch.bfloat16):
         got = fast(meta, *data)[0]
     assert_close(got, learner.value_and_grad(meta, *data)[0], torch.float32)
@@ -366,7 +366,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(loss, reason, gradient):
 
 
 def test_a_loss_that_is_new_at_every_call_is_not_compiled_for_ever(monkeypatch):
-    monkeypatch.setattr(compiler, "MOST", 4)  # two losses: an inner step and an outer loss of each
+    monkeypatch.setattr(compiler, "MAX_GRAPHS", 4)  # two losses: an inner step and an outer loss of each
     power = [1.0]
     learner = maml(lambda p, x, y: loss(p, x, y) ** power[0], learning_rate=0.1)
     fast, meta, counts = recorded(learner.value_and_grad), learner.init(PARAMS), []
@@ -378,7 +378,7 @@ def test_a_loss_that_is_new_at_every_call_is_not_compiled_for_ever(monkeypatch):
 
     compare(1.0)
     compare(2.0)
-    with pytest.warns(UserWarning, match="there are more than 4 of its kind"):
+    with pytest.warns(UserWarning, match="there are more than 4 functions like it"):
         compare(3.0)
     compare(1.0)
     assert counts[0] < counts[1] == counts[2] == counts[3]
@@ -391,7 +391,7 @@ def test_a_compiler_that_fails_is_told_and_the_step_runs():
     def lower(module, inputs):
         raise RuntimeError("no compiler found")
 
-    fast.pieces.lower = lower
+    fast.compiler.compile_piece = lower
     with pytest.warns(UserWarning, match=r"it could not be compiled \(RuntimeError: no compiler found\)"):
         got = fast(meta, *tasks())
     assert_close(got, learner.value_and_grad(meta, *tasks()))
@@ -401,7 +401,7 @@ def test_one_part_that_the_compiler_refuses_runs_as_it_is_and_the_others_compile
     model, classify = transformer(depth=2)
     learner = maml(classify, steps=2, learning_rate=0.1, has_aux=True)
     fast, meta = recorded(learner.value_and_grad), learner.init(dict(model.named_parameters()))
-    lower = fast.pieces.lower
+    lower = fast.compiler.compile_piece
 
     def second_fails(module, inputs):
         compiled = lower(module, inputs)
@@ -409,11 +409,11 @@ def test_one_part_that_the_compiler_refuses_runs_as_it_is_and_the_others_compile
             raise RuntimeError("no registers left\nTraceback of the compiler\n  line 7: too many")
         return compiled
 
-    fast.pieces.lower = second_fails
+    fast.compiler.compile_piece = second_fails
     with pytest.warns(UserWarning, match=r"RuntimeError: no registers left … line 7: too many") as said:
         got = fast(meta, *sequences())
     assert_close(got, learner.value_and_grad(meta, *sequences()))
-    assert len(said) == len(fast.pieces.reasons) == 1
+    assert len(said) == len(fast.compiler.reasons) == 1
     assert len(fast.lowered) > 2
 
 

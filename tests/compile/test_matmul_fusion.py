@@ -5,7 +5,7 @@ import torch
 
 import metaattn
 from metaattn.compile.passes import matmul_fusion
-from metaattn.compile.piecewise import Lowered, as_recorded
+from metaattn.compile.piecewise import PiecewiseFunction, as_recorded
 from metaattn.compile.recorder import Recording
 from tests.helpers import assert_close
 
@@ -19,12 +19,12 @@ def _everywhere(monkeypatch):
 def run(function, *tensors):
     """What the products of a function became, after it was found to be the same."""
     recording = Recording(function, tensors)
-    graph = matmul_fusion.joined(recording.graph)
+    graph = matmul_fusion.fuse_matmuls(recording.graph)
     graph.lint()
-    got = Lowered(recording, as_recorded, {})(*tensors, *recording.found)
+    got = PiecewiseFunction(recording, as_recorded, {})(*tensors, *recording.captured)
     assert_close(got, function(*tensors), torch.float64)
-    calls = [n for n in graph.nodes if n.target in (matmul_fusion.PRODUCTS, torch.ops.aten.bmm.default)]
-    return [n.args[3] if n.target is matmul_fusion.PRODUCTS else "bmm" for n in calls]
+    calls = [n for n in graph.nodes if n.target in (matmul_fusion.FUSED_MATMULS, torch.ops.aten.bmm.default)]
+    return [n.args[3] if n.target is matmul_fusion.FUSED_MATMULS else "bmm" for n in calls]
 
 
 def randn(*shape):
@@ -63,8 +63,8 @@ def test_gradients_of_a_linear_layer():
 
 
 def test_transposes_are_given_as_what_they_are_of():
-    graph = matmul_fusion.joined(Recording(lambda x, y: (x.mT @ y, x @ x.mT), (A, A_T)).graph)
-    (call,) = (n for n in graph.nodes if n.target is matmul_fusion.PRODUCTS)
+    graph = matmul_fusion.fuse_matmuls(Recording(lambda x, y: (x.mT @ y, x @ x.mT), (A, A_T)).graph)
+    (call,) = (n for n in graph.nodes if n.target is matmul_fusion.FUSED_MATMULS)
     tensors, places, turned, _ = call.args
     assert [t.op for t in tensors] == ["placeholder", "placeholder"]
     assert places == [0, 1, 0, 0]
@@ -178,4 +178,4 @@ def test_changes_in_place_are_left_as_they_are(joins):
 
     recording = Recording(f, (A, A_T, B, B_T))
     assert recording.functional == joins
-    assert_close(Lowered(recording, as_recorded, {})(A, A_T, B, B_T), f(A, A_T, B, B_T), torch.float64)
+    assert_close(PiecewiseFunction(recording, as_recorded, {})(A, A_T, B, B_T), f(A, A_T, B, B_T), torch.float64)

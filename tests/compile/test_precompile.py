@@ -44,13 +44,12 @@ def begun(monkeypatch):
         parts.append(part)
         return begin(self, part, options)
 
-    monkeypatch.setattr(precompile, "processes", lambda: 2)
+    monkeypatch.setattr(precompile, "process_count", lambda: 2)
     monkeypatch.setattr(precompile.WorkerPool, "begin", recorded)
-    precompile.helpers.cache_clear()
+    monkeypatch.setattr(precompile, "_pool", None)
     yield parts
-    if precompile.helpers.cache_info().currsize:
-        precompile.helpers().end()
-    precompile.helpers.cache_clear()
+    if precompile._pool is not None:
+        precompile._pool.end()
 
 
 @pytest.mark.filterwarnings("ignore")  # Inductor's own
@@ -63,20 +62,20 @@ def test_what_is_compiled_ahead_is_found(step, begun, precision, tmp_path, monke
     value_and_grad, args = step
     fast = capture(value_and_grad, mode="inductor")
     assert_close(fast(*args), value_and_grad(*args))
-    assert not fast.pieces.reasons
+    assert not fast.compiler.reasons
     assert len(begun) > 1
     assert counters["inductor"]["fxgraph_cache_hit"] == len(begun)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_process_that_is_gone_is_not_missed(step, begun):
-    precompile.helpers().end()
+    precompile.worker_pool().end()
     value_and_grad, args = step
     fast = capture(value_and_grad, mode="inductor")
-    fast.pieces.lower = as_recorded
+    fast.compiler.compile_piece = as_recorded
     assert_close(fast(*args), value_and_grad(*args))
     assert begun
-    assert set(fast.pieces._ahead._begun.values()) == {None}
+    assert set(fast.compiler._precompiler._begun.values()) == {None}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -91,19 +90,19 @@ def test_where_all_is_in_vain_no_more_is_compiled_ahead(step, begun, monkeypatch
         monkeypatch.setattr(
             precompile.WorkerPool, "begin", lambda self, part, options, e=event: begun.append(part) or e
         )
-        monkeypatch.setattr(precompile, "PATIENCE", 0.1)
+        monkeypatch.setattr(precompile, "TIMEOUT", 0.1)
         fast = capture(value_and_grad, mode="inductor")
-        fast.pieces.lower = as_recorded
+        fast.compiler.compile_piece = as_recorded
         assert_close(fast(*args), value_and_grad(*args))
         assert 0 < len(begun) <= 2  # as many as there are processes, and none after the first turn
-        assert fast.pieces._ahead._most == 0
+        assert fast.compiler._precompiler._max_processes == 0
 
 
 def test_where_no_process_can_be_started_the_step_runs(step, begun, monkeypatch):
     monkeypatch.setattr(sys, "executable", "")
     value_and_grad, args = step
     fast = capture(value_and_grad, mode="inductor")
-    fast.pieces.lower = as_recorded
+    fast.compiler.compile_piece = as_recorded
     assert_close(fast(*args), value_and_grad(*args))
     assert not begun
 
@@ -112,10 +111,10 @@ def test_where_no_process_can_be_started_the_step_runs(step, begun, monkeypatch)
 def test_without_caches_nothing_is_compiled_ahead(step, begun, options):
     value_and_grad, args = step
     fast = capture(value_and_grad, mode="inductor", options=options)
-    fast.pieces.lower = as_recorded
+    fast.compiler.compile_piece = as_recorded
     fast(*args)
     assert not begun
-    assert not precompile.helpers.cache_info().currsize
+    assert precompile._pool is None
 
 
 def test_a_process_that_dies_is_noticed(begun):
@@ -127,11 +126,11 @@ def test_a_process_that_dies_is_noticed(begun):
 
     graph = fx.Graph()
     graph.output((graph.placeholder("x"),))
-    part = precompile.Part(
+    part = precompile.Piece(
         fx.GraphModule(torch.nn.Module(), graph), [precompile.TensorSpec((1,), (1,), torch.float32, "nowhere")]
     )
-    here = precompile.helpers()
-    assert here.begin(part._replace(forms=[Fatal()]), {}).wait(60)
+    here = precompile.worker_pool()
+    assert here.begin(part._replace(specs=[Fatal()]), {}).wait(60)
     done = here.begin(part, {})  # an error; but the one that forks the others is still there
     assert done.wait(60)
     here._process.kill()
@@ -146,9 +145,9 @@ def test_how_many_processes(cores, ranks, count, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     monkeypatch.delenv("METAATTN_COMPILE_PROCESSES")
-    assert precompile.processes() == count
+    assert precompile.process_count() == count
     monkeypatch.setenv("METAATTN_COMPILE_PROCESSES", "0")
-    assert precompile.processes() == 0
+    assert precompile.process_count() == 0
     monkeypatch.setenv("METAATTN_COMPILE_PROCESSES", "all")
     with pytest.raises(ValueError, match="must be a number"):
-        precompile.processes()
+        precompile.process_count()

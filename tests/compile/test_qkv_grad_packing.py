@@ -7,9 +7,9 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import metaattn
 from metaattn.backends.base import in_one, room_in_one
-from metaattn.compile.passes.matmul_fusion import joined
-from metaattn.compile.passes.qkv_grad_packing import written_in_one
-from metaattn.compile.piecewise import Lowered, as_recorded
+from metaattn.compile.passes.matmul_fusion import fuse_matmuls
+from metaattn.compile.passes.qkv_grad_packing import pack_qkv_gradients
+from metaattn.compile.piecewise import PiecewiseFunction, as_recorded
 from metaattn.compile.recorder import Recording
 from metaattn.nn.attention import SelfAttention, rotation
 from tests.helpers import assert_close
@@ -20,9 +20,9 @@ X = torch.randn(2, 5, 16, dtype=torch.float64)
 def run(function, *tensors):
     """How many results of attention's gradients a function has in one, and cats; after it was found to be the same."""
     recording = Recording(function, tensors)
-    got = Lowered(recording, as_recorded, {})(*tensors, *recording.found)
+    got = PiecewiseFunction(recording, as_recorded, {})(*tensors, *recording.captured)
     assert_close(got, function(*tensors), torch.float64)
-    graph = written_in_one(joined(recording.graph))
+    graph = pack_qkv_gradients(fuse_matmuls(recording.graph))
     graph.lint()
     counts = [len(n.users) for n in graph.nodes if n.target is torch.ops.metaattn._gradients_in_one.default]
     return counts, sum(n.target is torch.ops.aten.cat.default for n in graph.nodes)
@@ -88,7 +88,7 @@ def test_of_its_bits_is_not():
         return (bits.transpose(-3, -2).contiguous() + 0,)
 
     recording = Recording(f, torch.randn(3, 2, 2, 5, 4, dtype=torch.float64).unbind())
-    targets = [n.target for n in written_in_one(joined(recording.graph)).nodes]
+    targets = [n.target for n in pack_qkv_gradients(fuse_matmuls(recording.graph)).nodes]
     assert torch.ops.metaattn._gradients_in_one.default not in targets
 
 

@@ -9,7 +9,8 @@ from torch import fx, nn
 from torch.func import grad, grad_and_value, jvp, vmap
 
 import metaattn
-from metaattn.compile.piecewise import Lowered, as_recorded, inductor
+from metaattn.compile.inductor import inductor_compiler
+from metaattn.compile.piecewise import PiecewiseFunction, as_recorded
 from metaattn.compile.recorder import Recording, UnrecordableError
 from metaattn.meta import checkpoint
 from tests.helpers import assert_close
@@ -47,9 +48,9 @@ FUNCTIONS = {
 def test_does_the_same_on_other_numbers(name):
     f = FUNCTIONS[name]
     graph, recording = graph_of(f, X.clone())
-    assert_close(graph(Y, *recording.found), f(Y.clone()))
-    lowered = Lowered(recording, as_recorded, {})
-    assert_close(lowered(Y, *recording.found), f(Y.clone()))
+    assert_close(graph(Y, *recording.captured), f(Y.clone()))
+    lowered = PiecewiseFunction(recording, as_recorded, {})
+    assert_close(lowered(Y, *recording.captured), f(Y.clone()))
 
 
 def test_what_is_done_in_place_on_what_nothing_else_shows_is_cut_at_the_leaves():
@@ -59,7 +60,7 @@ def test_what_is_done_in_place_on_what_nothing_else_shows_is_cut_at_the_leaves()
     recording = Recording(f, (X,))
     assert recording.functional
     lowered = []
-    assert_close(Lowered(recording, lambda m, inputs: lowered.append(m) or as_recorded(m), {})(Y), f(Y))
+    assert_close(PiecewiseFunction(recording, lambda m, inputs: lowered.append(m) or as_recorded(m), {})(Y), f(Y))
     assert not [n for m in lowered for n in m.graph.nodes if "metaattn" in str(n.target)]
 
 
@@ -73,7 +74,7 @@ def test_what_is_not_functional_is_no_leaf_though_it_begins_with_one():
     inputs = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64).unbind()
     recording = Recording(f, inputs)
     assert not recording.functional
-    assert_close(Lowered(recording, as_recorded, {})(*inputs, *recording.found), f(*inputs))
+    assert_close(PiecewiseFunction(recording, as_recorded, {})(*inputs, *recording.captured), f(*inputs))
 
 
 def test_what_is_computed_again_is_not_taken_for_what_was_computed_first():
@@ -96,7 +97,7 @@ def test_each_primitive_is_one_operation():
 def test_finds_what_it_is_not_given():
     w = torch.ones(4, dtype=torch.float64)
     _, recording = graph_of(lambda x: (x * w,), X)
-    assert [t is w for t in recording.found] == [True]
+    assert [t is w for t in recording.captured] == [True]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def test_layers_that_do_the_same_are_lowered_once():
             lowered.append(module)
             return as_recorded(module)
 
-        f = Lowered(Recording(lambda x, n=layers: stack(x, n), (X,)), lower, {})
+        f = PiecewiseFunction(Recording(lambda x, n=layers: stack(x, n), (X,)), lower, {})
         assert_close(f(Y), stack(Y, layers))
         counts[layers] = len(lowered)
     assert counts == {3: 3, 6: 3}  # before the first, between two, after the last
@@ -146,7 +147,7 @@ def parts_of(f, x):
         parts.append(([str(n.target) for n in module.graph.nodes], [t.dtype for t in inputs]))
         return as_recorded(module)
 
-    assert_close(Lowered(recording, lower, {})(x), f(x))
+    assert_close(PiecewiseFunction(recording, lower, {})(x), f(x))
     return parts
 
 
@@ -200,8 +201,8 @@ def test_recording_takes_no_memory():
         "aten.add.Tensor",
     ]
     assert recording.outputs[0].shape == x.shape
-    assert len(recording.found) == 1
-    assert recording.found[0] is X
+    assert len(recording.captured) == 1
+    assert recording.captured[0] is X
 
 
 def test_what_a_part_took_last_is_freed_while_it_runs():
@@ -218,7 +219,7 @@ def test_what_a_part_took_last_is_freed_while_it_runs():
 
         return run
 
-    f = Lowered(Recording(lambda x: (metaattn.sdpa(x.sin(), x, x) * x.exp().sum(0) @ x.mT,), (X,)), lower, {})
+    f = PiecewiseFunction(Recording(lambda x: (metaattn.sdpa(x.sin(), x, x) * x.exp().sum(0) @ x.mT,), (X,)), lower, {})
     f(Y)
     assert alive == [[], [False]]  # the leaf's result
 
@@ -228,7 +229,7 @@ def test_inductor_empties_the_list():
     given = [X.float(), X.float()]
     recording = Recording(lambda a, b: (a.sin() * b,), given)
     module = fx.GraphModule(nn.Module(), recording.graph)
-    run = inductor({})(module, given)
+    run = inductor_compiler({})(module, given)
     (out,) = run(given)
     assert given == []
     assert_close(out, X.sin() * X, torch.float32)
@@ -242,7 +243,7 @@ def test_inductor_keeps_the_dtype_of_a_scatter(dtype):
         return (torch.zeros_like(x).scatter(1, rows, 0.1) * x,)
 
     given = X.to(dtype), torch.tensor([[2], [0], [1]])
-    (out,) = Lowered(Recording(f, given), inductor({}), {})(*given)
+    (out,) = PiecewiseFunction(Recording(f, given), inductor_compiler({}), {})(*given)
     assert out.dtype == dtype
     assert_close(out, f(*given)[0], dtype)
 
@@ -254,7 +255,7 @@ def test_inductor_differentiates_a_cross_entropy():
     def f(x, y):
         return (vmap(grad(nn.functional.cross_entropy))(x, y),)
 
-    run = Lowered(Recording(f, [x, y]), inductor({}), {})
+    run = PiecewiseFunction(Recording(f, [x, y]), inductor_compiler({}), {})
     for _ in range(3):
         junk = [torch.full_like(x, math.nan) for _ in range(100)]  # the memory that is next taken
         del junk
@@ -266,4 +267,4 @@ def test_a_scatter_at_several_places_of_a_row():
         return (torch.zeros_like(x).scatter(1, places, 1.0) * x,)
 
     given = X, torch.tensor([[2, 1], [0, 3], [1, 1]])
-    assert_close(Lowered(Recording(f, given), inductor({}), {})(*given)[0], f(*given)[0])
+    assert_close(PiecewiseFunction(Recording(f, given), inductor_compiler({}), {})(*given)[0], f(*given)[0])

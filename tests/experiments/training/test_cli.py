@@ -313,7 +313,9 @@ def test_compiled_steps_learn_as_eager_ones_do(command, monkeypatch):
     """Recorded and cut, and not lowered: that takes minutes of a C++ compiler."""
     lowered = []
     monkeypatch.setattr(
-        compiler, "inductor", lambda options: lambda module, inputs: lowered.append(module) or as_recorded(module)
+        compiler,
+        "inductor_compiler",
+        lambda options: lambda module, inputs: lowered.append(module) or as_recorded(module),
     )
     losses = {}
     for how in ("none", "inductor"):
