@@ -23,7 +23,7 @@ _OURS = ("torch", "metaattn")  # libraries, whose globals do not change
 
 
 def function_key(*things: Any) -> FunctionKey:
-    """Return the key of functions, constants and whatever else a computation depends on, in the ambient settings of now.
+    """Return the key of functions, constants and whatever else a computation depends on, in the current settings.
 
     Args:
         *things: Tensors are captured; of an object, its attributes count.

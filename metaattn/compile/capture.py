@@ -1,8 +1,8 @@
 """Steps captured once as a CUDA graph and replayed, without Python, kernel launches or ``torch.func`` at run time.
 
 A meta-step is a large number of small operations, so that an eager one waits for the CPU: on an H100 it took 863 ms,
-where a replay of the same operations takes 45 (float32, mixed mode: ``docs/benchmarks/meta.md``). A CUDA graph reads and
-writes fixed addresses: the arguments of a call are copied into buffers, and its results are copied out of them.
+where a replay of the same operations takes 45 (float32, mixed mode: ``docs/benchmarks/meta.md``). A CUDA graph reads
+and writes fixed addresses: the arguments of a call are copied into buffers, and its results are copied out of them.
 
 A replay has as many kernels as the eager step. Fewer kernels, which read and write less, need a compiler: with
 ``mode="inductor"`` the inner steps, the outer loss and their derivatives are recorded, each as one graph whatever the
@@ -227,9 +227,9 @@ def capture(
 ) -> Captured:
     """Return a step that is captured as a CUDA graph when it is first called, and replayed from then on.
 
-    A call is captured again if its arguments differ in structure, or if its tensors differ in shape, strides, dtype or
-    device, or if anything else in them differs. Where no graph is possible (on a CPU, for example) the step runs eagerly,
-    and a warning says once why.
+    A call is captured again if its arguments have another structure, its tensors another shape, stride, dtype or
+    device, or its other arguments another value. Where no graph is possible (on a CPU, for example) the step runs
+    eagerly, and a warning says once why.
 
     Args:
         step: A function of tensors in any nesting of tuples, lists and dicts, which returns such a nesting. It may take

@@ -143,7 +143,7 @@ def _split(operations: list[fx.Node]) -> list[list[fx.Node]]:
 
 
 def _as_module(piece: list[fx.Node], outputs: list[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node], Hashable]:
-    """Return a piece as a module, the nodes that it takes, and its operations in a form that is equal for equal pieces."""
+    """Return a piece as a module, the nodes that it takes, and a key of its operations, equal for equal pieces."""
     graph, inside = fx.Graph(), set(piece)
     inputs = list(dict.fromkeys(a for n in piece for a in n.all_input_nodes if a not in inside))
     new = {n: graph.placeholder(f"x{i}") for i, n in enumerate(inputs)}

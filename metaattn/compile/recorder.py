@@ -1,8 +1,9 @@
 """Recorder of a function as the graph of the operations that it runs on given tensors.
 
 It does what ``make_fx`` does, with three differences. Closed-over tensors become inputs of the graph, not constants.
-What a graph could not repeat is an error: random numbers, shapes and branches that depend on numbers, changes of tensors
-that the function did not make. And recomputed values stay apart from the originals when equal operations are merged.
+What a graph could not repeat is an error: random numbers, shapes and branches that depend on numbers, changes of
+tensors that the function did not make. And recomputed values stay apart from the originals when equal operations are
+merged.
 
 Operations are recorded below autograd and all transforms, on fake tensors, so that recording takes no memory.
 """

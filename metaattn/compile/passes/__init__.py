@@ -1,4 +1,4 @@
-"""Passes of the compiler: each takes a recorded graph, or a piece of one, and returns one that computes the same faster.
+"""Passes of the compiler, which make a recorded graph, or a piece of one, compute the same in less time.
 
 :mod:`.matmul_fusion` and :mod:`.qkv_grad_packing` rewrite a whole graph, in this order, before it is split.
 :mod:`.rematerialize` then decides, piece by piece, which inputs a piece computes again. A pass reads the ``shapes``,
