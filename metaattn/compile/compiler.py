@@ -116,13 +116,12 @@ class MetaStepCompiler:
             return None
         inputs = [t.contiguous() for t in inputs]  # otherwise their strides would be part of their specs
         specs = tuple((t.shape, t.dtype, t.device) for t in inputs)
-        try:
-            compiled = self._functions[key.key][specs]
-        except KeyError:
-            recorded = self._record(key, specs, function, inputs)
-            if recorded is None:
-                return None
-            compiled = recorded
+        functions = self._functions.get(key.key)
+        compiled = None if functions is None else functions.get(specs)
+        if compiled is None:
+            compiled = self._record(key, specs, function, inputs)
+        if compiled is None:
+            return None
         try:
             captured = [key.captured[c] if isinstance(c, int) else c for c in compiled.captured]
             return compiled.function(*inputs, *captured)

@@ -183,7 +183,8 @@ class _Recorder(TorchDispatchMode):
         if new is None or new._schema.is_mutable or not args or not isinstance(args[0], Tensor):
             return None
         written, *others = args
-        same_dtype = all(t.dtype == written.dtype for t in others if isinstance(t, Tensor))
+        # A decomposition takes no other tensors than indices.
+        same_dtype = new in _DECOMPOSITIONS or all(t.dtype == written.dtype for t in others if isinstance(t, Tensor))
         if not same_dtype or not written.is_contiguous():
             return None
         storage = _storage(written)

@@ -184,6 +184,12 @@ def test_errors(arguments, error, match):
         capture(**{"step": len, **arguments})
 
 
+def test_the_old_name_of_max_graphs():
+    with pytest.warns(DeprecationWarning, match="use max_graphs"):
+        assert capture(len, most=3).max_graphs == 3
+    assert capture(len, max_graphs=3).max_graphs == 3
+
+
 def test_what_a_replay_is_given_is_copied_at_once(monkeypatch):
     """Alike tensors together; one of another layout or dtype by itself, so that it does not slow the others down."""
     together = []

@@ -262,6 +262,36 @@ def test_inductor_differentiates_a_cross_entropy():
         assert_close(run(x, y)[0], f(x, y)[0])
 
 
+@pytest.mark.parametrize("shape", [(12, 2), (3, 2, 2, 2)], ids=["rows", "images"])
+@pytest.mark.parametrize("options", [{}, {"ignore_index": 1}, {"reduction": "sum"}, {"weight": True}], ids=str)
+def test_a_cross_entropy_is_recorded_without_a_scatter(shape, options):
+    """Outside of vmap, PyTorch's derivative is one operation, of which Inductor would make a scatter."""
+    if "weight" in options:
+        options = {"weight": torch.tensor([0.3, 0.7], dtype=torch.float64)}
+    x, y = torch.cat([X, Y]).view(shape), (torch.arange(24).view(shape) % 2).select(1, 0)
+
+    def f(x, y):
+        return (grad(lambda x: nn.functional.cross_entropy(x, y, **options))(x),)
+
+    graph, recording = graph_of(f, x, y)
+    names = [str(n.target) for n in graph.graph.nodes]
+    assert not [n for n in names if "scatter" in n or ("backward" in n and "nll" in n)]
+    assert_close(graph(x.cos(), y, *recording.captured), f(x.cos(), y))
+
+
+def test_a_scatter_in_place_is_recorded_as_a_choice():
+    def f(x, rows):
+        out = x.sin()
+        out.scatter_(1, rows, 0.1)
+        return (out * x,)
+
+    graph, recording = graph_of(f, X, torch.tensor([[2], [0], [1]]))
+    assert recording.functional
+    assert not [n for n in graph.graph.nodes if "scatter" in str(n.target)]
+    rows = torch.tensor([[1], [3], [0]])
+    assert_close(graph(Y, rows), f(Y, rows))
+
+
 def test_a_scatter_at_several_places_of_a_row():
     def f(x, places):
         return (torch.zeros_like(x).scatter(1, places, 1.0) * x,)

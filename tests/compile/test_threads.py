@@ -1,0 +1,170 @@
+"""Threads that capture and run steps at once: each gets what it gets by itself."""
+
+import contextlib
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from metaattn.autodiff import FunctionKey
+from metaattn.compile import capture, compiler, precompile
+from metaattn.compile.piecewise import as_recorded
+from metaattn.meta import adam, maml, sgd
+from tests.helpers import assert_close
+
+SEEDS = range(3)
+PARAMS = {"w": torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4), "v": torch.ones(4, dtype=torch.float64)}
+
+
+class Meeting:
+    """Where a loss waits a moment for the other threads to come to theirs, so that the threads take turns there.
+
+    Only a moment: one of them may be recording, and another wait until it has recorded.
+    """
+
+    def __init__(self, parties):
+        self._barrier, self._open = threading.Barrier(parties), True
+
+    def __call__(self):
+        if self._open:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                self._barrier.wait(0.005)
+            if self._barrier.broken:
+                self._barrier.reset()
+
+    def close(self):
+        self._open = False
+
+
+class Case:
+    """A learner whose loss counts its calls, meets those of the others, and names what it must not be run with."""
+
+    def __init__(self, meeting, scale, **settings):
+        self.calls, self.threads = 0, set()
+
+        def loss(params, x, y):
+            self.calls += 1
+            self.threads.add(threading.get_ident())
+            meeting()
+            out = scale * ((x @ params["w"]).tanh() @ params["v"] - y).square().mean()
+            meeting()
+            return out
+
+        self.learner = maml(loss, learning_rate=0.1, **settings)
+        self.meta = self.learner.init(PARAMS)
+
+    def data(self, seed):
+        g = torch.Generator().manual_seed(seed)
+        shapes = ((2, 5, 3), (2, 5))
+        return tuple(tuple(torch.randn(s, generator=g, dtype=torch.float64) for s in shapes) for _ in range(2))
+
+    def eager(self, seed):
+        return self.learner.value_and_grad(self.meta, *self.data(seed))
+
+    def compiled(self, lower=None):
+        """A captured step, and the modules that it compiles."""
+        fast, modules = capture(self.learner.value_and_grad, mode="inductor"), []
+        make = lower or fast.compiler.compile_piece
+
+        def compile_piece(module, inputs):
+            modules.append(module)
+            return make(module, inputs)
+
+        fast.compiler.compile_piece = compile_piece
+        return lambda seed: fast(self.meta, *self.data(seed)), fast, modules
+
+
+def for_seeds(run, *seeds):
+    return lambda: [run(seed) for seed in seeds]
+
+
+def at_once(*functions):
+    """What functions return that run in threads, all of which begin together."""
+    start = threading.Barrier(len(functions))
+
+    def run(function):
+        start.wait()
+        return function()
+
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return [f.result(timeout=300) for f in [pool.submit(run, function) for function in functions]]
+
+
+@pytest.fixture(autouse=True)
+def _switch_often():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # Inductor's own
+@pytest.mark.parametrize(("lower", "rounds"), [(as_recorded, 3), (None, 1)], ids=["recorded", "inductor"])
+def test_different_steps(lower, rounds):
+    """Two are compiled, by different ways to differentiate; a third runs eagerly meanwhile."""
+    for _ in range(rounds):
+        meeting = Meeting(3)
+        cases = [
+            Case(meeting, 1.0, steps=2, gradient="reverse"),
+            Case(meeting, 2.0, steps=3, gradient="mixed", optimizer=adam()),
+            Case(meeting, 3.0, steps=2, gradient="first_order", optimizer=sgd()),
+        ]
+        runs = [cases[0].compiled(lower), cases[1].compiled(lower)]
+        got = at_once(*(for_seeds(run, *SEEDS) for run in (runs[0][0], runs[1][0], cases[2].eager)))
+        # The eager one has called its loss at each step of each call, in its own thread; the others to record alone.
+        eager = cases[2].calls
+        assert all(len(case.threads) == 1 for case in cases)
+        meeting.close()
+        for case, results in zip(cases, got, strict=True):
+            for seed, result in zip(SEEDS, results, strict=True):
+                assert_close(result, case.eager(seed))
+        assert eager == cases[2].calls - eager
+        alone = [case.compiled(lower) for case in cases[:2]]
+        for (_, fast, modules), (run, _, expected) in zip(runs, alone, strict=True):
+            assert not fast.compiler.reasons
+            run(0)
+            assert len(modules) == len(expected) > 0
+
+
+def test_the_same_step():
+    """It is recorded once."""
+    for _ in range(3):
+        meeting = Meeting(2)
+        case = Case(meeting, 1.0, steps=2, gradient="mixed")
+        run, fast, modules = case.compiled(as_recorded)
+        got = at_once(*(for_seeds(run, seed, seed + 1) for seed in SEEDS))
+        meeting.close()
+        for seed, results in zip(SEEDS, got, strict=True):
+            assert_close(results, [case.eager(seed), case.eager(seed + 1)])
+        alone = case.compiled(as_recorded)
+        alone[0](0)
+        assert len(modules) == len(alone[2]) > 0
+        assert not fast.compiler.reasons
+
+
+def test_a_step_runs_eagerly_where_recording_would_have_to_wait():
+    """In a backward pass, which PyTorch may run in the thread that the recording waits for."""
+    case = Case(Meeting(1), 1.0, steps=1)
+    _, fast, modules = case.compiled(as_recorded)
+    key = FunctionKey("key", (), "key")
+    with compiler._recording:
+        assert fast.compiler.run(key, lambda x: (x.sin(),), [torch.ones(3)]) is None
+    (out,) = fast.compiler.run(key, lambda x: (x.sin(),), [torch.ones(3)])
+    assert_close(out, torch.ones(3).sin(), torch.float32)
+    assert len(modules) == 1
+    assert not fast.compiler.reasons
+
+
+def test_one_pool_of_processes_is_started(monkeypatch):
+    made = []
+
+    class Pool:
+        def __init__(self):
+            threading.Event().wait(0.05)
+            made.append(self)
+
+    monkeypatch.setattr(precompile, "_pool", None)
+    monkeypatch.setattr(precompile, "WorkerPool", Pool)
+    assert len({id(pool) for pool in at_once(*[precompile.worker_pool] * 4)}) == len(made) == 1
