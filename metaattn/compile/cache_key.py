@@ -1,8 +1,8 @@
-"""Keys of functions: a key covers code, closed-over values and module identity; captured tensors become extra inputs.
+"""What a function is made of: by what a compiled form of it is found again, and the tensors that it closes over.
 
-A loss is often a new closure in each call, of the same code over the same objects. Its key therefore consists of its
-code and of what it closes over: plain values by value, modules and objects by identity, tensors by their spec only.
-Their numbers, and which tensors they are, may change between calls, since a compiled function takes them as inputs.
+A loss is often a new closure at each call, of the same code over the same things. So it is known by its code and by
+what it holds: plain values by value, modules and objects by identity, tensors by their form alone. Their numbers, and
+which tensors they are, may change: a compiled form takes them as inputs.
 """
 
 from __future__ import annotations
@@ -23,11 +23,7 @@ _OURS = ("torch", "metaattn")  # libraries, whose globals do not change
 
 
 def function_key(*things: Any) -> FunctionKey:
-    """Return the key of functions, constants and whatever else a computation depends on, in the current settings.
-
-    Args:
-        *things: Tensors are captured; of an object, its attributes count.
-    """
+    """The source of functions, constants, and what else a program depends on; and of the ambient_settings now."""
     walk = _Walk()
     for thing in things:
         walk.on(thing, 1)

@@ -108,7 +108,7 @@ def merge_common_subexpressions(graph: fx.Graph) -> fx.Graph:
     """Return the graph with equal operations on equal inputs merged into one."""
     from torch._functorch.compile_utils import fx_graph_cse
 
-    merged: fx.Graph = fx_graph_cse(graph)  # type: ignore[no-untyped-call]
+    merged: fx.Graph = fx_graph_cse(graph)
     return merged
 
 
