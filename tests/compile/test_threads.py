@@ -41,8 +41,8 @@ class Meeting:
 class Case:
     """A learner whose loss counts its calls, meets those of the others, and names what it must not be run with."""
 
-    def __init__(self, meeting, scale, **settings):
-        self.calls, self.threads = 0, set()
+    def __init__(self, meeting, scale, device="cpu", **settings):
+        self.calls, self.threads, self.device = 0, set(), device
 
         def loss(params, x, y):
             self.calls += 1
@@ -53,12 +53,14 @@ class Case:
             return out
 
         self.learner = maml(loss, learning_rate=0.1, **settings)
-        self.meta = self.learner.init(PARAMS)
+        meta = self.learner.init({k: t.to(device) for k, t in PARAMS.items()})
+        self.meta = {group: {k: t.detach() for k, t in part.items()} for group, part in meta.items()}
 
     def data(self, seed):
         g = torch.Generator().manual_seed(seed)
         shapes = ((2, 5, 3), (2, 5))
-        return tuple(tuple(torch.randn(s, generator=g, dtype=torch.float64) for s in shapes) for _ in range(2))
+        sets = [[torch.randn(s, generator=g, dtype=torch.float64).to(self.device) for s in shapes] for _ in range(2)]
+        return tuple(map(tuple, sets))
 
     def eager(self, seed):
         return self.learner.value_and_grad(self.meta, *self.data(seed))
@@ -142,6 +144,44 @@ def test_the_same_step():
         alone[0](0)
         assert len(modules) == len(alone[2]) > 0
         assert not fast.compiler.reasons
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", ["graph", "inductor"])
+def test_graphs(mode):
+    """Two steps are captured, of which one is replayed by two threads on streams of their own; a third runs eagerly."""
+    meeting = Meeting(3)
+    cases = [
+        Case(meeting, 1.0, "cuda", steps=2, gradient="reverse"),
+        Case(meeting, 2.0, "cuda", steps=3, gradient="mixed" if mode == "inductor" else "first_order"),
+        Case(meeting, 3.0, "cuda", steps=2, gradient="reverse"),
+    ]
+    fast = [capture(case.learner.value_and_grad, mode=mode) for case in cases[:2]]
+
+    def replayed(step, case):
+        def run(seed):
+            with torch.cuda.stream(stream):
+                stream.wait_stream(torch.cuda.default_stream())
+                result = step(case.meta, *case.data(seed))
+                stream.synchronize()
+                return result
+
+        stream = torch.cuda.Stream()
+        return run
+
+    for _ in range(2):
+        got = at_once(
+            for_seeds(replayed(fast[0], cases[0]), *SEEDS),
+            for_seeds(replayed(fast[0], cases[0]), *SEEDS),
+            for_seeds(replayed(fast[1], cases[1]), *SEEDS),
+            for_seeds(cases[2].eager, *SEEDS),
+        )
+        assert [step.reason for step in fast] == [None, None]
+        for case, results in zip([cases[0], *cases], got, strict=True):
+            for seed, result in zip(SEEDS, results, strict=True):
+                assert_close(result, case.eager(seed))
+    assert all(step.compiler is None or not step.compiler.reasons for step in fast)
 
 
 def test_a_step_runs_eagerly_where_recording_would_have_to_wait():
