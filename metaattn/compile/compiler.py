@@ -9,10 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..autodiff import FunctionKey, Tensors, active_executor, check_outputs, use_executor
+from ..autodiff import (
+    FunctionKey,
+    Tensors,
+    active_executor,
+    check_outputs,
+    in_dual_level,
+    in_transform,
+    innermost_dispatch_mode,
+    is_wrapped,
+    use_executor,
+)
 from .piecewise import Lower, Lowered, Run, as_recorded, inductor
 from .precompile import Precompiler
 from .recorder import Recording, UnrecordableError
@@ -134,9 +142,9 @@ def active_compiler() -> MetaStepCompiler | None:
 def _plain(tensors: Sequence[Tensor]) -> bool:
     """Whether tensors are plain ones, with no transform or tracer at work."""
     return (
-        torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and _get_current_dispatch_mode() is None
-        and not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+        not in_transform()
+        and not in_dual_level()
+        and innermost_dispatch_mode() is None
+        and not any(is_wrapped(t) for t in tensors)
         and all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
     )

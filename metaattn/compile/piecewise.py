@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 from torch.compiler import config as compiler_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ..autodiff import Tensors, TensorSpec, ambient_settings, tensor_spec
+from ..autodiff import Tensors, TensorSpec, ambient_settings, tensor_spec, without_autocast
 from ..ops.operators import is_attention_op
 from .passes.matmul_fusion import joined
 from .passes.qkv_grad_packing import written_in_one
@@ -142,7 +142,7 @@ class Lowered:
     def __call__(self, *tensors: Tensor) -> Tensors:
         """Run it."""
         values: _Values = dict(zip(self._given, tensors, strict=True))
-        with torch.no_grad(), torch._C._DisableAutocast():  # which was at work above what was recorded
+        with torch.no_grad(), without_autocast():  # which was at work above what was recorded
             for part in self._parts:
                 part(values)
         return tuple(values[n] for n in self._returned)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..autodiff import CallContext, followed, split_tensors, transformed
+from ..autodiff import CallContext, is_differentiated, split_tensors, transformed_tensors
 from ._inner_loop import Loop, detach
 from .optim import Params, State
 
@@ -40,7 +40,7 @@ def check_loss(loss: Callable[..., Any], params: Params, batch: Any) -> bool:
 
 def _check(name: str, function: Callable[..., Any], of: Callable[..., Any], *args: Any) -> bool:
     # The tensors of modules are left to the call: functional_call replaces them.
-    for where, t in transformed(of, name, modules=False):
+    for where, t in transformed_tensors(of, name, modules=False):
         held = f"a tensor ({where}, {list(t.shape)})"
         raise ValueError(_message(name, f"{held} that a torch.func transform (vmap, grad, jvp, …) is following"))
     replay = CallContext(split_tensors(args)[0], random=True)
@@ -49,7 +49,7 @@ def _check(name: str, function: Callable[..., Any], of: Callable[..., Any], *arg
         return function(*args), replay.settle()
 
     out, drew = replay(noted, *detach(args))
-    if any(followed(t) for t in tree_leaves(out) if isinstance(t, Tensor)):
+    if any(is_differentiated(t) for t in tree_leaves(out) if isinstance(t, Tensor)):
         raise ValueError(_message(name, "a tensor that requires grad"))
     return drew
 

@@ -14,7 +14,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.func import grad, vjp
 
-from ..autodiff import CustomFunction, Pullback, differentiable, followed, put, recompute, split_tensors, transforms
+from ..autodiff import (
+    CustomFunction,
+    Pullback,
+    TransformType,
+    active_transforms,
+    differentiable,
+    is_differentiated,
+    recompute,
+    replace_at,
+    split_tensors,
+)
 from ..compile.cache_key import function_key
 from ..compile.compiler import MetaStepCompiler, active_compiler
 from ._closure_checks import check_loop, check_loss
@@ -22,7 +32,6 @@ from ._hvp import Vector, gradient_along
 from ._inner_loop import Loop, StepOf, detach
 from .optim import Params, Rates, State
 
-VMAP = torch._C._functorch.TransformType.Vmap
 Kind = Literal["reverse", "mixed", "first_order"]
 
 
@@ -85,11 +94,11 @@ def _forward_over_reverse(loop: Loop, args: Any) -> Pullback:
 
     def pullback(x: Vector, w: Vector, wrt: Sequence[int], of: Sequence[int]) -> Vector:
         in_loss = tuple(x[i] for i in of_loss)
-        found = grad(lambda moved: objective(*put(in_loss, own, moved)))(in_loss[: len(own)])
+        found = grad(lambda moved: objective(*replace_at(in_loss, own, moved)))(in_loss[: len(own)])
         in_update = [i for i in wrt if i not in range(bounds[2], bounds[4])]
 
         def update(found: Vector, *moved: Tensor) -> Vector:
-            adapted, state, _, _, rates, index = restore(put(x, in_update, moved))
+            adapted, state, _, _, rates, index = restore(replace_at(x, in_update, moved))
             gradients = dict(zip(adapted, found, strict=True))
             out = split_tensors(loop.optimizer.update(gradients, state, adapted, rates, index))[0]
             return tuple(out[i] for i in of)
@@ -122,8 +131,8 @@ def scored(loss: Callable[..., Any], params: Params, batch: Sequence[Tensor]) ->
     def run(params: Params, batch: tuple[Tensor, ...]) -> Any:
         return loss(params, *batch)
 
-    moving = {k: p for k, p in params.items() if differentiable(p) and followed(p)}
-    if not moving or set(transforms()) - {VMAP} or any(followed(t) for t in batch):
+    moving = {k: p for k, p in params.items() if differentiable(p) and is_differentiated(p)}
+    if not moving or set(active_transforms()) - {TransformType.Vmap} or any(is_differentiated(t) for t in batch):
         return recompute(run, params, tuple(batch), key=source)
 
     def with_gradient(moving: Params, still: Params, batch: tuple[Tensor, ...]) -> Any:
@@ -138,7 +147,7 @@ def scored(loss: Callable[..., Any], params: Params, batch: Sequence[Tensor]) ->
         with_gradient, detach(moving), detach(still), tuple(batch), key=source.then("with gradient", tuple(params))
     )
     outputs, restore = split_tensors(out)
-    known = _WithGradient.of((len(outputs), len(moving), pieces), *outputs, *moving.values(), *gradient.values())
+    known = _WithGradient.invoke((len(outputs), len(moving), pieces), *outputs, *moving.values(), *gradient.values())
     return restore(known)
 
 
@@ -156,7 +165,7 @@ def spread(adapted: Params, data: Any) -> Params:
     if active_compiler() is None:
         return adapted
     like = [t.detach() for t in split_tensors(data)[0]]
-    return dict(zip(adapted, _Spread.of(len(adapted), *adapted.values(), *like), strict=True))
+    return dict(zip(adapted, _Spread.invoke(len(adapted), *adapted.values(), *like), strict=True))
 
 
 class _Spread(CustomFunction):

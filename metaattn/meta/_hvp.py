@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from ..autodiff import pushforward, put
+from ..autodiff import pushforward, replace_at
 
 Vector = tuple[Tensor, ...]
 
@@ -29,7 +29,7 @@ def gradient_along(
     """
 
     def gradients(*here: Tensor) -> Vector:
-        return grad(lambda moved: objective(*put(here, wrt, moved)))(tuple(here[i] for i in wrt))
+        return grad(lambda moved: objective(*replace_at(here, wrt, moved)))(tuple(here[i] for i in wrt))
 
     others = [i for i in range(still, len(x)) if i not in at and x[i].is_floating_point()]
     zeros = (torch.zeros_like(x[i]) for i in others)

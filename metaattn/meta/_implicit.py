@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autodiff import put, recompute, split_tensors
+from ..autodiff import recompute, replace_at, split_tensors
 from ._hvp import Vector, gradient_along
 from .optim import Params
 
@@ -36,17 +36,24 @@ def minimum(objective: Callable[..., Tensor], found: Params, *args: Any, shift: 
         def product(v: Vector) -> Vector:
             return tuple(h + shift * t for h, t in zip(along(v, own), v, strict=True))
 
-        b = tuple(put([torch.zeros_like(x[i]) for i in own], of, w))
+        b = tuple(replace_at([torch.zeros_like(x[i]) for i in own], of, w))
         return tuple(-m for m in along(conjugate_gradients(product, b, **solver), wrt))
 
     def identity(found: Params, *args: Any) -> Params:
         return {k: p.view_as(p) for k, p in found.items()}
 
-    refusal = (
+    unsupported_message = (
         "an implicit gradient has one derivative, in reverse mode; for higher orders and for forward mode use "
         "gradient='mixed' or 'reverse'"
     )
-    return recompute(identity, found, *args, pullback=pullback, refusal=refusal, preserve_rng_state=False)
+    return recompute(
+        identity,
+        found,
+        *args,
+        pullback=pullback,
+        unsupported_message=unsupported_message,
+        preserve_rng_state=False,
+    )
 
 
 def conjugate_gradients(

@@ -85,7 +85,7 @@ class _Exp(Function):
 
 
 def test_an_operation_in_a_jvp_rule_loses_the_outer_tangents():
-    """Silently. Why our jvp rules add with a Function (``_rules._Sum``)."""
+    """Silently. Why our jvp rules add with a Function (``autodiff.add_terms``)."""
     x = torch.randn(3, dtype=torch.float64)
     once = lambda x: jvp(_Exp.apply, (x,), (torch.ones_like(x),))[1]
     twice = jvp(once, (x,), (torch.ones_like(x),))[1]

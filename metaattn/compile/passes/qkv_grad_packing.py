@@ -14,25 +14,24 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ops.operators import gradient, gradient_tangent, gradients_in_one
+from ...ops.operators import backward, backward_jvp, backward_packed, backward_with_jvp, packed_arguments
 
 aten = torch.ops.aten
-_BIAS_GRAD = 11  # among the arguments of a leaf
 
 
 def written_in_one(graph: fx.Graph) -> fx.Graph:
     """The same graph, in which all such gradients now are."""
-    for target in (gradient, gradient_tangent):
+    for target in (backward, backward_jvp, backward_with_jvp):
         for leaf in graph.find_nodes(op="call_function", target=target):
-            sets = ((0, 1, 2), (4, 5, 6)) if target is gradient_tangent else ((0, 1, 2),)
+            sets = ((0, 1, 2), (4, 5, 6)) if target is backward_with_jvp else ((0, 1, 2),)
             results = {n.args[1]: n for n in leaf.users}
             parts = [[results.get(i) for i in places] for places in sets]
             joined = {i: _joined(three) for i, three in enumerate(parts) if any(three)}
-            if leaf.args[_BIAS_GRAD] or None in joined.values():
+            args = packed_arguments(target, leaf.args)
+            if args is None or None in joined.values():
                 continue
             with graph.inserting_before(leaf):
-                args = (*leaf.args[:_BIAS_GRAD], len(sets) > 1, *leaf.args[_BIAS_GRAD + 1 :])
-                new = graph.call_function(gradients_in_one, args)
+                new = graph.call_function(backward_packed, args)
                 for i, node in joined.items():
                     query = parts[i][0]
                     assert node is not None
