@@ -19,10 +19,10 @@ backend of its first run.
 """
 
 from ._captured import (
-    PLAIN_TYPES,
     Visited,
     check_outputs,
     is_differentiated,
+    is_plain,
     transformed_tensors,
     visit,
 )
@@ -62,7 +62,6 @@ from .checkpoint import checkpoint, recompute
 
 __all__ = [
     "BACKWARD_FUNCTIONS",
-    "PLAIN_TYPES",
     "CallContext",
     "CustomFunction",
     "Executor",
@@ -92,6 +91,7 @@ __all__ = [
     "innermost_dispatch_mode",
     "is_differentiated",
     "is_legacy_batched",
+    "is_plain",
     "is_wrapped",
     "pushforward",
     "recompute",

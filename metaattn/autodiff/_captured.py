@@ -35,7 +35,7 @@ from ._functorch import (
     wrapper_levels,
 )
 
-PLAIN_TYPES = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, range)
+_PLAIN_TYPES = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, range)
 _LIBRARIES = ("torch", "metaattn")  # their globals do not change
 _REMEDY = "pass it as an argument (of a module: the module itself, or its parameters to functional_call)"
 
@@ -83,7 +83,7 @@ def _visit(
     seen: dict[int, int],
     alive: list[Any],
 ) -> Iterator[Visited]:
-    if isinstance(thing, PLAIN_TYPES):
+    if is_plain(thing):
         yield Visited(path, thing)
         return
     if id(thing) in seen:
@@ -115,6 +115,11 @@ def _visit(
     yield Visited(path, thing, parts)
     for key, part in (parts or {}).items():
         yield from _visit(part, f"{path}.{key}", opaque, follow_globals, depth, seen, alive)
+
+
+def is_plain(thing: Any) -> bool:
+    """Return whether an object is a plain value, such as a number or a string, which has no parts."""
+    return isinstance(thing, _PLAIN_TYPES)
 
 
 def closed_over(function: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..autodiff import PLAIN_TYPES, FunctionKey, Visited, ambient_settings, tensor_spec, visit
+from ..autodiff import FunctionKey, Visited, ambient_settings, is_plain, tensor_spec, visit
 
 
 def function_key(*things: Any) -> FunctionKey:
@@ -46,7 +46,7 @@ def _label(visited: Visited) -> Hashable:
     thing = visited.thing
     if visited.repeats is not None:
         return "repeats", visited.repeats
-    if isinstance(thing, PLAIN_TYPES):
+    if is_plain(thing):
         return type(thing), thing
     if isinstance(thing, Tensor):
         return tensor_spec(thing)
@@ -54,7 +54,7 @@ def _label(visited: Visited) -> Hashable:
         return _Identity(thing), tuple(m.training for m in thing.modules())
     if isinstance(thing, types.FunctionType):
         return thing.__code__
-    if isinstance(thing, (set, frozenset)) and all(isinstance(part, PLAIN_TYPES) for part in thing):
+    if isinstance(thing, (set, frozenset)) and all(map(is_plain, thing)):
         return frozenset(thing)
     if visited.parts is not None and (isinstance(thing, (list, tuple, dict)) or hasattr(thing, "__dict__")):
         return _Identity(type(thing))
