@@ -20,7 +20,7 @@ from ._functorch import (
     SingleLevelFunction,
     TransformType,
     VmapInfo,
-    enable_single_level_autograd_function,
+    apply_at_one_level,
     innermost_interpreter,
     innermost_transform,
     set_forward_mode_enabled,
@@ -75,8 +75,7 @@ def single_level(function: Any) -> type[SingleLevelFunction]:
 
 def _apply_at_grad_or_jvp(level: Interpreter, function: Any, constant: Any, tensors: tuple[Tensor, ...]) -> Any:
     lift = level._cptr.lift
-    with enable_single_level_autograd_function():
-        return function.single_level.apply((level, constant), *map(lift, tensors))
+    return apply_at_one_level(function.single_level, (level, constant), *map(lift, tensors))
 
 
 def _apply_at_vmap(level: Interpreter, function: Any, constant: Any, tensors: tuple[Tensor, ...]) -> Any:

@@ -16,7 +16,7 @@ some of them by identity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -36,10 +36,10 @@ from torch._functorch.pyfunctorch import (
 from torch._functorch.pyfunctorch import (
     temporarily_clear_interpreter_stack as outside_transforms,
 )
-from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_forward_mode_enabled
-from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.autograd.function import _SingleLevelFunction
 
 __all__ = [
     "Interpreter",
@@ -48,7 +48,7 @@ __all__ = [
     "VmapInfo",
     "active_transforms",
     "all_interpreters",
-    "enable_single_level_autograd_function",
+    "apply_at_one_level",
     "in_dual_level",
     "in_transform",
     "innermost_interpreter",
@@ -70,6 +70,11 @@ __all__ = [
     "wrapper_levels",
 ]
 
+
+class SingleLevelFunction(_SingleLevelFunction):
+    """A custom function as a node in the graph of one level, instead of all levels at once."""
+
+
 TransformType = _functorch.TransformType  # Grad, Jvp, Vmap, Functionalize
 
 # Wrappers of tensors. "Legacy" is the vmap of ``is_grads_batched`` and of ``vectorize=True``, which has no level.
@@ -86,6 +91,12 @@ unwrap_batched: Callable[[Tensor, int], tuple[Tensor, int | None]] = _functorch.
 # ``None``, or the C++ half of the innermost interpreter: cheaper to ask for than the interpreter itself.
 innermost_transform: Callable[[], Any] = _functorch.peek_interpreter_stack
 is_forward_mode_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
+
+
+def apply_at_one_level(function: type[SingleLevelFunction], *args: Any) -> Any:
+    """Apply a :class:`SingleLevelFunction`."""
+    with enable_single_level_autograd_function():
+        return function.apply(*args)  # type: ignore[attr-defined]
 
 
 def active_transforms() -> tuple[Any, ...]:
@@ -106,6 +117,11 @@ def in_dual_level() -> bool:
 def jvp_is_active() -> bool:
     """Return whether :func:`torch.func.jvp` opened the current ``dual_level``."""
     return eager_transforms.JVP_NESTING > 0
+
+
+def unwrap_dead_wrappers(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Return tensors without the wrappers of transforms that have ended."""
+    return tuple(map(unwrap_if_dead, tensors))
 
 
 def wrapper_levels(t: Tensor) -> Iterator[tuple[int, bool]]:

@@ -57,9 +57,8 @@ def redispatch_below_autograd(operator: Any, keys: Any, *args: Any) -> Any:
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
-def is_zero_tensor(t: Tensor) -> bool:
-    """Return whether a tangent is one of the zeros that autograd creates without memory for them."""
-    return t._is_zerotensor()
+# Whether a tangent is one of the zeros that autograd creates without memory for them.
+is_zero_tensor: Callable[[Tensor], bool] = Tensor._is_zerotensor
 
 
 def is_tracing() -> bool:

@@ -288,7 +288,7 @@ class _Backward(CustomFunction):
         args = BackwardTensors.unflatten(primals)
         if None in values_t:
             values_t = forward_jvp(mask.static[0], args.x, args.values, [t])
-        args = args._replace(values_tangent=values_t, cotangent_tangent=tangents.cotangent, tangents=[t])
+        args = BackwardTensors(args.x, args.values, args.cotangent, values_t, tangents.cotangent, [t])
         parts = _BackwardWithJvp.invoke(mask.static, *args.flatten())
         n = len(parts) // 2
         return tuple(forward_ad.make_dual(p, t) for p, t in zip(parts[:n], parts[n:], strict=True))

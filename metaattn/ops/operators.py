@@ -14,9 +14,9 @@ order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import islice
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from torch.library import Library, register_fake
 
 from ..autodiff import (
     SingleLevelFunction,
-    enable_single_level_autograd_function,
+    apply_at_one_level,
     in_dual_level,
     is_legacy_batched,
     redispatch_below_autograd,
@@ -59,6 +59,12 @@ class Call:
         return self.scale, self.left, self.right, self.dropout_p, self.backend
 
 
+# Where the fields of each struct end in a flat sequence of tensors.
+_AFTER_X, _AFTER_VALUES, _AFTER_COTANGENT, _AFTER_VALUES_TANGENT, _AFTER_COTANGENT_TANGENT = accumulate(
+    len(struct._fields) for struct in (Operands, Values, Rows, Rows, Rows)
+)
+
+
 class ForwardWithJvpTensors(NamedTuple):
     """Tensors of ``forward_with_jvp``, or one entry for each of them."""
 
@@ -66,9 +72,9 @@ class ForwardWithJvpTensors(NamedTuple):
     tangent: Tangent
 
     @classmethod
-    def unflatten(cls, entries: Iterable[Any]) -> ForwardWithJvpTensors:
+    def unflatten(cls, entries: Sequence[Any]) -> ForwardWithJvpTensors:
         """Build the struct from a flat sequence."""
-        return cls(*_take(iter(entries), Operands, Tangent))
+        return cls(Operands(*entries[:_AFTER_X]), Tangent(*entries[_AFTER_X:]))
 
     def flatten(self) -> tuple[Any, ...]:
         """Return the flat sequence."""
@@ -83,11 +89,10 @@ class ForwardJvpTensors(NamedTuple):
     tangents: list[Tangent]
 
     @classmethod
-    def unflatten(cls, entries: Iterable[Any]) -> ForwardJvpTensors:
+    def unflatten(cls, entries: Sequence[Any]) -> ForwardJvpTensors:
         """Build the struct from a flat sequence."""
-        rest = iter(entries)
-        x, values = _take(rest, Operands, Values)
-        return cls(x, values, unflatten_tangents(rest))
+        x, values = Operands(*entries[:_AFTER_X]), Values(*entries[_AFTER_X:_AFTER_VALUES])
+        return cls(x, values, unflatten_tangents(entries[_AFTER_VALUES:]))
 
     def flatten(self) -> tuple[Any, ...]:
         """Return the flat sequence."""
@@ -109,16 +114,16 @@ class BackwardTensors(NamedTuple):
     tangents: Sequence[Tangent] = ()
 
     @classmethod
-    def unflatten(cls, entries: Iterable[Any]) -> BackwardTensors:
+    def unflatten(cls, entries: Sequence[Any]) -> BackwardTensors:
         """Build the struct from a flat sequence."""
-        rest = iter(entries)
-        first = cls(*_take(rest, Operands, Values, Rows))
-        of_jvp = tuple(rest)
-        if not of_jvp:
-            return first
-        rest = iter(of_jvp)
-        values_tangent, cotangent_tangent = _take(rest, Rows, Rows)
-        return cls(*first[:3], values_tangent, cotangent_tangent, unflatten_tangents(rest))
+        x, values = Operands(*entries[:_AFTER_X]), Values(*entries[_AFTER_X:_AFTER_VALUES])
+        cotangent = Rows(*entries[_AFTER_VALUES:_AFTER_COTANGENT])
+        if len(entries) == _AFTER_COTANGENT:
+            return cls(x, values, cotangent)
+        values_tangent = Rows(*entries[_AFTER_COTANGENT:_AFTER_VALUES_TANGENT])
+        cotangent_tangent = Rows(*entries[_AFTER_VALUES_TANGENT:_AFTER_COTANGENT_TANGENT])
+        tangents = unflatten_tangents(entries[_AFTER_COTANGENT_TANGENT:])
+        return cls(x, values, cotangent, values_tangent, cotangent_tangent, tangents)
 
     def flatten(self) -> tuple[Any, ...]:
         """Return the flat sequence."""
@@ -133,20 +138,15 @@ class BackwardTensors(NamedTuple):
         return BackwardTensors(*self[:3])
 
 
-def _take(entries: Iterator[Any], *structs: Any) -> list[Any]:
-    """Take the fields of these structs from an iterator."""
-    return [struct._make(islice(entries, len(struct._fields))) for struct in structs]
-
-
 def flatten_tangents(tangents: Iterable[Tangent]) -> tuple[Any, ...]:
     """Return the parts of all tangents in one sequence."""
     return tuple(part for t in tangents for part in t)
 
 
-def unflatten_tangents(entries: Iterable[Any]) -> list[Tangent]:
+def unflatten_tangents(entries: Sequence[Any]) -> list[Tangent]:
     """Return the tangents that :func:`flatten_tangents` made a sequence of."""
-    flat, n = tuple(entries), len(Tangent._fields)
-    return [Tangent(*flat[i : i + n]) for i in range(0, len(flat), n)]
+    n = len(Tangent._fields)
+    return [Tangent(*entries[i : i + n]) for i in range(0, len(entries), n)]
 
 
 LIBRARY = Library("metaattn", "FRAGMENT")
@@ -168,10 +168,13 @@ _TANGENT = _schema_of(Tangent, "_t")
 _TANGENTS = "Tensor?[] tangents"
 
 
-def _split_call(args: Sequence[Any]) -> tuple[Call, Iterator[Any]]:
+def _argument_names(operator: Any) -> list[str]:
+    return [argument.name for argument in operator._schema.arguments]
+
+
+def _split_call(args: Sequence[Any]) -> tuple[Call, Sequence[Any]]:
     """Return the call, and the arguments of an operator after its fields."""
-    rest = iter(args)
-    return Call(*islice(rest, _CALL_FIELDS)), rest
+    return Call(*args[:_CALL_FIELDS]), args[_CALL_FIELDS:]
 
 
 def autocasts(device: str) -> bool:
@@ -179,22 +182,18 @@ def autocasts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)  # Dynamo (2.11) cannot ask which devices have one
 
 
-def _without_autocast(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Turn autocast off inside an operator, so that accumulators keep their dtype."""
+def _without_autocast(function: Callable[..., tuple[Tensor, ...]], query: int) -> Callable[..., tuple[Tensor, ...]]:
+    """Turn autocast off inside an operator, so that accumulators keep their dtype; its query is argument ``query``."""
 
     @functools.wraps(function)
     def wrapped(*args: Any) -> tuple[Tensor, ...]:
-        device = _query(args).device.type
+        device = args[query].device.type
         if not autocasts(device):
             return function(*args)
         with torch.autocast(device, enabled=False):
             return function(*args)
 
     return wrapped
-
-
-def _query(args: Sequence[Any]) -> Tensor:
-    return next(a for a in args if isinstance(a, Tensor))  # the first tensor of each operator
 
 
 def _operator(schema: str) -> Callable[[Callable[..., tuple[Tensor, ...]]], Callable[..., tuple[Tensor, ...]]]:
@@ -207,8 +206,9 @@ def _operator(schema: str) -> Callable[[Callable[..., tuple[Tensor, ...]]], Call
     def register(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
         name = f"_{function.__name__}"
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(name, _without_autocast(function), "CompositeExplicitAutograd")
         operator = getattr(torch.ops.metaattn, name).default
+        query = _argument_names(operator).index("query")
+        LIBRARY.impl(name, _without_autocast(function, query), "CompositeExplicitAutograd")
         LIBRARY.impl(name, functools.partial(_reject_derivatives, operator), "Autograd", with_keyset=True)
         _OPERATORS.add(operator)
         return operator
@@ -227,8 +227,7 @@ def _reject_derivatives(operator: Any, keys: Any, *args: Any) -> tuple[Tensor, .
         raise _no_derivative(operator)
     out: tuple[Tensor, ...] = redispatch_below_autograd(operator, keys, *args)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        with enable_single_level_autograd_function():  # this kernel is that of one level
-            out = _RaiseInBackward.apply(operator, len(out), *out, *tensors)  # type: ignore[attr-defined]
+        out = apply_at_one_level(_RaiseInBackward, operator, len(out), *out, *tensors)  # this kernel is of one level
     return out
 
 
@@ -262,8 +261,8 @@ def _has_tangent(t: Tensor) -> bool:
 @_operator(f"({_CALL}, {_X}) -> (Tensor, Tensor)")
 def forward(*args: Any) -> tuple[Tensor, Tensor]:
     """Return out and lse."""
-    call, rest = _split_call(args)
-    (x,) = _take(rest, Operands)
+    call, tensors = _split_call(args)
+    x = Operands(*tensors)
     out, lse = select(call.backend, call.problem, x).forward(call.problem, x)
     return _laid_out(out, x.query), lse.contiguous()
 
@@ -271,8 +270,8 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
 @_operator(f"({_CALL}, {_X}, {_TANGENT}) -> (Tensor, Tensor, Tensor, Tensor)")
 def forward_with_jvp(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return out and lse, and their tangents."""
-    call, rest = _split_call(args)
-    x, tangent = ForwardWithJvpTensors.unflatten(rest)
+    call, tensors = _split_call(args)
+    x, tangent = ForwardWithJvpTensors.unflatten(tensors)
     values, values_t = select(call.backend, call.problem, x).forward_with_jvp(call.problem, x, tangent)
     return *(_laid_out(values.out, x.query), values.lse.contiguous()), *(
         _laid_out(values_t.out, x.query),
@@ -283,8 +282,8 @@ def forward_with_jvp(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @_operator(f"({_CALL}, {_X}, {_VALUES}, {_TANGENT}) -> (Tensor, Tensor)")
 def forward_jvp(*args: Any) -> tuple[Tensor, Tensor]:
     """Return the tangents of out and lse."""
-    call, rest = _split_call(args)
-    x, values, (tangent,) = ForwardJvpTensors.unflatten(rest)
+    call, tensors = _split_call(args)
+    x, values, (tangent,) = ForwardJvpTensors.unflatten(tensors)
     out_t, lse_t = select(call.backend, call.problem, x).forward_jvp(call.problem, x, values, tangent)
     return _laid_out(out_t, x.query), lse_t.contiguous()
 
@@ -292,9 +291,9 @@ def forward_jvp(*args: Any) -> tuple[Tensor, Tensor]:
 @_operator(f"({_CALL}, {_X}, {_VALUES}, {_TANGENTS}) -> (Tensor, Tensor)")
 def forward_jvp_higher(*args: Any) -> tuple[Tensor, Tensor]:
     """Return the derivative of out and lse along several tangents; ``blockwise`` computes it for every backend."""
-    call, rest = _split_call(args)
-    x, values = _take(rest, Operands, Values)
-    out_t, lse_t = blockwise.directional(call.problem, x, values, unflatten_tangents(*rest))
+    call, (*tensors, tangents) = _split_call(args)
+    x, values, all_tangents = ForwardJvpTensors.unflatten((*tensors, *tangents))
+    out_t, lse_t = blockwise.directional(call.problem, x, values, all_tangents)
     return _laid_out(out_t, x.query), lse_t.contiguous()
 
 
@@ -321,8 +320,7 @@ def backward_jvp(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 )
 def backward_jvp_higher(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the derivative of the gradients along several tangents; ``blockwise`` computes it for every backend."""
-    call, (bias_grad, *rest) = _split_call(args)
-    *tensors, tangents = rest
+    call, (bias_grad, *tensors, tangents) = _split_call(args)
     t = BackwardTensors.unflatten((*tensors, *tangents))
     return _contiguous(
         blockwise.gradient(
@@ -377,10 +375,6 @@ def packed_arguments(operator: Any, args: Sequence[Any]) -> tuple[Any, ...] | No
         return None
     arguments["both"] = operator is backward_with_jvp
     return tuple(arguments.get(name) for name in _argument_names(backward_packed))
-
-
-def _argument_names(operator: Any) -> list[str]:
-    return [argument.name for argument in operator._schema.arguments]
 
 
 def _backward(call: Call, problem: Problem, t: BackwardTensors, bias_grad: bool) -> Gradients:
@@ -481,14 +475,12 @@ def _new_gradients(x: Operands, bias_grad: bool) -> tuple[Tensor, Tensor, Tensor
 @register_fake("metaattn::_forward_jvp", lib=LIBRARY)
 @register_fake("metaattn::_forward_jvp_higher", lib=LIBRARY)
 def _(*args: Any) -> tuple[Tensor, Tensor]:
-    _, rest = _split_call(args)
-    return _new_rows(*_take(rest, Operands))
+    return _new_rows(Operands(*args[_CALL_FIELDS:][:_AFTER_X]))
 
 
 @register_fake("metaattn::_forward_with_jvp", lib=LIBRARY)
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, rest = _split_call(args)
-    (x,) = _take(rest, Operands)
+    x, _ = ForwardWithJvpTensors.unflatten(args[_CALL_FIELDS:])
     return *_new_rows(x), *_new_rows(x)
 
 
@@ -496,21 +488,21 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @register_fake("metaattn::_backward_jvp", lib=LIBRARY)
 @register_fake("metaattn::_backward_jvp_higher", lib=LIBRARY)
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, (bias_grad, *rest) = _split_call(args)
-    (x,) = _take(iter(rest), Operands)
+    bias_grad, *tensors = args[_CALL_FIELDS:]
+    x = Operands(*tensors[:_AFTER_X])
     return _new_gradients(x, bias_grad)
 
 
 @register_fake("metaattn::_backward_with_jvp", lib=LIBRARY)
 def _(*args: Any) -> tuple[Tensor, ...]:
-    _, (bias_grad, *rest) = _split_call(args)
-    (x,) = _take(iter(rest), Operands)
+    bias_grad, *tensors = args[_CALL_FIELDS:]
+    x = Operands(*tensors[:_AFTER_X])
     return *_new_gradients(x, bias_grad), *_new_gradients(x, bias_grad)
 
 
 @register_fake("metaattn::_backward_packed", lib=LIBRARY)
 def _(*args: Any) -> list[Tensor]:
-    _, (both, *rest) = _split_call(args)
-    (x,) = _take(iter(rest), Operands)
+    both, *tensors = args[_CALL_FIELDS:]
+    x = Operands(*tensors[:_AFTER_X])
     q, heads = x.query, sum(t.shape[-3] for t in (x.query, x.key, x.value))
     return [_like(q, shape=(*q.shape[:-3], q.shape[-2], heads, q.shape[-1])) for _ in range(1 + both)]
