@@ -53,10 +53,10 @@ def gradients(x: Operands) -> Gradients:
 
 NOTHING = SimpleNamespace(
     forward=lambda problem, x: values(x),
-    tangent=lambda problem, x, *_: values(x),
+    forward_jvp=lambda problem, x, *_: values(x),
     forward_with_jvp=lambda problem, x, _: (values(x), values(x)),
     backward=lambda problem, x, *_, **__: gradients(x),
-    second=lambda problem, x, *_, **__: gradients(x),
+    backward_jvp=lambda problem, x, *_, **__: gradients(x),
     backward_with_jvp=lambda problem, x, *_, **__: (gradients(x), gradients(x)),
 )
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..autodiff import ambient_settings, tensor_spec, without_draws
+from ..autodiff import ambient_settings, is_wrapped, tensor_spec, without_draws
 from .compiler import MetaStepCompiler
 from .inductor import has_option
 
@@ -141,7 +141,7 @@ class Captured:
             return "mode='none'"
         if not self._on_gpu(leaves):
             return "a CUDA graph needs tensors on a GPU, and none of the arguments is"
-        if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in leaves if isinstance(t, Tensor)):
+        if any(is_wrapped(t) for t in leaves if isinstance(t, Tensor)):
             return "it was called inside a transform of torch.func, which a replay does not see"
         if any(t.requires_grad for t in leaves if isinstance(t, Tensor)) and torch.is_grad_enabled():
             return "an argument requires a gradient, which a replay does not record; detach it, or use torch.no_grad()"

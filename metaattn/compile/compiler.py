@@ -19,10 +19,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..autodiff import FunctionKey, Tensors, active_executor, check_outputs, use_executor
+from ..autodiff import (
+    FunctionKey,
+    Tensors,
+    active_executor,
+    check_outputs,
+    in_dual_level,
+    in_transform,
+    innermost_dispatch_mode,
+    is_wrapped,
+    use_executor,
+)
 from .inductor import CompiledPiece, PieceCompiler, inductor_compiler
 from .piecewise import PiecewiseFunction, as_recorded
 from .precompile import Precompiler
@@ -196,14 +204,14 @@ def active_compiler() -> MetaStepCompiler | None:
 
 def _in_forward_mode() -> bool:
     """Return whether a level of forward mode is open that is not another thread's recording."""
-    return forward_ad._current_level >= 0 and not _recording.locked()
+    return in_dual_level() and not _recording.locked()
 
 
 def _are_plain(tensors: Sequence[Tensor]) -> bool:
     """Return whether tensors have no wrapper or tangent, and no transform or tracer is active."""
     return (
-        torch._C._functorch.peek_interpreter_stack() is None
-        and _get_current_dispatch_mode() is None
-        and not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+        not in_transform()
+        and innermost_dispatch_mode() is None
+        and not any(is_wrapped(t) for t in tensors)
         and all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor, fx
 
-from ..autodiff import Tensors, TensorSpec, ambient_settings, tensor_spec
+from ..autodiff import Tensors, TensorSpec, ambient_settings, tensor_spec, without_autocast
 from ..ops.operators import is_attention_op
 from .inductor import CompiledPiece, PieceCompiler
 from .passes.matmul_fusion import fuse_matmuls
@@ -78,7 +78,7 @@ class PiecewiseFunction:
     def __call__(self, *tensors: Tensor) -> Tensors:
         """Run the graph on its inputs and captured tensors."""
         values: _Values = dict(zip(self._inputs, tensors, strict=True))
-        with torch.no_grad(), torch._C._DisableAutocast():  # operations were recorded below both
+        with torch.no_grad(), without_autocast():  # operations were recorded below both
             for step in self._steps:
                 step(values)
         return tuple(values[n] for n in self._outputs)

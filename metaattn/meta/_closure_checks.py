@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..autodiff import CallContext, followed, split_tensors, transformed
+from ..autodiff import CallContext, is_differentiated, split_tensors, transformed_tensors
 from ._inner_loop import Loop, detach
 from .optim import Params, State
 
@@ -51,7 +51,7 @@ def check_loss(loss: Callable[..., Any], params: Params, batch: Any) -> bool:
 def _check(name: str, function: Callable[..., Any], user_function: Callable[..., Any], *args: Any) -> bool:
     """Run a function on constants, and look through what the user's function inside of it closes over."""
     # Tensors of modules are found by the call below instead: functional_call replaces them.
-    for path, t in transformed(user_function, name, modules=False):
+    for path, t in transformed_tensors(user_function, name, modules=False):
         tensor = f"a tensor ({path}, {list(t.shape)})"
         raise ValueError(_message(name, f"{tensor} that a torch.func transform (vmap, grad, jvp, …) is following"))
     context = CallContext(split_tensors(args)[0], random=True)
@@ -60,7 +60,7 @@ def _check(name: str, function: Callable[..., Any], user_function: Callable[...,
         return function(*args), context.settle()
 
     out, drew = context(run, *detach(args))
-    if any(followed(t) for t in tree_leaves(out) if isinstance(t, Tensor)):
+    if any(is_differentiated(t) for t in tree_leaves(out) if isinstance(t, Tensor)):
         raise ValueError(_message(name, "a tensor that requires grad"))
     return drew
 

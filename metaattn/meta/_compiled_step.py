@@ -14,7 +14,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.func import grad, vjp
 
-from ..autodiff import CustomFunction, Pullback, differentiable, followed, put, recompute, split_tensors, transforms
+from ..autodiff import (
+    CustomFunction,
+    Pullback,
+    TransformType,
+    active_transforms,
+    differentiable,
+    is_differentiated,
+    recompute,
+    replace_at,
+    split_tensors,
+)
 from ..compile.cache_key import function_key
 from ..compile.compiler import MetaStepCompiler, active_compiler
 from ._closure_checks import check_loop, check_loss
@@ -22,7 +32,6 @@ from ._hvp import Vector, hessian_product
 from ._inner_loop import Loop, StepFunction, detach
 from .optim import Params, Rates, State
 
-VMAP = torch._C._functorch.TransformType.Vmap
 Kind = Literal["reverse", "mixed", "first_order"]
 
 
@@ -90,12 +99,12 @@ def _forward_over_reverse(loop: Loop, args: Any) -> Pullback:
 
     def pullback(x: Vector, w: Vector, wrt: Sequence[int], outputs: Sequence[int]) -> Vector:
         x_loss = tuple(x[i] for i in of_loss)
-        gradient = grad(lambda adapted: objective(*put(x_loss, of_adapted, adapted)))(x_loss[: len(of_adapted)])
+        gradient = grad(lambda adapted: objective(*replace_at(x_loss, of_adapted, adapted)))(x_loss[: len(of_adapted)])
         wrt_update = [i for i in wrt if i not in only_in_loss]
         wrt_loss = [i for i in wrt if i in of_loss]
 
         def update(gradient: Vector, *moved: Tensor) -> Vector:
-            adapted, state, _, _, rates, index = restore(put(x, wrt_update, moved))
+            adapted, state, _, _, rates, index = restore(replace_at(x, wrt_update, moved))
             gradients = dict(zip(adapted, gradient, strict=True))
             out = split_tensors(loop.optimizer.update(gradients, state, adapted, rates, index))[0]
             return tuple(out[i] for i in outputs)
@@ -137,8 +146,8 @@ def scored(loss: Callable[..., Any], params: Params, batch: Sequence[Tensor]) ->
     def run(params: Params, batch: tuple[Tensor, ...]) -> Any:
         return loss(params, *batch)
 
-    moving = {k: p for k, p in params.items() if differentiable(p) and followed(p)}
-    if not moving or set(transforms()) - {VMAP} or any(followed(t) for t in batch):
+    moving = {k: p for k, p in params.items() if differentiable(p) and is_differentiated(p)}
+    if not moving or set(active_transforms()) - {TransformType.Vmap} or any(is_differentiated(t) for t in batch):
         return recompute(run, params, tuple(batch), key=key)
 
     def with_gradient(moving: Params, constant: Params, batch: tuple[Tensor, ...]) -> Any:
@@ -154,7 +163,7 @@ def scored(loss: Callable[..., Any], params: Params, batch: Sequence[Tensor]) ->
     )
     outputs, restore = split_tensors(out)
     static = (len(outputs), len(moving), compiler)
-    return restore(_LossWithGradient.of(static, *outputs, *moving.values(), *gradient.values()))
+    return restore(_LossWithGradient.invoke(static, *outputs, *moving.values(), *gradient.values()))
 
 
 def _why_not_compiled(check: Callable[[], bool]) -> str | None:
@@ -177,7 +186,7 @@ def expand_per_task(adapted: Params, data: Any, compiler: MetaStepCompiler | Non
     if compiler is None:
         return adapted
     like = [t.detach() for t in split_tensors(data)[0]]
-    return dict(zip(adapted, _ExpandPerTask.of(len(adapted), *adapted.values(), *like), strict=True))
+    return dict(zip(adapted, _ExpandPerTask.invoke(len(adapted), *adapted.values(), *like), strict=True))
 
 
 class _ExpandPerTask(CustomFunction):

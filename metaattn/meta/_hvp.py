@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from ..autodiff import pushforward, put
+from ..autodiff import pushforward, replace_at
 
 Vector = tuple[Tensor, ...]
 
@@ -42,7 +42,7 @@ def hessian_product(
     """
 
     def gradient(*x: Tensor) -> Vector:
-        return grad(lambda of_wrt: objective(*put(x, wrt, of_wrt)))(tuple(x[i] for i in wrt))
+        return grad(lambda of_wrt: objective(*replace_at(x, wrt, of_wrt)))(tuple(x[i] for i in wrt))
 
     constant = [i for i in range(first_data, len(x)) if i not in moved and x[i].is_floating_point()]
     zeros = (torch.zeros_like(x[i]) for i in constant)

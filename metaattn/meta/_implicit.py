@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autodiff import put, recompute, split_tensors
+from ..autodiff import recompute, replace_at, split_tensors
 from ._hvp import Vector, hessian_product
 from .optim import Params
 
@@ -36,17 +36,24 @@ def minimum(objective: Callable[..., Tensor], found: Params, *args: Any, shift: 
         def shifted_hessian(v: Vector) -> Vector:
             return tuple(h + shift * t for h, t in zip(product(v, of_found), v, strict=True))
 
-        b = tuple(put([torch.zeros_like(x[i]) for i in of_found], outputs, w))
+        b = tuple(replace_at([torch.zeros_like(x[i]) for i in of_found], outputs, w))
         return tuple(-g for g in product(conjugate_gradients(shifted_hessian, b, **solver), wrt))
 
     def identity(found: Params, *args: Any) -> Params:
         return {k: p.view_as(p) for k, p in found.items()}
 
-    refusal = (
+    unsupported_message = (
         "an implicit gradient has one derivative, in reverse mode; for higher orders and for forward mode use "
         "gradient='mixed' or 'reverse'"
     )
-    return recompute(identity, found, *args, pullback=pullback, refusal=refusal, preserve_rng_state=False)
+    return recompute(
+        identity,
+        found,
+        *args,
+        pullback=pullback,
+        unsupported_message=unsupported_message,
+        preserve_rng_state=False,
+    )
 
 
 def conjugate_gradients(

@@ -59,13 +59,13 @@ def test_mixed_mode_in_a_graph():
 def test_generators_cannot_be_read_in_a_capture(monkeypatch):
     """What is computed again must know that it draws nothing there."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(NotImplementedError, match="capture finds out whether a step draws"):
-        _context._generators([0])
+    with pytest.raises(NotImplementedError, match="capture, which finds out whether a step draws"):
+        _context._generator_states([0])
     with _context.without_draws():
-        assert len(_context._generators([0])) == 1  # the CPU's
+        assert len(_context._generator_states([0])) == 1  # the CPU's
     with pytest.raises(NotImplementedError):
-        _context._generators([0])
-    assert len(_context._generators([])) == 1
+        _context._generator_states([0])
+    assert len(_context._generator_states([])) == 1
 
 
 @pytest.mark.gpu

@@ -24,7 +24,7 @@ def run(function, *tensors):
     assert_close(got, function(*tensors), torch.float64)
     graph = pack_qkv_gradients(fuse_matmuls(recording.graph))
     graph.lint()
-    counts = [len(n.users) for n in graph.nodes if n.target is torch.ops.metaattn._gradients_in_one.default]
+    counts = [len(n.users) for n in graph.nodes if n.target is torch.ops.metaattn._backward_packed.default]
     return counts, sum(n.target is torch.ops.aten.cat.default for n in graph.nodes)
 
 
@@ -89,7 +89,7 @@ def test_of_its_bits_is_not():
 
     recording = Recording(f, torch.randn(3, 2, 2, 5, 4, dtype=torch.float64).unbind())
     targets = [n.target for n in pack_qkv_gradients(fuse_matmuls(recording.graph)).nodes]
-    assert torch.ops.metaattn._gradients_in_one.default not in targets
+    assert torch.ops.metaattn._backward_packed.default not in targets
 
 
 def test_rotated_ones_are_not():

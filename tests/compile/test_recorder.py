@@ -91,7 +91,7 @@ def test_what_is_computed_again_is_not_taken_for_what_was_computed_first():
 
 def test_each_primitive_is_one_operation():
     targets = [str(n.target) for n in graph_of(FUNCTIONS["attention"], X)[0].graph.nodes]
-    assert [t for t in targets if "metaattn" in t] == ["metaattn._forward.default", "metaattn._gradient.default"]
+    assert [t for t in targets if "metaattn" in t] == ["metaattn._forward.default", "metaattn._backward.default"]
 
 
 def test_finds_what_it_is_not_given():

@@ -15,33 +15,31 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ops.operators import gradient, gradient_tangent, gradients_in_one
+from ...ops.operators import backward, backward_jvp, backward_packed, backward_with_jvp, packed_arguments
 
 aten = torch.ops.aten
 
 
 def pack_qkv_gradients(graph: fx.Graph) -> fx.Graph:
     """Replace gradients of attention that are only concatenated by packed ones, in place; return the graph."""
-    for target in (gradient, gradient_tangent):
+    for target in (backward, backward_jvp, backward_with_jvp):
         for node in graph.find_nodes(op="call_function", target=target):
-            _pack(graph, node, with_tangent=target is gradient_tangent)
+            _pack(graph, node)
     graph.eliminate_dead_code()
     return graph
 
 
-def _pack(graph: fx.Graph, node: fx.Node, *, with_tangent: bool) -> None:
+def _pack(graph: fx.Graph, node: fx.Node) -> None:
     # The results are query, key, value and bias, and then perhaps the tangents of these.
-    triples = ((0, 1, 2), (4, 5, 6)) if with_tangent else ((0, 1, 2),)
+    triples = ((0, 1, 2), (4, 5, 6)) if node.target is backward_with_jvp else ((0, 1, 2),)
     results = {n.args[1]: n for n in node.users}
     gradients = [[results.get(i) for i in triple] for triple in triples]
     packed = {i: _packed(triple) for i, triple in enumerate(gradients) if any(triple)}
-    bias_grad = _argument(node, "bias_grad")
-    if node.args[bias_grad] or None in packed.values():
+    args = packed_arguments(node.target, node.args)
+    if args is None or None in packed.values():
         return
     with graph.inserting_before(node):
-        # The same arguments, except that this one now says whether there are tangents.
-        args = (*node.args[:bias_grad], with_tangent, *node.args[bias_grad + 1 :])
-        new = graph.call_function(gradients_in_one, args)
+        new = graph.call_function(backward_packed, args)
         for i, old in packed.items():
             query_grad = gradients[i][0]
             assert old is not None
@@ -52,11 +50,6 @@ def _pack(graph: fx.Graph, node: fx.Node, *, with_tangent: bool) -> None:
             view = graph.call_function(aten.view.default, (item, list(like.shape)))
             view.meta["result"] = like
             old.replace_all_uses_with(view)
-
-
-def _argument(node: fx.Node, name: str) -> int:
-    """Return the place of an argument of an operator."""
-    return [a.name for a in node.target._schema.arguments].index(name)  # type: ignore[union-attr]
 
 
 def _packed(gradients: Sequence[fx.Node | None]) -> fx.Node | None:
