@@ -1,4 +1,4 @@
-"""Parts compiled ahead by other processes: found when their turn comes, and not needed."""
+"""Pieces that other processes compile: they are found when they first run, and the step runs without them too."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ from tests.helpers import assert_close
 
 @pytest.fixture
 def step():
-    """A meta-gradient with attention in it, so that there is more than one part, and its arguments."""
+    """Return a meta-gradient with attention in it, so that it has more than one piece, and its arguments."""
     model = metaattn.Transformer(
         input="continuous", in_features=3, output="pooled", out_features=1, dim=8, heads=2, depth=1
     )
@@ -36,24 +36,24 @@ def step():
 
 @pytest.fixture
 def begun(monkeypatch):
-    """What is begun ahead, by two processes."""
-    parts = []
+    """List the pieces that are sent to two processes."""
+    pieces = []
     begin = precompile.WorkerPool.begin
 
-    def recorded(self, part, options):
-        parts.append(part)
-        return begin(self, part, options)
+    def recorded(self, piece, options):
+        pieces.append(piece)
+        return begin(self, piece, options)
 
     monkeypatch.setattr(precompile, "process_count", lambda: 2)
     monkeypatch.setattr(precompile.WorkerPool, "begin", recorded)
     monkeypatch.setattr(precompile, "_pool", None)
-    yield parts
+    yield pieces
     if precompile._pool is not None:
         precompile._pool.end()
 
 
 @pytest.mark.filterwarnings("ignore")  # Inductor's own
-def test_what_is_compiled_ahead_is_found(step, begun, precision, tmp_path, monkeypatch):
+def test_what_a_process_compiled_is_found(step, begun, precision, tmp_path, monkeypatch):
     precision("high")
     precision("highest")  # which is not what it was before, to Inductor's keys
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -68,7 +68,7 @@ def test_what_is_compiled_ahead_is_found(step, begun, precision, tmp_path, monke
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_process_that_is_gone_is_not_missed(step, begun):
+def test_without_the_process_the_step_is_compiled_here(step, begun):
     precompile.worker_pool().end()
     value_and_grad, args = step
     fast = capture(value_and_grad, mode="inductor")
@@ -79,8 +79,8 @@ def test_a_process_that_is_gone_is_not_missed(step, begun):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_where_all_is_in_vain_no_more_is_compiled_ahead(step, begun, monkeypatch):
-    """An event that is never set; one that is, though nothing was compiled."""
+def test_processes_that_are_of_no_use_get_no_more_pieces(step, begun, monkeypatch):
+    """One takes too long; another says that it is done, but has compiled nothing."""
     value_and_grad, args = step
     for done in (False, True):
         begun.clear()
@@ -88,13 +88,13 @@ def test_where_all_is_in_vain_no_more_is_compiled_ahead(step, begun, monkeypatch
         if done:
             event.set()
         monkeypatch.setattr(
-            precompile.WorkerPool, "begin", lambda self, part, options, e=event: begun.append(part) or e
+            precompile.WorkerPool, "begin", lambda self, piece, options, e=event: begun.append(piece) or e
         )
         monkeypatch.setattr(precompile, "TIMEOUT", 0.1)
         fast = capture(value_and_grad, mode="inductor")
         fast.compiler.compile_piece = as_recorded
         assert_close(fast(*args), value_and_grad(*args))
-        assert 0 < len(begun) <= 2  # as many as there are processes, and none after the first turn
+        assert 0 < len(begun) <= 2  # one for each process, and none after the first wait
         assert fast.compiler._precompiler._max_processes == 0
 
 
@@ -108,7 +108,7 @@ def test_where_no_process_can_be_started_the_step_runs(step, begun, monkeypatch)
 
 
 @pytest.mark.parametrize("options", [{"force_disable_caches": True}, {"fx_graph_cache": False}])
-def test_without_caches_nothing_is_compiled_ahead(step, begun, options):
+def test_without_caches_no_process_is_started(step, begun, options):
     value_and_grad, args = step
     fast = capture(value_and_grad, mode="inductor", options=options)
     fast.compiler.compile_piece = as_recorded
@@ -119,23 +119,23 @@ def test_without_caches_nothing_is_compiled_ahead(step, begun, options):
 
 def test_a_process_that_dies_is_noticed(begun):
     class Fatal:
-        """Makes the process end that reads it."""
+        """Object that ends the process which unpickles it."""
 
         def __reduce__(self):
             return os._exit, (1,)
 
     graph = fx.Graph()
     graph.output((graph.placeholder("x"),))
-    part = precompile.Piece(
+    piece = precompile.Piece(
         fx.GraphModule(torch.nn.Module(), graph), [precompile.TensorSpec((1,), (1,), torch.float32, "nowhere")]
     )
     here = precompile.worker_pool()
-    assert here.begin(part._replace(specs=[Fatal()]), {}).wait(60)
-    done = here.begin(part, {})  # an error; but the one that forks the others is still there
+    assert here.begin(piece._replace(specs=[Fatal()]), {}).wait(60)
+    done = here.begin(piece, {})  # an error, but the process that forks the others still runs
     assert done.wait(60)
     here._process.kill()
     here._process.wait()
-    assert here.begin(part, {}) is None
+    assert here.begin(piece, {}) is None
 
 
 @pytest.mark.parametrize(

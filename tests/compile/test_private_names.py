@@ -1,4 +1,4 @@
-"""The private names of Inductor, Dynamo and FX that we use: a new PyTorch that has changed one fails with this list."""
+"""Private names of Inductor, Dynamo and FX that we use: with a PyTorch that changed one, this list shows which."""
 
 import importlib
 import inspect
@@ -46,7 +46,7 @@ PRIVATE = re.compile(
 
 
 def test_all_are_listed_and_in_one_file():
-    """And they are imported in functions, when they are needed."""
+    """Each is imported in a function, when it is needed."""
     listed = {f"{module}.{name}" for module, name, _ in NAMES}
     for path in Path(inductor.__file__).parent.rglob("*.py"):
         found = PRIVATE.findall(path.read_text())

@@ -1,4 +1,4 @@
-"""Which gradients are written as one matrix, and that a recorded graph stays the same function."""
+"""Gradients that are written packed, as one matrix, and that a recorded graph stays the same function."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ X = torch.randn(2, 5, 16, dtype=torch.float64)
 
 
 def run(function, *tensors):
-    """How many results of attention's gradients a function has in one, and cats; after it was found to be the same."""
+    """Check that packing leaves a function the same; return how many packed results each operator has, and all cats."""
     recording = Recording(function, tensors)
     got = PiecewiseFunction(recording, as_recorded, {})(*tensors, *recording.captured)
     assert_close(got, function(*tensors), torch.float64)
@@ -29,7 +29,7 @@ def run(function, *tensors):
 
 
 def loss_of(by=None, **options):
-    """The loss of a layer as a function of its parameters and the tokens, and its parameters."""
+    """Return the loss of a layer as a function of its parameters and the tokens, and its parameters."""
     options = {"causal": True, "window": None, "dropout": 0.0, "bias": False, "backend": None, **options}
     layer = SelfAttention(16, 4, options.pop("kv_heads", 4), **options).double()
     params = {k: t.detach() for k, t in layer.named_parameters()}
@@ -37,7 +37,7 @@ def loss_of(by=None, **options):
 
 
 def gradient(loss, params):
-    """Its gradient, of tensors."""
+    """Return the gradient of a loss as a function of tensors."""
     return lambda x, *given: tuple(grad(loss)(dict(zip(params, given, strict=True)), x).values())
 
 
@@ -63,7 +63,7 @@ def test_of_its_hessian_product_over_tasks(kv_heads):
 
 @pytest.mark.parametrize("only", [0, 1])
 def test_of_one_of_two_sets(only):
-    """Of a gradient and its tangent, one alone is taken."""
+    """Only the gradient, or only its tangent, is packed."""
 
     def f(qkv):
         def loss(qkv):
@@ -80,7 +80,7 @@ def test_of_tokens_without_a_batch():
 
 
 def test_of_its_bits_is_not():
-    """A view of another dtype is not the same."""
+    """A view of another dtype has other numbers."""
 
     def f(q, k, v):
         parts = grad(lambda *x: metaattn.sdpa(*x).sin().sum(), (0, 1, 2))(q, k, v)
@@ -128,7 +128,7 @@ def test_another_order_is_not():
 
 
 def test_of_one_task_among_them_is_not():
-    """A view of fewer elements is not the same."""
+    """A view of fewer elements has other numbers."""
 
     def f(qkv):
         def loss(q, k, v):

@@ -1,4 +1,4 @@
-"""Threads that capture and run steps at once: each gets what it gets by itself."""
+"""Threads that capture and run steps at once get what each gets by itself."""
 
 import contextlib
 import sys
@@ -19,9 +19,9 @@ PARAMS = {"w": torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4), "v": t
 
 
 class Meeting:
-    """Where a loss waits a moment for the other threads to come to theirs, so that the threads take turns there.
+    """Place where a loss waits a moment for those of the other threads, so that the threads take turns there.
 
-    Only a moment: one of them may be recording, and another wait until it has recorded.
+    It waits only for a moment, because another thread may itself wait until this one has recorded its loss.
     """
 
     def __init__(self, parties):
@@ -39,7 +39,7 @@ class Meeting:
 
 
 class Case:
-    """A learner whose loss counts its calls, meets those of the others, and names what it must not be run with."""
+    """Learner whose loss counts its calls, notes the threads that call it, and meets the losses of other threads."""
 
     def __init__(self, meeting, scale, device="cpu", **settings):
         self.calls, self.threads, self.device = 0, set(), device
@@ -66,7 +66,7 @@ class Case:
         return self.learner.value_and_grad(self.meta, *self.data(seed))
 
     def compiled(self, lower=None):
-        """A captured step, and the modules that it compiles."""
+        """Return a function of a seed that runs the captured step, the step, and the modules that it compiles."""
         fast, modules = capture(self.learner.value_and_grad, mode="inductor"), []
         make = lower or fast.compiler.compile_piece
 
@@ -83,7 +83,7 @@ def for_seeds(run, *seeds):
 
 
 def at_once(*functions):
-    """What functions return that run in threads, all of which begin together."""
+    """Run functions in threads that begin together, and return their results."""
     start = threading.Barrier(len(functions))
 
     def run(function):
@@ -115,7 +115,7 @@ def test_different_steps(lower, rounds):
         ]
         runs = [cases[0].compiled(lower), cases[1].compiled(lower)]
         got = at_once(*(for_seeds(run, *SEEDS) for run in (runs[0][0], runs[1][0], cases[2].eager)))
-        # The eager one has called its loss at each step of each call, in its own thread; the others to record alone.
+        # The eager case calls its loss in each step of each call, in its thread; the others only to record it.
         eager = cases[2].calls
         assert all(len(case.threads) == 1 for case in cases)
         meeting.close()
@@ -131,7 +131,7 @@ def test_different_steps(lower, rounds):
 
 
 def test_the_same_step():
-    """It is recorded once."""
+    """One thread records it, and the others wait."""
     for _ in range(3):
         meeting = Meeting(2)
         case = Case(meeting, 1.0, steps=2, gradient="mixed")
@@ -150,7 +150,7 @@ def test_the_same_step():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mode", ["graph", "inductor"])
 def test_graphs(mode):
-    """Two steps are captured, of which one is replayed by two threads on streams of their own; a third runs eagerly."""
+    """Two steps are captured, of which one is replayed by two threads on separate streams; a third runs eagerly."""
     meeting = Meeting(3)
     cases = [
         Case(meeting, 1.0, "cuda", steps=2, gradient="reverse"),
@@ -185,7 +185,7 @@ def test_graphs(mode):
 
 
 def test_a_step_runs_eagerly_where_recording_would_have_to_wait():
-    """In a backward pass, which PyTorch may run in the thread that the recording waits for."""
+    """A backward pass may run in a thread of PyTorch that the recording waits for: if both waited, none would end."""
     case = Case(Meeting(1), 1.0, steps=1)
     _, fast, modules = case.compiled(as_recorded)
     key = FunctionKey("key", (), "key")
