@@ -199,7 +199,7 @@ def functional_step(
 
     def call() -> Gradient:
         gradient: Gradient = step(meta, support, query)[1]["params"]
-        problems = [captured.reason, *(captured.pieces.reasons.values() if captured.pieces else ())]
+        problems = [captured.reason, *(captured.compiler.reasons.values() if captured.compiler else ())]
         if mode and any(problems):
             raise RuntimeError(f"not captured or compiled: {problems}")
         return gradient

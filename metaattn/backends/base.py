@@ -84,7 +84,7 @@ class Problem:
         left: How many keys before its own position a row sees.
         right: How many keys after its own position a row sees.
         dropout_p: Probability that dropout sets an element to zero.
-        pack_qkv_gradients: The caller will pass the gradients to :func:`pack_qkv_gradients`. A backend that writes them
+        pack_qkv_gradients: The caller will pass the gradients to :func:`pack_qkv`. A backend that writes them
             into :func:`empty_packed_qkv` saves the copy there.
     """
 
@@ -251,7 +251,7 @@ def tokens_first(query: Tensor) -> bool:
 
 
 def empty_packed_qkv(like: Sequence[Tensor]) -> list[Tensor]:
-    """Return empty tensors for gradients that :func:`pack_qkv_gradients` packs without a copy.
+    """Return empty tensors for gradients that :func:`pack_qkv` packs without a copy.
 
     Args:
         like: Query, key and value, ``[*B, H, N, D]`` with equal N and D.
@@ -264,7 +264,7 @@ def empty_packed_qkv(like: Sequence[Tensor]) -> list[Tensor]:
     return [part.transpose(-3, -2) for part in buffer.split(heads, -2)]
 
 
-def pack_qkv_gradients(gradients: Sequence[Tensor]) -> Tensor:
+def pack_qkv(gradients: Sequence[Tensor]) -> Tensor:
     """Return the gradients of query, key and value as that of the packed projection that they were split from.
 
     Args:

@@ -16,7 +16,7 @@ from torch._ops import HigherOrderOperator
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..autodiff import BACKWARD, Replacement, called_as, unshown
+from ..autodiff import BACKWARD_FUNCTIONS, Replacement, callables_of, skip_torch_function
 from ..ops import sdpa
 
 with contextlib.suppress(ImportError):  # not in every version of PyTorch
@@ -54,11 +54,11 @@ def installed(*args: Any, **kwargs: Any) -> Tensor:
     return sdpa(*args, **kwargs, backend=Installed.backend)
 
 
-_REPLACED = {TORCH_SDPA, installed, *called_as("scaled_dot_product_attention")}
+_REPLACED = {TORCH_SDPA, installed, *callables_of("scaled_dot_product_attention")}
 # _varlen_attn is a custom operator, which forward mode silently treats as a constant (tests/boundaries).
-_FUSED = set[Any]().union(*map(called_as, _FUSED_NAMES), called_as("_varlen_attn", torch.ops.torch_attn))
+_FUSED = set[Any]().union(*map(callables_of, _FUSED_NAMES), callables_of("_varlen_attn", torch.ops.torch_attn))
 _FLEX = getattr(torch.ops.higher_order, "flex_attention", None)
-_SPECIAL = {*_REPLACED, *_FUSED, *BACKWARD, F.multi_head_attention_forward}
+_SPECIAL = {*_REPLACED, *_FUSED, *BACKWARD_FUNCTIONS, F.multi_head_attention_forward}
 
 
 def _check_padding(mask: Tensor, length: int, batch: int) -> None:
@@ -68,7 +68,7 @@ def _check_padding(mask: Tensor, length: int, batch: int) -> None:
 
 # A copy of PyTorch's function without its dispatch to modes, so that it runs with the mode enabled and Dynamo traces
 # into it. Dynamo also cannot trace the formatted error message of PyTorch's check of a mask, so that check is replaced.
-_multi_head_attention = unshown(F.multi_head_attention_forward, _check_key_padding_mask=_check_padding)
+_multi_head_attention = skip_torch_function(F.multi_head_attention_forward, _check_key_padding_mask=_check_padding)
 
 
 class Mode(Replacement):
@@ -112,4 +112,4 @@ class Mode(Replacement):
                 "replace_sdpa cannot replace flex_attention, because Python functions modify its scores; use attn_mask "
                 f"or the window of metaattn.sdpa: {_REMEDY}"
             )
-        return self._run_a_model(func, types, args, kwargs)
+        return self._call_reentered(func, types, args, kwargs)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..autodiff import in_transform
 from ..nn.norm import LayerNorm
 from ..ops import checkpoint
 
@@ -114,8 +115,7 @@ def _checkpointed(kind: Any) -> type:
     from transformers import Cache
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        if (torch.is_grad_enabled() or transformed) and any(isinstance(a, Cache) for a in (*args, *kwargs.values())):
+        if (torch.is_grad_enabled() or in_transform()) and any(isinstance(a, Cache) for a in (*args, *kwargs.values())):
             raise ValueError(
                 f"{kind.__name__} is checkpointed and would fill its cache again in each derivative; pass "
                 "use_cache=False, or call the model under torch.no_grad()"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..autodiff import Replacement, called_as
+from ..autodiff import Replacement, callables_of
 from ..nn.norm import standardise
 from ..ops.operators import autocasts
 
@@ -148,9 +148,9 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
     F.instance_norm: _instance_norm,
     F.batch_norm: _batch_norm,
-    **dict.fromkeys(called_as("layer_norm"), _layer_norm),
-    **dict.fromkeys(called_as("instance_norm"), _instance_norm_operator),
-    **dict.fromkeys(called_as("batch_norm"), _batch_norm_operator),
-    **dict.fromkeys(called_as("native_layer_norm"), _rejected("native_layer_norm", "layer_norm")),
-    **dict.fromkeys(called_as("native_batch_norm"), _rejected("native_batch_norm", "batch_norm")),
+    **dict.fromkeys(callables_of("layer_norm"), _layer_norm),
+    **dict.fromkeys(callables_of("instance_norm"), _instance_norm_operator),
+    **dict.fromkeys(callables_of("batch_norm"), _batch_norm_operator),
+    **dict.fromkeys(callables_of("native_layer_norm"), _rejected("native_layer_norm", "layer_norm")),
+    **dict.fromkeys(callables_of("native_batch_norm"), _rejected("native_batch_norm", "batch_norm")),
 }

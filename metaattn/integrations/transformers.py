@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..autodiff import levels
+from ..autodiff import wrapper_levels
 from ..ops import sdpa
 from ._transformers_layers import MISSING, checkpoint_layers, replace_layer_norms
 
@@ -201,7 +201,7 @@ def mask(
     if config is not None:
         _check_model(type(config))
     causal, bidirectional = allow_is_causal_skip, allow_is_bidirectional_skip
-    under_vmap = attention_mask is not None and any(batched for _, batched in levels(attention_mask))
+    under_vmap = attention_mask is not None and any(batched for _, batched in wrapper_levels(attention_mask))
     if under_vmap:
         # Leaving the mask out would depend on its values, which may differ from task to task.
         allow_is_causal_skip = allow_is_bidirectional_skip = False

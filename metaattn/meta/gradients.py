@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
+from ..compile.compiler import active_compiler
 from ._checks import check_count, check_optimizer, check_params
 from ._closure_checks import check_loop
-from ._compiled_step import compiled_step, spread
+from ._compiled_step import compiled_step, expand_per_task
 from ._implicit import minimum
 from ._inner_loop import Loop, Loss, detach
-from ._mixed_mode import mixed_gradient, segment
+from ._mixed_mode import mixed_gradient, run_segment
 from .optim import InnerOptimizer, Params, Rates, State
 
 
@@ -163,7 +164,7 @@ class Mixed(Gradient):
         bounds = [steps * i // count for i in range(count + 1)]
         passed: list[Params] = []
         for first, last in pairwise(bounds):
-            part, state = segment(loop, gradient, adapted, state, first, last, every, step)
+            part, state = run_segment(loop, gradient, adapted, state, first, last, every, step)
             adapted = part[-1]
             passed += part
         return passed
@@ -409,9 +410,10 @@ def _unroll(
         raise ValueError(f"no parameter is named {unknown}; the parameters are {sorted(params)}")
     if steps == 0:
         return [params]
-    adapted = spread({k: params[k] for k in names}, data)
+    compiler = active_compiler()  # once: all steps and their derivatives run as the first does
+    adapted = expand_per_task({k: params[k] for k in names}, data, compiler)
     fixed = {k: p for k, p in params.items() if k not in adapted}
-    loop = Loop(loss, tuple(params), fixed, tuple(data), optimizer, rates)
+    loop = Loop(loss, tuple(params), fixed, tuple(data), optimizer, rates, compiler)
     return [params, *(loop.join(p, fixed) for p in mode.unroll(loop, adapted, optimizer.init(adapted), steps, every))]
 
 

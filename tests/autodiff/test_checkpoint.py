@@ -134,7 +134,8 @@ class TestArguments:
         assert checkpoint(lambda n, s: (n + 1, s))(1, s="a") == (2, "a")
 
     def test_not_callable(self):
-        with pytest.raises(TypeError, match=r"takes a function or a module, and its result the arguments; got tensor"):
+        message = r"takes a function or a module, and the function that it returns takes the arguments; got tensor"
+        with pytest.raises(TypeError, match=message):
             checkpoint(torch.ones(2))
 
 

@@ -14,7 +14,7 @@ from metaattn.backends.base import (
     Rows,
     Tangent,
     empty_packed_qkv,
-    pack_qkv_gradients,
+    pack_qkv,
 )
 from metaattn.backends.reference import ReferenceBackend
 
@@ -77,10 +77,10 @@ def test_packed_gradients_are_a_view_only_if_they_are_adjacent():
     packed = empty_packed_qkv(X[:3])
     for written, t in zip(packed, X[:3], strict=True):
         written.copy_(t)
-    got = pack_qkv_gradients(packed)
+    got = pack_qkv(packed)
     assert got.data_ptr() == packed[0].data_ptr()
-    assert torch.equal(got, pack_qkv_gradients(X[:3]))
-    assert pack_qkv_gradients(X[:3]).data_ptr() != X.query.data_ptr()
+    assert torch.equal(got, pack_qkv(X[:3]))
+    assert pack_qkv(X[:3]).data_ptr() != X.query.data_ptr()
 
 
 @pytest.mark.parametrize("name", registry.BACKENDS)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from metaattn.backends.base import BackwardJvpInputs, Operands, Problem, Rows, Tangent, pack_qkv_gradients
+from metaattn.backends.base import BackwardJvpInputs, Operands, Problem, Rows, Tangent, pack_qkv
 from metaattn.backends.reference import backend as reference
 from tests.conftest import NO_KERNELS
 from tests.helpers import assert_close
@@ -178,9 +178,9 @@ def test_packed_gradients(name):
 
     for got, want in zip(gradients(replace(problem, pack_qkv_gradients=True)), gradients(problem), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got[:3], want[:3], strict=True))
-        packed = pack_qkv_gradients(got[:3])
+        packed = pack_qkv(got[:3])
         assert packed.data_ptr() == got.query.data_ptr()
-        assert torch.equal(packed, pack_qkv_gradients(want[:3]))
+        assert torch.equal(packed, pack_qkv(want[:3]))
 
 
 @pytest.mark.parametrize("name", ["ragged", "gqa", "bias", "three_batches"])

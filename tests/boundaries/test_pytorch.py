@@ -1,5 +1,7 @@
 """What PyTorch does not do, held fast: the day one of these fails, PyTorch has learned it, and we say so."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,7 +87,7 @@ class _Exp(Function):
 
 
 def test_an_operation_in_a_jvp_rule_loses_the_outer_tangents():
-    """Silently. Why our jvp rules add with a Function (``_rules._Sum``)."""
+    """Silently. Why our jvp rules add with a Function (``autodiff.add_terms``)."""
     x = torch.randn(3, dtype=torch.float64)
     once = lambda x: jvp(_Exp.apply, (x,), (torch.ones_like(x),))[1]
     twice = jvp(once, (x,), (torch.ones_like(x),))[1]
@@ -173,3 +175,32 @@ def test_norms_have_wrong_second_derivatives(name):
 
     got, want = second(norm), second(written_out)
     assert all((g - w).norm() > 0.01 * w.norm() for g, w in zip(got, want, strict=True))  # should be equal
+
+
+def _left_to_the_garbage_collector(call):
+    """Number of objects in reference cycles that a call leaves, after it has run before."""
+    call()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        call()
+        return gc.collect()
+    finally:
+        gc.unfreeze()
+        gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transforms_leave_reference_cycles():
+    """Of any function: tree_flatten and torch.func.grad recurse in nested functions, which refer to themselves.
+
+    With the garbage collector off, memory grows with each call: by far the most under linearize, whose graph is left.
+    ``tests/autodiff/test_garbage.py`` asserts that we add none, and ``_torch_internals.tree_flatten`` is why.
+    """
+    x = torch.randn(3)
+    f = lambda x: x.sin().sum()
+    flatten = _left_to_the_garbage_collector(lambda: torch.utils._pytree.tree_flatten([x]))
+    product = _left_to_the_garbage_collector(lambda: jvp(grad(f), (x,), (x,)))
+    linear = _left_to_the_garbage_collector(lambda: torch.func.linearize(f, x)[1](x))
+    assert 0 < flatten < 20 < product < 1000 < linear

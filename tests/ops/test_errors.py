@@ -97,7 +97,7 @@ def test_an_error_is_the_same_under_transforms():
 
 
 def test_jit_trace_is_refused():
-    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace is not served; use torch.compile or make_fx"):
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace is not supported; use torch.compile or make_fx"):
         torch.jit.trace(lambda q: metaattn.sdpa(q, X, X), (X,))
 
 
@@ -113,7 +113,7 @@ def test_batched_gradients_of_third_order():
 
 def test_an_unknown_transform():
     x = torch.randn(1, 1, 3, 2)
-    with pytest.raises(NotImplementedError, match=r"no rule for torch\.func's transform Functionalize"):
+    with pytest.raises(NotImplementedError, match=r"no rule for the transform Functionalize of torch\.func"):
         torch.func.functionalize(lambda x: metaattn.sdpa(x, x, x))(x)
 
 

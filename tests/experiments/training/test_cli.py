@@ -370,7 +370,9 @@ def test_compiled_steps_learn_as_eager_ones_do(command, monkeypatch):
     """The steps are recorded and split, but not lowered, because the C++ compiler would take minutes."""
     lowered = []
     monkeypatch.setattr(
-        compiler, "inductor", lambda options: lambda module, inputs: lowered.append(module) or as_recorded(module)
+        compiler,
+        "inductor_compiler",
+        lambda options: lambda module, inputs: lowered.append(module) or as_recorded(module),
     )
     losses = {}
     for how in ("none", "inductor"):
