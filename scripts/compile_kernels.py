@@ -18,6 +18,7 @@ Exits with 1 if a kernel does not compile, fits with no block sizes, or has a di
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -292,7 +293,7 @@ def main() -> None:
     p.add_argument("--primitives", nargs="+", default=KERNELS, choices=KERNELS)
     p.add_argument("--cache", type=Path, help="folder of compiled kernels, instead of Triton's own")
     p.add_argument("--compare", type=Path, metavar="FILE", help="a saved table to compare the digests with")
-    p.add_argument("--processes", type=int, default=os.cpu_count())
+    p.add_argument("--processes", type=int, default=os.cpu_count(), help="0: compile in this process")
     a = p.parse_args()
     saved = None if a.compare is None else digests(a.compare.read_text().splitlines())
     if a.cache is not None:
@@ -302,8 +303,13 @@ def main() -> None:
     lines: list[str] = []
     print(f"Triton {triton.__version__}")
     print(HEADER)
-    with ProcessPoolExecutor(a.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        done = tqdm(pool.map(compile_one, todo), total=len(todo), desc="compile", mininterval=5, disable=None)
+    with contextlib.ExitStack() as stack:
+        compiled: Iterable[tuple[list[LoadedKernel], str | None]] = map(compile_one, todo)
+        if a.processes:
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(a.processes, mp_context=context))
+            compiled = pool.map(compile_one, todo)
+        done = tqdm(compiled, total=len(todo), desc="compile", mininterval=5, disable=None)
         for job, (loaded, problem) in zip(todo, done, strict=True):
             for k in loaded:
                 lines.append(line(job, k))

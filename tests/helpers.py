@@ -1,4 +1,4 @@
-"""The oracle, dense attention written out, and one way to compare."""
+"""The oracle, which is dense attention written out, and the one way to compare results with it."""
 
 import math
 import re
@@ -6,9 +6,9 @@ import re
 import torch
 from torch.utils._pytree import tree_leaves
 
-# Relative error in the 2-norm that a result in each dtype may have against float64. float64: a few hundred
-# roundings of 1e-16. The others: about 2 (float32, bfloat16) to 4 (float16, whose range is the smaller)
-# units of the last place on the worst of the cases here.
+# The relative error in the 2-norm, against float64, that a result may have in each dtype. In float64 this is a few
+# hundred roundings of 1e-16. In the others it is about 2 (float32, bfloat16) to 4 (float16, whose range is smaller)
+# units in the last place on the worst of the cases here.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -24,10 +24,10 @@ def dense(
     window=None,
     dropout=None,
 ):
-    """out and lse by the definition, in operations that every mode differentiates.
+    """Compute out and lse by the definition, in operations that every mode differentiates.
 
-    The exponential is written out: PyTorch's softmax and logsumexp fail in reverse over a forward_ad level.
-    ``dropout`` is the matrix of weights, 0 or 1/(1-p).
+    The softmax is written with ``exp``: PyTorch's softmax and logsumexp fail in reverse mode over a forward_ad level.
+    ``dropout`` is the matrix of dropout weights, each 0 or 1/(1-p).
     """
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
@@ -61,7 +61,7 @@ def dense(
 
 
 def error(got, want):
-    """Relative error in the 2-norm over all leaves; absolute where the expected result is tiny."""
+    """Return the largest relative error of a leaf in the 2-norm; it is absolute where the expected leaf is tiny."""
     got, want = ([x for x in tree_leaves(tree) if x is not None] for tree in (got, want))
     assert len(got) == len(want), f"{len(got)} results, expected {len(want)}"
     worst = 0.0
@@ -79,19 +79,21 @@ def error(got, want):
 
 
 def as_vector(tree):
-    """All leaves as one vector, infinities as 0. For low precision: a leaf that is zero by cancellation (the gradient
-    of a bias that shifts whole rows) has no relative error of its own.
+    """Return all leaves as one vector, with zeros for infinities.
+
+    For low precision: a leaf whose exact value is zero by cancellation, such as the gradient of a bias that shifts
+    whole rows, has no meaningful relative error by itself.
     """
     leaves = [t for t in tree_leaves(tree) if t is not None]
     return torch.cat([torch.where(torch.isinf(t), 0.0, t).double().flatten() for t in leaves])
 
 
 def assert_close(got, want, dtype=torch.float64, factor=1.0):
-    """Every leaf of ``got`` within its dtype's tolerance (times ``factor``) of ``want``."""
+    """Assert that every leaf of ``got`` is within the dtype's tolerance (times ``factor``) of ``want``."""
     e, limit = error(got, want), factor * TOLERANCE[dtype]
     assert e <= limit, f"relative error {e:.1e}, at most {limit:.1e} allowed"
 
 
 def python_blocks(path):
-    """The python blocks of a Markdown page, in order."""
+    """Return the Python blocks of a Markdown page, in order."""
     return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Every thing in its room: imports run one way, and each package says what is public."""
+"""Imports go one way, private modules stay in their package, and each package lists its public names."""
 
 import ast
 import importlib
@@ -13,7 +13,7 @@ import pytest
 import metaattn
 
 ROOT = Path(__file__).parent.parent
-# What each room may import of the others. Not listed: nothing. metaattn/__init__ re-exports and sees all.
+# The packages that each package may import, and no others. metaattn/__init__ re-exports and may import all.
 MAY_IMPORT = {
     "metaattn.backends": set(),
     "metaattn.autodiff": {"metaattn.backends"},
@@ -41,14 +41,14 @@ def _module(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _room(module):
-    """The room that a module is in."""
+def _package_of(module):
+    """Return the package of MAY_IMPORT that a module is in."""
     parts = module.split(".")
     return ".".join(parts[:2]) if parts[0] == "metaattn" else parts[0]
 
 
 def _imports(path):
-    """The absolute names that a file imports."""
+    """Generate the absolute names that a file imports."""
     package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -62,23 +62,23 @@ def _imports(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_direction(path):
-    room = _room(_module(path))
+    package = _package_of(_module(path))
     for name in _imports(path):
         top = name.split(".")[0]
         if top not in ("metaattn", "experiments", "train_maml", "tests", "scripts"):
             continue
-        other = _room(name)
-        allowed = other == room or other in MAY_IMPORT[room] or (top in MAY_IMPORT[room])
-        if other == "metaattn" and room.startswith("metaattn") and room != "metaattn.cli":
-            allowed = False  # nothing inside reaches up to the face, but the commands, which are above it
+        other = _package_of(name)
+        allowed = other == package or other in MAY_IMPORT[package] or (top in MAY_IMPORT[package])
+        if other == "metaattn" and package.startswith("metaattn") and package != "metaattn.cli":
+            allowed = False  # only the commands are above metaattn/__init__
         assert allowed, (
-            f"{_module(path)} imports {name}: {room} may import {sorted(MAY_IMPORT[room]) or 'nothing of ours'}"
+            f"{_module(path)} imports {name}: {package} may import {sorted(MAY_IMPORT[package]) or 'nothing of ours'}"
         )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_strangers_stay_at_the_edge(path):
-    """Hydra only in experiments and the command; Triton only in its backend; no autograd in backends."""
+def test_where_other_libraries_are_imported(path):
+    """Only experiments and train_maml.py import Hydra, only its backend Triton, and no backend imports autograd."""
     module, names = _module(path), set(_imports(path))
     tops = {n.split(".")[0] for n in names}
     if module.startswith("metaattn"):
@@ -95,7 +95,7 @@ def _package(module, path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_private_modules_stay_in_their_package(path):
-    """A module ``_name`` is imported by its own package alone, or one inside of it."""
+    """Only its own package, and those inside it, import a module ``_name``."""
     package = _package(_module(path), path)
     for name in _imports(path):
         parts = name.split(".")
@@ -166,7 +166,7 @@ def _packages():
 
 @pytest.mark.parametrize("name", list(_packages()))
 def test_public_names(name):
-    """``__all__`` is sorted, whole, and every name in it has a docstring."""
+    """``__all__`` is sorted and complete, and every name in it has a docstring."""
     module = importlib.import_module(name)
     names = module.__all__
     assert list(names) == sorted(names)

@@ -19,29 +19,30 @@ from metaattn.backends.triton import block_sizes, launch  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and NO_KERNELS is not None, reason=NO_KERNELS or "")
 
-# Lengths, head sizes, and which other parts of the contract are used.
+# Lengths, head sizes, and what else of the contract is used. One batch where batches are not the point: two take twice
+# as long in the interpreter.
 CALLS = {
     "even": {"heads": 2, "rows": 32, "keys": 48},
     "ragged": {"rows": 37, "keys": 51, "size": 12, "value_size": 20},
     "one_block_of_keys": {"rows": 37, "keys": 9},
-    "causal": {"rows": 50, "keys": 35, "right": 0},
-    "causal_wide": {"rows": 35, "keys": 50, "right": 0},
-    "window": {"rows": 70, "keys": 60, "left": 20, "right": 3},
-    "window_left": {"rows": 40, "keys": 70, "left": 5},
-    "window_narrow": {"rows": 40, "keys": 40, "left": 0, "right": 0},
-    "rows_without_keys": {"rows": 60, "keys": 20, "left": 5},
-    "gqa": {"rows": 20, "keys": 40, "heads": 4, "right": 0},
+    "causal": {"batch": (1,), "rows": 50, "keys": 35, "right": 0},
+    "causal_wide": {"batch": (1,), "rows": 35, "keys": 50, "right": 0},
+    "window": {"batch": (1,), "rows": 70, "keys": 60, "left": 20, "right": 3},
+    "window_left": {"batch": (1,), "rows": 40, "keys": 70, "left": 5},
+    "window_narrow": {"batch": (1,), "rows": 40, "keys": 40, "left": 0, "right": 0},
+    "rows_without_keys": {"batch": (1,), "rows": 60, "keys": 20, "left": 5},
+    "gqa": {"batch": (1,), "rows": 20, "keys": 40, "heads": 4, "right": 0},
     "bias": {"heads": 2, "rows": 20, "keys": 40, "bias": (2, 2, 20, 40)},
     "bias_shared": {"batch": (2, 3), "rows": 20, "keys": 14, "bias": (1, 3, 1, 20, 14)},
-    "bias_keys": {"rows": 40, "keys": 36, "bias": (1, 1, 1, 36)},
-    "bias_rows": {"heads": 2, "rows": 40, "keys": 36, "bias": (1, 2, 36 + 4, 1), "scale": -0.3},
+    "bias_keys": {"batch": (1,), "rows": 40, "keys": 36, "bias": (1, 1, 1, 36)},
+    "bias_rows": {"batch": (1,), "heads": 2, "rows": 40, "keys": 36, "bias": (1, 2, 36 + 4, 1), "scale": -0.3},
     "bias_heads": {"heads": 2, "rows": 9, "keys": 14, "bias": (1, 2, 1, 1)},
     "mask": {"rows": 40, "keys": 40, "mask": (2, 1, 40, 40)},
     "mask_keys": {"rows": 40, "keys": 36, "mask": (2, 1, 1, 36), "right": 0},
     "mask_one_block": {"rows": 20, "keys": 16, "mask": (1, 2, 20, 16), "heads": 2},
     "dropout": {"rows": 20, "keys": 40, "dropout": 0.3},
-    "query_tangent": {"rows": 20, "keys": 40, "tangents": (1, 0, 0, 0)},
-    "key_tangent": {"rows": 20, "keys": 40, "tangents": (0, 1, 0, 0), "moving": False},
+    "query_tangent": {"batch": (1,), "rows": 20, "keys": 40, "tangents": (1, 0, 0, 0)},
+    "key_tangent": {"batch": (1,), "rows": 20, "keys": 40, "tangents": (0, 1, 0, 0), "moving": False},
     "value_tangent": {"rows": 20, "keys": 9, "tangents": (0, 0, 1, 0), "moving": False},
     "bias_tangent": {
         "heads": 2,
@@ -51,14 +52,14 @@ CALLS = {
         "tangents": (0, 0, 0, 1),
         "moving": False,
     },
-    "lse_alone": {"rows": 20, "keys": 40, "out": False},
+    "lse_alone": {"batch": (1,), "rows": 20, "keys": 40, "out": False},
     "three_batches": {"batch": (2, 2, 2), "rows": 9, "keys": 10, "bias": (2, 1, 2, 1, 9, 10)},
     "expanded": {"heads": 2, "rows": 20, "keys": 40, "expanded": True},
     "transposed": {"heads": 2, "rows": 20, "keys": 40, "transposed": True},
     "few_rows": {"rows": 3, "keys": 50, "left": 20},
     "few_rows_one_block": {"rows": 2, "keys": 9, "heads": 2, "mask": (2, 1, 2, 9)},
     "few_rows_bias": {"rows": 2, "keys": 40, "bias": (2, 1, 2, 40)},
-    "few_rows_gqa": {"rows": 3, "keys": 40, "heads": 4, "right": 30},
+    "few_rows_gqa": {"batch": (1,), "rows": 3, "keys": 40, "heads": 4, "right": 30},
     "few_rows_dropout": {"rows": 2, "keys": 40, "dropout": 0.3},
     "few_rows_lse_alone": {"rows": 2, "keys": 9, "out": False},
     "few_rows_without_keys": {"rows": 9, "keys": 20, "left": -15},
@@ -155,8 +156,8 @@ def test_primitives(name):
 PACKED = {
     "even": {"heads": 2, "rows": 32, "keys": 32, "size": 16, "value_size": 16},
     "one_block_of_keys": {"heads": 2, "rows": 13, "keys": 13, "size": 16, "value_size": 16},
-    "causal_gqa": {"heads": 4, "rows": 37, "keys": 37, "size": 16, "value_size": 16, "right": 0},
-    "transposed": {"heads": 2, "rows": 33, "keys": 33, "size": 16, "value_size": 16, "transposed": True},
+    "causal_gqa": {"batch": (1,), "heads": 4, "rows": 37, "keys": 37, "size": 16, "value_size": 16, "right": 0},
+    "transposed": {"batch": (1,), "heads": 2, "rows": 33, "keys": 33, "size": 16, "value_size": 16, "transposed": True},
     "two_batches": {"batch": (2, 3), "rows": 20, "keys": 20, "size": 16, "value_size": 16, "expanded": True},
 }
 

@@ -52,6 +52,7 @@ def begun(monkeypatch):
         precompile._pool.end()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Inductor's own
 def test_what_a_process_compiled_is_found(step, begun, precision, tmp_path, monkeypatch):
     precision("high")

@@ -36,6 +36,7 @@ def test_page(tmp_path, monkeypatch):
     assert_close({k: p.grad for k, p in meta["params"].items()}, gradient["params"])
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     history, _ = loops.plain()
     for got in loops.by_torchrun(PAGE, 2, tmp_path):

@@ -74,6 +74,7 @@ def _meta_gradient(model):
     return torch.autograd.grad(out, list(leaves.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("derivative", [_hessian_product, _meta_gradient])
 def test_peak(derivative):
     plain, remat = (peak_bytes(lambda r=r: derivative(_model(6, remat=r))) for r in (False, True))

@@ -1,4 +1,4 @@
-"""The calls on which every backend is held to the oracle."""
+"""The calls of attention on which every backend is compared with the oracle."""
 
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -11,7 +11,10 @@ from tests.helpers import dense
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes of query, key and value, options, and a mask: ``bool``, ``bias`` (differentiated) or ``None``."""
+    """Shapes of query, key and value, the options of a call, and its mask.
+
+    ``mask`` is ``"bool"``, ``"bias"`` (additive and differentiated), ``"-inf"`` (additive, and hides) or ``None``.
+    """
 
     query: tuple
     key: tuple
@@ -22,7 +25,7 @@ class Case:
     layout: str = "dense"  # or "strided", "expanded"
 
     def inputs(self, dtype=torch.float64):
-        """The differentiable inputs: query, key, value and, if additive, the mask."""
+        """Return the differentiable inputs: query, key, value and, if it is additive, the mask."""
         shapes = [self.query, self.key, self.value] + ([self.mask_shape] if self.mask in ("bias", "-inf") else [])
         g = torch.Generator().manual_seed(1)
         out = []
@@ -32,14 +35,14 @@ class Case:
             elif self.layout == "expanded":
                 shape = (*shape[:-3], 1, *shape[-2:])
             out.append(torch.randn(shape, generator=g, dtype=torch.float64).to(dtype))
-        if self.mask == "-inf":  # an additive mask that hides, and one row that sees nothing
+        if self.mask == "-inf":  # hides some keys, and all keys of the first row
             hide = torch.rand(self.mask_shape, generator=g) < 0.3
             hide[..., 0, :] = True
             out[3] = out[3].masked_fill(hide, -torch.inf)
         return tuple(out)
 
     def like(self, seed):
-        """Random tensors in the inputs' shapes: tangents."""
+        """Return random tensors in the shapes of the inputs, to be their tangents."""
         g = torch.Generator().manual_seed(seed)
         return tuple(torch.randn(t.shape, generator=g, dtype=torch.float64) for t in self.inputs())
 
@@ -50,11 +53,11 @@ class Case:
         g = torch.Generator().manual_seed(2)
         mask = torch.rand(self.mask_shape, generator=g) < 0.7
         if mask.shape[-2] > 1:
-            mask[..., -1, :] = False  # a row that sees nothing
+            mask[..., -1, :] = False  # hide all keys of the last row
         return mask
 
     def _split(self, inputs):
-        """query, key and value in this layout, and the mask."""
+        """Return query, key and value in the layout of this case, and the mask."""
         mask = inputs[3] if len(inputs) == 4 else self.bool_mask
         if mask is not None:
             mask = mask.to(inputs[0].device)
@@ -66,8 +69,8 @@ class Case:
         return qkv, mask
 
     def attention(self, backend):
-        """The operator as a function of the differentiable inputs; one call, one dropout mask."""
-        _ = self.bool_mask  # drawn now: no transform is active yet
+        """Return the operator as a function of the differentiable inputs. Every call draws the same dropout mask."""
+        _ = self.bool_mask  # draw it now, while no transform is active
 
         def f(*inputs):
             qkv, mask = self._split(inputs)
@@ -77,10 +80,10 @@ class Case:
         return f
 
     def oracle(self):
-        """The same function written out."""
+        """Return the same function, written out as dense attention."""
         options = dict(self.options)
         p = options.pop("dropout_p", 0.0)
-        _ = self.bool_mask  # drawn now: no transform is active yet
+        _ = self.bool_mask  # draw it now, while no transform is active
         z = _dropout(self.query[:-1], self.key[-2], p) if p else None
 
         def f(*inputs):
@@ -92,7 +95,10 @@ class Case:
 
 @cache
 def _dropout(rows, keys, p):
-    """The dropout weights of a call on rows of this shape, read off the operator: uniform attention to unit vectors."""
+    """Return the dropout weights of a call on rows of this shape.
+
+    They are read from the operator: with uniform attention to unit vectors its output is the weights over their number.
+    """
     torch.manual_seed(3)
     query = torch.zeros(*rows, 1, dtype=torch.float64)
     eye = torch.eye(keys, dtype=torch.float64).expand(*rows[:-1], keys, keys)

@@ -1,4 +1,4 @@
-"""Ways to nest derivatives, each a function of (attention, inputs, tangents) that returns tensors to compare."""
+"""Nestings of derivatives: functions of attention, its inputs and three tangents that return tensors to compare."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from torch.func import grad, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 
 def loss_of(attention):
-    """A scalar, nonlinear in out and lse and in all inputs; rows that see nothing count in neither."""
+    """Return a scalar loss, nonlinear in out, lse and all inputs, to which rows without keys contribute nothing."""
 
     def loss(*inputs):
         finite = (torch.where(torch.isinf(x), 0.0, x) for x in inputs)
@@ -32,7 +32,7 @@ def _grad(f, inputs):
 
 
 def _along(f, tangents):
-    """The directional derivative of f, as a function of its inputs."""
+    """Return the directional derivative of f as a function of its inputs."""
     return lambda *x: jvp(f, x, tangents)[1]
 
 
@@ -67,7 +67,7 @@ def jvp_each(attention, x, ts):
 
 
 def grad_each_hvp(attention, x, ts):
-    """Forward over reverse, one input alone: what the others' absent tangents leave out must be zero."""
+    """Forward over reverse along one input at a time: the terms that absent tangents leave out must be zero."""
     loss = loss_of(attention)
     out = []
     for i in range(len(x)):
@@ -103,7 +103,7 @@ def jvp_vjp(attention, x, ts):
 
 
 def grad_vjp(attention, x, ts):
-    """Double backward, with respect to the cotangent as well."""
+    """Double backward, also with respect to the cotangent."""
     out, lse = attention(*x)
     f = lambda w, *x: _dot(vjp(attention, *x)[1]((w, torch.zeros_like(lse))), ts[0])
     return grad(f, tuple(range(len(x) + 1)))(out.cos(), *x)
@@ -165,7 +165,7 @@ def grad_grad_jvp(attention, x, ts):
 
 
 def _linearized(f, x):
-    """PyTorch traces with tangents that it leaves uninitialised: what interpreted kernels warn of there is no fault."""
+    """Linearise without warnings: PyTorch traces with uninitialised tangents, which interpreted kernels warn about."""
     with np.errstate(over="ignore", invalid="ignore"):
         return linearize(f, *x)
 
@@ -205,7 +205,7 @@ def jacrev_jacfwd(attention, x, ts):
 
 
 def _stack(x, ts):
-    """Inputs with a mapped dimension: the inputs and two perturbations of them."""
+    """Return inputs with a mapped dimension: the inputs and two perturbations of them."""
     return tuple(torch.stack([a, a + 0.1 * b, a - 0.2 * c]) for a, b, c in zip(x, ts[0], ts[1], strict=True))
 
 
@@ -234,14 +234,14 @@ def grad_vmap(attention, x, ts):
 
 
 def jvp_vmap_jvp(attention, x, ts):
-    """A forward mode below a vmap below a forward mode."""
+    """Forward mode over vmap over forward mode."""
     inner = lambda *x: vmap(_along(loss_of(attention), ts[0]), randomness="same")(*x)
     s = _stack(x, ts)
     return jvp(inner, s, tuple(a.sin() for a in map(torch.nan_to_num, s)))[1]
 
 
 def grad_vmap_grad(attention, x, ts):
-    """A learner for each sample, and a gradient through all of them: the shape of MAML."""
+    """A gradient for each sample, and a gradient through all of them, as in MAML."""
     g = vmap(_grad(loss_of(attention), x), randomness="same")
     return _grad(lambda *x: sum(t.square().sum() for t in g(*x)), x)(*_stack(x, ts))
 
@@ -274,7 +274,7 @@ def eager_hvp(attention, x, ts):
 
 
 def eager_batched(attention, x, ts):
-    """Batched cotangents: the legacy vmap under ``is_grads_batched``."""
+    """Batched cotangents, by the legacy vmap of ``is_grads_batched``."""
     x = _leaves(x)
     g = torch.autograd.grad(loss_of(attention)(*x), x, create_graph=True)
     w = tuple(torch.stack([t, 2 * t.cos()]) for t in ts[0])
@@ -302,12 +302,12 @@ def reverse_over_dual(attention, x, ts):
         return torch.autograd.grad(tangent, x)
 
 
-# torch.func.linearize calls the function twice and replays a trace of it: where the function draws random
-# numbers, its value and its tangent map belong to different draws (PyTorch's own dropout likewise).
+# torch.func.linearize calls the function, then traces it. Where the function draws random numbers, its value and its
+# tangent map belong to different draws, as with PyTorch's own dropout.
 NOT_RANDOM = [linearize_, linearize_grad]
-# Of thousands of lanes: minutes in an interpreter.
+# Matrices of thousands of columns: minutes in the interpreter.
 LARGE = [jacrev_, jacfwd_, hessian_, jacrev_jacrev, jacfwd_jacfwd, jacrev_jacfwd]
-# torch.func.jacfwd itself raises for inputs without elements.
+# torch.func.jacfwd raises for inputs without elements.
 NOT_EMPTY = [hessian_, jacfwd_jacfwd, jacrev_jacfwd]
 FIRST = [
     value,

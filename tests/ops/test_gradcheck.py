@@ -7,6 +7,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from tests.ops.cases import CASES
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
+# The rules are the same for every backend, and test_exactness has all of their nestings on blockwise.
+BACKENDS = ["reference", pytest.param("blockwise", marks=pytest.mark.exhaustive)]
 NAMES = ["causal", "gqa_uneven", "mask", "bias", "bias_column", "window_causal", "dropout", "broadcast", "strided"]
 
 
@@ -22,6 +24,7 @@ def _call(name, backend):
     return f, inputs
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_gradcheck(name, backend):
     f, inputs = _call(name, backend)
@@ -37,6 +40,7 @@ def test_gradcheck(name, backend):
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_gradgradcheck(name, backend):
     f, inputs = _call(name, backend)

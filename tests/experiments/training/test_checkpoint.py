@@ -66,6 +66,7 @@ def test_a_failed_write_keeps_the_old_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_instant_leaves_a_readable_one(tmp_path):
     path = tmp_path / "a.pt"
     delays = np.random.default_rng(0).uniform(0, 0.05, 5)

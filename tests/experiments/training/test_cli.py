@@ -146,6 +146,7 @@ def test_checkpoint_has_what_a_resumed_run_needs(finished):
     assert content["meta"]["params"]["head.weight"].shape == (5, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_kill_and_resume_is_bit_exact(tmp_path, dropout, finished):
     """20 steps equal some steps, kill -9, and the rest after a resume. Dropout depends on the random generators."""
@@ -195,6 +196,7 @@ def _assert_identical(a, b):
         assert a == b
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_stops(tmp_path):
     process = _start(tmp_path, "train.steps=100000", "train.checkpoint_every=100000")
     run = tmp_path / "outputs" / "glyphs"
