@@ -10,7 +10,8 @@ code (SASS). With --compare FILE, digests are compared with those of a saved tab
 code. Triton's cache of compiled kernels is filled in the process; with --cache DIR it is that folder, and a machine
 with the same Triton version can use it. The compiler is not entirely deterministic: a kernel that spills registers
 (head size 128, "short", backward_jvp) compiles to one of two programs from run to run. Compile again, with an empty
-cache, before a difference counts.
+cache, before a difference counts. A kernel is listed once: compare tables of the same GPUs, dtypes, sizes and kinds, in
+the same order.
 
 Exits with 1 if a kernel does not compile, fits with no block sizes, or has a digest that differs.
 """
