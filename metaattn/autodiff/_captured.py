@@ -58,7 +58,7 @@ class Visited(NamedTuple):
 
 def visit(
     thing: Any, name: str, *, opaque: tuple[type, ...] = (), follow_globals: bool = False, depth: int = 1
-) -> Iterator[Visited]:
+) -> list[Visited]:
     """Visit an object and all that it refers to, each before its parts.
 
     Functions are followed into their closure and defaults, modules into parameters and buffers, containers into their
@@ -71,7 +71,9 @@ def visit(
         follow_globals: Also follow the global names that a function uses, except in PyTorch and this library.
         depth: Follow attributes of objects that are attributes of objects, up to this many levels.
     """
-    return _visit(thing, name, (types.ModuleType, type, *opaque), follow_globals, depth, {}, [])
+    visits: list[Visited] = []
+    _visit(thing, name, (types.ModuleType, type, *opaque), follow_globals, depth, {}, visits)
+    return visits
 
 
 def _visit(
@@ -81,23 +83,22 @@ def _visit(
     follow_globals: bool,
     depth: int,
     seen: dict[int, int],
-    alive: list[Any],
-) -> Iterator[Visited]:
-    if is_plain(thing):
-        yield Visited(path, thing)
+    visits: list[Visited],  # keeps the objects alive: another one could get the same id
+) -> None:
+    if isinstance(thing, _PLAIN_TYPES):
+        visits.append(Visited(path, thing))
         return
     if id(thing) in seen:
-        yield Visited(path, thing, repeats=seen[id(thing)])
+        visits.append(Visited(path, thing, repeats=seen[id(thing)]))
         return
     seen[id(thing)] = len(seen)
-    alive.append(thing)  # or another object could get its id
     parts: Mapping[Any, Any] | None = None
     if isinstance(thing, (Tensor, *opaque)):
         pass
     elif isinstance(thing, nn.Module):
         parts = {**dict(thing.named_parameters()), **dict(thing.named_buffers())}
     elif isinstance(thing, types.FunctionType):
-        parts = {**closed_over(thing), **(_globals_of(thing) if follow_globals else {})}
+        parts = closed_over(thing) | (_globals_of(thing) if follow_globals else {})
     elif isinstance(thing, types.MethodType):
         parts = {"code": thing.__func__, "self": thing.__self__}
     elif isinstance(thing, functools.partial):
@@ -112,9 +113,10 @@ def _visit(
             parts, depth = vars(thing), depth - (not is_tree)
         if is_tree:
             parts = {**(parts or {}), **{f"leaf {i}": leaf for i, leaf in enumerate(tree_leaves(thing))}}
-    yield Visited(path, thing, parts)
-    for key, part in (parts or {}).items():
-        yield from _visit(part, f"{path}.{key}", opaque, follow_globals, depth, seen, alive)
+    visits.append(Visited(path, thing, parts))
+    if parts:
+        for key, part in parts.items():
+            _visit(part, f"{path}.{key}", opaque, follow_globals, depth, seen, visits)
 
 
 def is_plain(thing: Any) -> bool:

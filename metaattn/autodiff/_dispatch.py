@@ -39,8 +39,10 @@ def apply(function: Any, constant: Any, *tensors: Tensor) -> Any:
     if transform is None:
         return super(Function, function).apply(constant, *tensors)
     if (apply_at := _APPLY_AT.get(transform.key())) is None:
+        name = function.__name__.lstrip("_")
         raise NotImplementedError(
-            f"attention has no rule for the transform {transform.key().name} of torch.func; expected grad, jvp or vmap"
+            f"the custom function {name} has no rule for the transform {transform.key().name} of torch.func; expected "
+            "one made of grad, jvp and vmap"
         )
     return apply_at(innermost_interpreter(), function, constant, tensors)
 

@@ -1,7 +1,7 @@
 """A mode that replaces functions of PyTorch inside a block; the integrations are made of it.
 
-PyTorch disables a ``TorchFunctionMode`` while its handler runs. Some functions that the handler receives run user code
-in turn: a backward pass runs what a checkpoint recomputes, a higher-order operator runs its branches. That code would
+PyTorch disables a ``TorchFunctionMode`` while its handler runs. Some functions that the handler receives run user
+code: a backward pass runs what a checkpoint recomputes, a higher-order operator runs its branches. That code would
 silently run without the replacements, so :class:`Replacement` re-enters itself around such functions.
 """
 

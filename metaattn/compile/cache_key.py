@@ -42,14 +42,14 @@ class _Identity:
 
 
 def _label(visited: Visited) -> Hashable:
-    """Return what the key has of an object besides its parts, which have entries of their own."""
+    """Return the entry of an object in the key; its parts have separate entries."""
     thing = visited.thing
     if visited.repeats is not None:
         return "repeats", visited.repeats
-    if is_plain(thing):
-        return type(thing), thing
     if isinstance(thing, Tensor):
         return tensor_spec(thing)
+    if is_plain(thing):
+        return type(thing), thing
     if isinstance(thing, nn.Module):
         return _Identity(thing), tuple(m.training for m in thing.modules())
     if isinstance(thing, types.FunctionType):

@@ -52,7 +52,14 @@ from ..autodiff import (
 )
 from ..backends.base import Operands, Rows, Tangent, Values
 from . import operators
-from .operators import BackwardTensors, Call, ForwardJvpTensors, ForwardWithJvpTensors, flatten_tangents
+from .operators import (
+    BackwardTensors,
+    Call,
+    ForwardJvpTensors,
+    ForwardWithJvpTensors,
+    flatten_tangents,
+    split_call,
+)
 
 ZERO = Rows()
 
@@ -120,27 +127,32 @@ def backward(
 
 @allow_in_graph
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    return _Forward.invoke(Call(*args[:5]), *args[5:])
+    call, tensors = split_call(args)
+    return _Forward.invoke(call, *tensors)
 
 
 @allow_in_graph
 def _forward_with_jvp(*args: Any) -> tuple[Tensor, ...]:
-    return _ForwardWithJvp.invoke(Call(*args[:5]), *args[5:])
+    call, tensors = split_call(args)
+    return _ForwardWithJvp.invoke(call, *tensors)
 
 
 @allow_in_graph
 def _forward_jvp(*args: Any) -> tuple[Tensor, ...]:
-    return _ForwardJvp.invoke(Call(*args[:5]), *args[5:])
+    call, tensors = split_call(args)
+    return _ForwardJvp.invoke(call, *tensors)
 
 
 @allow_in_graph
 def _backward(*args: Any) -> tuple[Tensor, ...]:
-    return _Backward.invoke((Call(*args[:5]), args[5]), *args[6:])
+    call, (bias_grad, *tensors) = split_call(args)
+    return _Backward.invoke((call, bias_grad), *tensors)
 
 
 @allow_in_graph
 def _backward_jvp(*args: Any) -> tuple[Tensor, ...]:
-    return _BackwardJvp.invoke((Call(*args[:5]), args[5]), *args[6:])
+    call, (bias_grad, *tensors) = split_call(args)
+    return _BackwardJvp.invoke((call, bias_grad), *tensors)
 
 
 class _Forward(CustomFunction):
@@ -262,10 +274,10 @@ class _ForwardJvp(CustomFunction):
         return None, *ctx.mask.compress(all_grads.flatten())
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *moved: Tensor | None) -> Any:
+    def jvp(ctx: Any, _: None, *u_parts: Tensor | None) -> Any:
         saved, result = CustomFunction.saved(ctx)
         x, values, tangents = ForwardJvpTensors.unflatten(saved)
-        call, u = ctx.mask.static, ForwardJvpTensors.unflatten(ctx.mask.expand(moved))
+        call, u = ctx.mask.static, ForwardJvpTensors.unflatten(ctx.mask.expand(u_parts))
         terms = [forward_jvp(call, x, values, [*tangents, _tangent_of(u.x)])]
         terms += [forward_jvp(call, x, values, _replace(tangents, i, t)) for i, t in enumerate(u.tangents)]
         return add_terms(terms, result)

@@ -172,7 +172,7 @@ def _argument_names(operator: Any) -> list[str]:
     return [argument.name for argument in operator._schema.arguments]
 
 
-def _split_call(args: Sequence[Any]) -> tuple[Call, Sequence[Any]]:
+def split_call(args: Sequence[Any]) -> tuple[Call, Sequence[Any]]:
     """Return the call, and the arguments of an operator after its fields."""
     return Call(*args[:_CALL_FIELDS]), args[_CALL_FIELDS:]
 
@@ -261,7 +261,7 @@ def _has_tangent(t: Tensor) -> bool:
 @_operator(f"({_CALL}, {_X}) -> (Tensor, Tensor)")
 def forward(*args: Any) -> tuple[Tensor, Tensor]:
     """Return out and lse."""
-    call, tensors = _split_call(args)
+    call, tensors = split_call(args)
     x = Operands(*tensors)
     out, lse = select(call.backend, call.problem, x).forward(call.problem, x)
     return _laid_out(out, x.query), lse.contiguous()
@@ -270,7 +270,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
 @_operator(f"({_CALL}, {_X}, {_TANGENT}) -> (Tensor, Tensor, Tensor, Tensor)")
 def forward_with_jvp(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return out and lse, and their tangents."""
-    call, tensors = _split_call(args)
+    call, tensors = split_call(args)
     x, tangent = ForwardWithJvpTensors.unflatten(tensors)
     values, values_t = select(call.backend, call.problem, x).forward_with_jvp(call.problem, x, tangent)
     return *(_laid_out(values.out, x.query), values.lse.contiguous()), *(
@@ -282,7 +282,7 @@ def forward_with_jvp(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @_operator(f"({_CALL}, {_X}, {_VALUES}, {_TANGENT}) -> (Tensor, Tensor)")
 def forward_jvp(*args: Any) -> tuple[Tensor, Tensor]:
     """Return the tangents of out and lse."""
-    call, tensors = _split_call(args)
+    call, tensors = split_call(args)
     x, values, (tangent,) = ForwardJvpTensors.unflatten(tensors)
     out_t, lse_t = select(call.backend, call.problem, x).forward_jvp(call.problem, x, values, tangent)
     return _laid_out(out_t, x.query), lse_t.contiguous()
@@ -291,7 +291,7 @@ def forward_jvp(*args: Any) -> tuple[Tensor, Tensor]:
 @_operator(f"({_CALL}, {_X}, {_VALUES}, {_TANGENTS}) -> (Tensor, Tensor)")
 def forward_jvp_higher(*args: Any) -> tuple[Tensor, Tensor]:
     """Return the derivative of out and lse along several tangents; ``blockwise`` computes it for every backend."""
-    call, (*tensors, tangents) = _split_call(args)
+    call, (*tensors, tangents) = split_call(args)
     x, values, all_tangents = ForwardJvpTensors.unflatten((*tensors, *tangents))
     out_t, lse_t = blockwise.directional(call.problem, x, values, all_tangents)
     return _laid_out(out_t, x.query), lse_t.contiguous()
@@ -300,7 +300,7 @@ def forward_jvp_higher(*args: Any) -> tuple[Tensor, Tensor]:
 @_operator(f"({_CALL}, bool bias_grad, {_X}, {_VALUES}, {_COTANGENT}) -> (Tensor, Tensor, Tensor, Tensor)")
 def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value and bias (empty unless ``bias_grad``)."""
-    call, (bias_grad, *tensors) = _split_call(args)
+    call, (bias_grad, *tensors) = split_call(args)
     return _contiguous(_backward(call, call.problem, BackwardTensors.unflatten(tensors), bias_grad))
 
 
@@ -310,7 +310,7 @@ def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 )
 def backward_jvp(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the tangents of the gradients, in the form of :func:`backward`."""
-    call, (bias_grad, *tensors) = _split_call(args)
+    call, (bias_grad, *tensors) = split_call(args)
     return _contiguous(_backward_jvp(call, call.problem, BackwardTensors.unflatten(tensors), bias_grad))
 
 
@@ -320,7 +320,7 @@ def backward_jvp(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 )
 def backward_jvp_higher(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the derivative of the gradients along several tangents; ``blockwise`` computes it for every backend."""
-    call, (bias_grad, *tensors, tangents) = _split_call(args)
+    call, (bias_grad, *tensors, tangents) = split_call(args)
     t = BackwardTensors.unflatten((*tensors, *tangents))
     return _contiguous(
         blockwise.gradient(
@@ -341,7 +341,7 @@ def backward_jvp_higher(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 )
 def backward_with_jvp(*args: Any) -> tuple[Tensor, ...]:
     """Return the gradients, in the form of :func:`backward`, and then their tangents."""
-    call, (bias_grad, *tensors) = _split_call(args)
+    call, (bias_grad, *tensors) = split_call(args)
     first, second = _backward_with_jvp(call, call.problem, BackwardTensors.unflatten(tensors), bias_grad)
     return *_contiguous(first), *_contiguous(second)
 
@@ -353,7 +353,7 @@ def backward_packed(*args: Any) -> tuple[Tensor, ...]:
     With ``both``, these are the gradients and their tangents, as of :func:`backward_with_jvp`; otherwise the gradients
     if the tangent is absent, as of :func:`backward`, or their tangents, as of :func:`backward_jvp`.
     """
-    call, (both, *tensors) = _split_call(args)
+    call, (both, *tensors) = split_call(args)
     problem, t = replace(call.problem, in_one=True), BackwardTensors.unflatten(tensors)
     if both:
         gradients: Sequence[Gradients] = _backward_with_jvp(call, problem, t, False)

@@ -1,4 +1,4 @@
-"""Every error of the operator: raised before any work, saying what was expected, what came and what to do."""
+"""Errors of the operator: raised before any work, they say what was expected, what was received and what to do."""
 
 import math
 
@@ -103,7 +103,7 @@ def test_jit_trace_is_refused():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels' interpreter is for machines without a GPU")
 def test_batched_gradients_of_third_order():
-    """The vmap of ``is_grads_batched`` maps no operator that takes a list."""
+    """The vmap of ``is_grads_batched`` has no rule for an operator that takes a list."""
     x = torch.randn(1, 1, 3, 2, dtype=torch.float64, requires_grad=True)
     (g,) = torch.autograd.grad(metaattn.sdpa(x, x, x).sin().sum(), x, create_graph=True)
     (h,) = torch.autograd.grad(g.square().sum(), x, create_graph=True)
