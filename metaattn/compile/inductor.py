@@ -40,7 +40,9 @@ def inductor_compiler(options: Mapping[str, Any]) -> PieceCompiler:
 
         # Inductor's cache on disk is skipped unless there is an environment of symbols for shapes; we use no symbols.
         context = TracingContext(_fake_tensor_mode(symbolic_shapes=True))
-        tag = f"{config.cache_key_tag} {torch.get_default_dtype()}"  # PyTorch 2.11 leaves this dtype out of its keys
+        # PyTorch 2.11 leaves this dtype out of its keys. The words before it keep apart what earlier versions of this
+        # library left in the cache, which refers to a class that is gone and cannot be loaded.
+        tag = f"{config.cache_key_tag} default dtype {torch.get_default_dtype()}"
         patches = {**(_GPU_OPTIONS if any(t.is_cuda for t in inputs) else {}), **options}
         # The lock of torch.compile: Inductor compiles in one thread at a time.
         with compile_lock, warnings.catch_warnings(), tracing(context), config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
