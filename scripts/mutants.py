@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 FILES = [
@@ -194,7 +194,7 @@ def main() -> None:
         draw, per_file = random.Random(a.seed), -(-a.number // len(a.files))
         found = [list(filter(_parses, mutants(file))) for file in a.files]
         drawn = [m for all_ in found for m in draw.sample(all_, min(per_file, len(all_)))][: a.number]
-    results = []
+    results: list[dict[str, Any]] = []
     for i, mutant in enumerate(drawn, 1):
         start = time.monotonic()
         alive, why = survives(mutant, [*a.first, *a.tests], shlex.split(a.pytest), a.limit)
