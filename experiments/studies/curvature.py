@@ -159,7 +159,8 @@ class Study:
         """Return the Hessian of the loss on a batch as a linear operator.
 
         Args:
-            params: Where: they are copied into the model, so that the operator is valid until the next call.
+            params: The point at which it is taken. They are copied into the model, so that the operator is valid until
+                the next call.
             batch: Inputs and targets.
         """
         from curvlinops import HessianLinearOperator
