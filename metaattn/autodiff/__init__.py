@@ -52,6 +52,7 @@ from ._functorch import (
 )
 from ._pytree import Tensors, TensorSpec, replace_at, split_tensors, tensor_spec
 from ._torch_internals import (
+    after_import,
     allow_in_graph,
     innermost_dispatch_mode,
     redispatch_below_autograd,
@@ -78,6 +79,7 @@ __all__ = [
     "active_executor",
     "active_transforms",
     "add_terms",
+    "after_import",
     "allow_in_graph",
     "ambient_settings",
     "apply_at_one_level",

@@ -119,51 +119,62 @@ def _flatten(node: Any, leaves: list[Any]) -> Any:
     return _pytree.TreeSpec(kind, context, [_flatten(child, leaves) for child in children])
 
 
-# -- Dynamo --------------------------------------------------------------------------------------------------------
-
-_waiting_for_dynamo: list[Callable[..., Any]] = []
+# -- modules of PyTorch that take long to import --------------------------------------------------------------------
 
 
-def allow_in_graph(function: F) -> F:
-    """Mark a function as :func:`torch.compiler.allow_in_graph` does, without importing Dynamo.
-
-    ``torch.compiler.allow_in_graph`` imports Dynamo, which takes longer than PyTorch itself. Here functions are kept in
-    a list until something else imports Dynamo, as :func:`torch.compile` does, and are marked right after that import:
-    before Dynamo can trace any function.
-    """
-    if "torch._dynamo" in sys.modules:
-        return torch.compiler.allow_in_graph(function)
-    _waiting_for_dynamo.append(function)
-    return function
-
-
-class _AfterImportOfDynamo(importlib.abc.MetaPathFinder):
-    """Finds the module ``torch._dynamo`` as the other finders do, and marks the waiting functions once it has run."""
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds some modules as the other finders do, and runs callbacks right after one of them has run."""
 
     def __init__(self) -> None:
-        self._searching = False
+        self.callbacks: dict[str, list[Callable[[], None]]] = {}
+        self._searching: set[str] = set()
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != "torch._dynamo" or self._searching:
+        if name not in self.callbacks or name in self._searching:
             return None
-        self._searching = True
+        self._searching.add(name)
         try:
             spec = importlib.util.find_spec(name)
         finally:
-            self._searching = False
+            self._searching.remove(name)
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
         def exec_module(module: types.ModuleType) -> None:
             execute(module)
-            sys.meta_path.remove(self)
-            while _waiting_for_dynamo:
-                torch.compiler.allow_in_graph(_waiting_for_dynamo.pop())
+            for callback in self.callbacks.pop(name, ()):
+                callback()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-if "torch._dynamo" not in sys.modules:
-    sys.meta_path.insert(0, _AfterImportOfDynamo())
+_finder = _AfterImport()
+sys.meta_path.insert(0, _finder)
+
+
+def after_import(module: str, callback: Callable[[], None]) -> None:
+    """Run a callback right after a module is imported for the first time; now, if it is imported already.
+
+    Some modules of PyTorch take longer to import than all the rest of it. What concerns them waits until something else
+    imports them.
+    """
+    if module in sys.modules:
+        callback()
+    else:
+        _finder.callbacks.setdefault(module, []).append(callback)
+
+
+def allow_in_graph(function: F) -> F:
+    """Mark a function as :func:`torch.compiler.allow_in_graph` does, without importing Dynamo.
+
+    ``torch.compiler.allow_in_graph`` imports Dynamo. Here the function is marked right after something else imports it,
+    as :func:`torch.compile` does: before Dynamo can trace any function.
+    """
+
+    def mark() -> None:
+        torch.compiler.allow_in_graph(function)
+
+    after_import("torch._dynamo", mark)
+    return function

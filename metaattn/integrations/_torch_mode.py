@@ -6,7 +6,6 @@ Therefore functions that are written in Python, or that run a model's code, are 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Hashable
 from typing import Any
 
@@ -16,11 +15,8 @@ from torch._ops import HigherOrderOperator
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..autodiff import BACKWARD_FUNCTIONS, Replacement, callables_of, skip_torch_function
+from ..autodiff import BACKWARD_FUNCTIONS, Replacement, after_import, callables_of, skip_torch_function
 from ..ops import sdpa
-
-with contextlib.suppress(ImportError):  # not in every version of PyTorch
-    import torch.nn.attention.varlen  # registers the operator torch_attn::_varlen_attn
 
 TORCH_SDPA = F.scaled_dot_product_attention
 
@@ -55,10 +51,18 @@ def installed(*args: Any, **kwargs: Any) -> Tensor:
 
 
 _REPLACED = {TORCH_SDPA, installed, *callables_of("scaled_dot_product_attention")}
-# _varlen_attn is a custom operator, which forward mode silently treats as a constant (tests/boundaries).
-_FUSED = set[Any]().union(*map(callables_of, _FUSED_NAMES), callables_of("_varlen_attn", torch.ops.torch_attn))
+_FUSED = set[Any]().union(*map(callables_of, _FUSED_NAMES))
 _FLEX = getattr(torch.ops.higher_order, "flex_attention", None)
 _SPECIAL = {*_REPLACED, *_FUSED, *BACKWARD_FUNCTIONS, F.multi_head_attention_forward}
+
+
+def _add_varlen() -> None:
+    """Add a custom operator, which forward mode silently treats as a constant (``tests/boundaries``)."""
+    _FUSED.update(callables_of("_varlen_attn", torch.ops.torch_attn))
+    _SPECIAL.update(_FUSED)
+
+
+after_import("torch.nn.attention.varlen", _add_varlen)  # which registers the operator, and imports Dynamo
 
 
 def _check_padding(mask: Tensor, length: int, batch: int) -> None:
