@@ -1,1 +1,5 @@
-"""The runs behind the command lines."""
+"""Training and studies behind the commands: ``train_maml.py`` and ``python -m experiments.NAME``."""
+
+from . import _moved
+
+_moved.install()

@@ -1,6 +1,12 @@
-"""The command ``python -m experiments.boundary``, which runs :mod:`experiments.studies.boundary`."""
+"""The command ``python -m experiments.boundary``, see :mod:`experiments.studies.boundary`."""
 
-from .studies.boundary import main
+from ._moved import attributes_of
+from .errors import require_train_extra
+
+__getattr__ = attributes_of("experiments.studies.boundary", __name__)
 
 if __name__ == "__main__":
+    require_train_extra()
+    from .studies.boundary import main
+
     main()

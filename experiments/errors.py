@@ -1,13 +1,41 @@
-"""Errors that are the user's to mend: one line, no traceback."""
+"""Errors that the user can correct; the commands print them in one line, without a traceback."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+# The modules of the extra "train" of pyproject.toml, and the packages that install them.
+TRAIN_EXTRA = {
+    "hydra": "hydra-core",
+    "matplotlib": "matplotlib",
+    "PIL": "pillow",
+    "tensorboard": "tensorboard",
+    "tqdm": "tqdm",
+}
 
 
 class UserError(Exception):
-    """What was expected, what came and what to do; ends the command with ``code``."""
+    """A mistake of the user: the message says what was expected, what was received and what to do.
+
+    The command ends with the exit code ``code``.
+    """
 
     code = 2
 
 
 class RunStoppedError(UserError):
-    """A run that cannot go on, though nothing was misspelt."""
+    """A run that cannot continue although its settings are valid."""
 
     code = 1
+
+
+def require_train_extra() -> None:
+    """Exit with code 2 and one line if a package of the extra ``train`` is not installed."""
+    if missing := [package for module, package in TRAIN_EXTRA.items() if find_spec(module) is None]:
+        print(
+            f"error: expected {', '.join(TRAIN_EXTRA.values())} to be installed; missing: {', '.join(missing)}. "
+            'In a clone of the repository: pip install -r requirements.txt -e ".[train]"',
+            file=sys.stderr,
+        )
+        sys.exit(2)

@@ -1,4 +1,4 @@
-"""Attention that can be differentiated to any order, and meta-learning on it."""
+"""Attention that can be differentiated to any order, and meta-learning with it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "tasks":  # when it is asked for: it needs matplotlib, which takes long to import
+    if name == "tasks":  # imported on first use: models and derivatives need no tasks
         return importlib.import_module(".tasks", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,4 +1,4 @@
-"""The command ``python -m metaattn``; see :mod:`metaattn.cli`."""
+"""The command ``python -m metaattn``, see :mod:`metaattn.cli`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""JAX's XLA attention and its derivatives under jit: a second process of ``bench_attention.py``, a JSON line a row."""
+"""JAX's XLA attention and its derivatives under jit: JSON lines for ``bench_attention.py``."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ PRODUCTS = {"fwd": 2, "jvp": 6, "hvp": 20, "dbl": 21}
 
 
 def milliseconds(f: Callable[..., Any], x: tuple[Any, ...], repeats: int = 10) -> float:
-    """The median of some calls after two that compile and warm up."""
+    """Return the median time of some calls, after two that compile and warm up."""
     for _ in range(2):
         jax.block_until_ready(f(*x))
     times = []
@@ -28,7 +28,7 @@ def milliseconds(f: Callable[..., Any], x: tuple[Any, ...], repeats: int = 10) -
 
 
 def main() -> None:
-    """Every rule on every shape."""
+    """Measure every rule on every shape."""
     for shape in json.loads(sys.argv[1]):
         b, h, n, d = shape
         keys = jax.random.split(jax.random.PRNGKey(0), 7)

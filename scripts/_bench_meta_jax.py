@@ -1,4 +1,4 @@
-"""The meta-step of ``bench_meta.py`` in JAX, jit of grad of vmap with XLA's attention; a JSON line a row."""
+"""Meta-step of ``bench_meta.py`` in JAX: jit of grad of vmap, with XLA's attention. Prints a JSON line for each row."""
 
 import functools
 import json
@@ -17,14 +17,14 @@ Params = dict[str, Any]
 
 
 def normalised(x: Any) -> Any:
-    """Layer norm, statistics in float32."""
+    """Apply layer norm without weights, with statistics in float32."""
     wide = x.astype(jnp.float32)
     centred = wide - wide.mean(-1, keepdims=True)
     return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)).astype(x.dtype)
 
 
 def init(layers: int, width: int, tokens: int, dtype: Any) -> Params:
-    """Weights of the same shapes as in ``bench_meta.py``."""
+    """Return random weights of the shapes in ``bench_meta.py``."""
     shapes = {"in": (1, width), "positions": (tokens, width), "out": (width, 1)}
     for i in range(layers):
         shapes |= {f"{i}.qkv": (width, 3 * width), f"{i}.attention": (width, width)}
@@ -35,7 +35,7 @@ def init(layers: int, width: int, tokens: int, dtype: Any) -> Params:
 
 
 def model(p: Params, x: Any, layers: int, heads: int) -> Any:
-    """A pre-norm causal Transformer: ``[sequences, tokens, 1]`` to the same."""
+    """Apply a pre-norm causal Transformer to ``[sequences, tokens, 1]``; returns the same shape."""
     h = x @ p["in"] + p["positions"]
     for i in range(layers):
         b, n, d = h.shape
@@ -47,7 +47,7 @@ def model(p: Params, x: Any, layers: int, heads: int) -> Any:
 
 
 def row(size: list[int], dtype: Any) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one row of the table."""
     tasks, sequences, tokens, layers, width, heads, steps = size
     p = init(layers, width, tokens, dtype)
     keys = jax.random.split(jax.random.PRNGKey(1))
@@ -85,7 +85,7 @@ def row(size: list[int], dtype: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Every size in every dtype."""
+    """Measure every size in every dtype."""
     for size in json.loads(sys.argv[1]):
         for dtype in sys.argv[2:]:
             print(json.dumps(row(size, jnp.dtype(dtype))), flush=True)

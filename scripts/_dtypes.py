@@ -1,4 +1,4 @@
-"""The dtypes that the kernels are checked, tuned and compiled in: each with PyTorch's precision of float32 products."""
+"""Dtypes in which the kernels are checked, tuned and compiled, each with PyTorch's precision of float32 products."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ DTYPES = {
 
 
 def arithmetic(name: str) -> str:
-    """How the kernels compute products of that dtype, in this process from now on."""
+    """Set the precision for a dtype in this process; return how the kernels compute products then."""
     dtype, precision = DTYPES[name]
     torch.set_float32_matmul_precision(precision)
     return block_sizes.arithmetic(dtype)
 
 
-def in_float64(part: Any) -> Any:
-    """A named tuple with its tensors in float64."""
-    return part._replace(**{name: t.double() for name, t in part._asdict().items() if isinstance(t, torch.Tensor)})
+def in_float64(named: Any) -> Any:
+    """Return a named tuple with its tensors in float64."""
+    return named._replace(**{name: t.double() for name, t in named._asdict().items() if isinstance(t, torch.Tensor)})

@@ -1,4 +1,4 @@
-"""JAX's rows of a benchmark: what a program of a second process prints, line by line."""
+"""Rows of a benchmark that a JAX program prints in a second process."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def rows(program: str, *arguments: str) -> Iterator[dict[str, Any]]:
-    """The rows of a program beside this file, as they come; says so if it ends badly."""
+    """Yield the rows of a program in this folder as it prints them; print a warning if it fails."""
     command = [sys.executable, str(Path(__file__).with_name(program)), *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None

@@ -1,4 +1,4 @@
-"""What a benchmark has measured, by machine: a run replaces what it measures again, and leaves the rest."""
+"""Results of a benchmark by machine. A run replaces the rows that it measures again, and keeps the others."""
 
 import json
 from collections.abc import Callable, Hashable, Iterable
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-Run = dict[str, Any]  # of a machine: {"machine": {"device": ..., versions}, "rows": [...], ...}
+Run = dict[str, Any]  # on one machine: {"machine": {"device": ..., versions}, "rows": [...], ...}
 
 
 def of_machine(path: Path, machine: dict[str, Any], *, versions: Iterable[str] = ("torch",)) -> tuple[list[Run], Run]:
-    """All runs in a file, and among them that of the same device and versions: an empty one, if there was none."""
+    """Return all runs in a file, and the one of the same device and versions, which is added if it is missing."""
     runs: list[Run] = json.loads(path.read_text()) if path.exists() else []
     same = ("device", *versions)
     for run in runs:
@@ -22,6 +22,9 @@ def of_machine(path: Path, machine: dict[str, Any], *, versions: Iterable[str] =
 
 
 def replaced(before: list[Row], rows: list[Row], by: Callable[[Row], Hashable]) -> list[Row]:
-    """The rows with earlier ones of what was measured again left out, everyone's: what is compared is of one run."""
+    """Return ``before`` without the rows that have a key of ``rows``, then ``rows``.
+
+    A key says what was measured but not on which implementation, so that compared numbers are of the same run.
+    """
     again = {by(row) for row in rows}
     return [row for row in before if by(row) not in again] + rows

@@ -1,16 +1,17 @@
-"""Attention and its derivatives on this GPU, ours beside the peers, in one run.
+"""Speed and memory of attention and its derivatives on this GPU: ours and other implementations, in one run.
 
     python scripts/bench_attention.py [--out docs/benchmarks/attention] [--quick] [--parts large]
 
-Rules: fwd; bwd (the backward alone); jvp (with the forward); hvp (jvp of vjp, everything); dbl (forward, backward,
-double backward by all inputs and the cotangent). TFLOP/s count the products that the mathematics needs, 2 B H Nq Nk D
-each, half when causal: 2, 5, 6, 20 and 21. A row that errs more on a slice than its precision may is reported as wrong,
-without a time. A call is timed as a replayed CUDA graph as well: ``ms`` is the GPU's time, ``eager`` what a plain call
-takes with the CPU's work. Writes JSON, a table (Markdown) and plots. Parts: large, small and other settings (grouped
-queries, mask, window, float32), jax, lengths (512 to 131,072) and, if asked for, auto: writes
-``metaattn/backends/auto.json``, by which backend='auto' chooses. What an earlier run on the same device and versions
-has in --out stays, but for the rules and settings that are measured again: those of everyone, so that what is compared
-is of one run.
+Rules: fwd; bwd (only the backward pass); jvp (with the forward pass); hvp (jvp of vjp, with all passes); dbl (forward,
+backward, double backward with respect to all inputs and the cotangent). TFLOP/s count the products that the mathematics
+needs, 2 B H Nq Nk D each, half when causal: 2, 5, 6, 20 and 21. A row whose error on one batch exceeds the bound of its
+precision is reported as wrong, without a time. Each call is timed eagerly (``eager``, with the work of the CPU) and as
+a replayed CUDA graph (``ms``, the time of the GPU). Writes JSON, a Markdown table and plots.
+
+Parts: large, small and other settings (grouped queries, mask, window, float32), jax, lengths (512 to 131,072) and, on
+request only, auto, which writes the table ``metaattn/backends/auto.json`` that backend='auto' uses. Rows of an earlier
+run in --out with the same device and versions are kept, except those of the rules and settings that are measured again:
+these are replaced for all implementations, so that compared numbers are of the same run.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
-# Where auto.json needs more lengths: F and B alone.
+# Further lengths for auto.json, for which only F and B are measured.
 FOR_AUTO = [(512, 16, 128, 32), (64, 16, 512, 32), (8, 16, 2048, 32)]
 FOR_AUTO += [(256, 16, 128, 64), (64, 16, 256, 64), (64, 16, 333, 64), (16, 16, 1024, 64)]
 FOR_AUTO += [(256, 16, 64, 128), (128, 16, 128, 128), (64, 16, 197, 128), (16, 16, 512, 128), (8, 16, 1024, 128)]
 PARTS = ("auto", "large", "small", "other", "jax", "lengths")
-LEGEND = """`setting`: batch, heads, tokens, head size. `rule`: forward; backward alone; jvp with its forward; hvp, a
-Hessian-vector product with all before it; dbl, a double backward with all before it. float32 takes tf32 products but
-where it is "highest". `ms`: the GPU's time, of a replayed CUDA graph. `TFLOP/s`: of the products that the mathematics
-needs, half when causal. `of the ceiling`: share of what a large matrix product reaches there, as the heading says.
-`eager ms`: a plain call, the CPU's work included. `peak MiB`: above what there was. `error`: against float64, relative,
-on a slice."""
+LEGEND = """`setting`: batch, heads, tokens, head size. `rule`: forward; only the backward pass; jvp with its forward
+pass; hvp, a Hessian-vector product with all passes; dbl, a double backward with all passes. float32 uses tf32
+products except where it is "highest". `ms`: time of the GPU, from a replayed CUDA graph. `TFLOP/s`: counts the
+products that the mathematics needs, half when causal. `of the ceiling`: relative to a large matrix product on the
+same GPU, given in the heading. `eager ms`: time of an eager call, including the CPU. `peak MiB`: above the memory
+before the call. `error`: relative, against float64, on one batch."""
 
 
 def length_rows(quick: bool) -> list[dict[str, Any]]:
-    """Time and memory against length, 1 x 16 heads x 64, full."""
+    """Measure time and memory against length, 1 x 16 heads x 64, full."""
     rows = []
     top = 15 if quick else 17
     for power in range(9, top + 1):
@@ -66,19 +67,25 @@ def length_rows(quick: bool) -> list[dict[str, Any]]:
 
 
 def matrix_product_tflops() -> float:
-    """What matrix products reach on this GPU, on random data."""
+    """Return the TFLOP/s of a large matrix product on this GPU, with random data."""
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     return 2 * 8192**3 / do_bench(lambda: x @ x, return_mode="median") / 1e9
 
 
 def main() -> None:
-    """Measure, write, show."""
+    """Measure, write and print."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("docs/benchmarks/attention"))
     p.add_argument("--quick", action="store_true", help="shorter timings, lengths up to 32,768")
     p.add_argument("--parts", nargs="+", default=PARTS[1:], choices=PARTS)
     p.add_argument("--rules", nargs="+", default=list(PRODUCTS), choices=PRODUCTS)
-    p.add_argument("--settings", nargs="+", default=[""], metavar="TEXT", help="those whose label has one of the texts")
+    p.add_argument(
+        "--settings",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="only settings whose label contains one of the texts",
+    )
     a = p.parse_args()
     a.out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -104,7 +111,7 @@ def main() -> None:
     if "jax" in a.parts and importlib.util.find_spec("jax"):
         for row in _jax_lines.rows("_bench_jax.py", json.dumps(SHAPES[:2] + SHAPES[3:4])):
             rows.append(row)
-            save(rows)  # what was measured is not lost where the time is over
+            save(rows)  # after every row, so that an interrupted run loses nothing
     if rows:
         save(rows)
         plot_speed(a.out.with_suffix(".png"), run["rows"], machine)
@@ -116,7 +123,7 @@ def main() -> None:
 
 
 def setting_rows(rows: list[dict[str, Any]], a: argparse.Namespace, save: Callable[..., Any]) -> None:
-    """Every rule of everyone in every setting, added to the rows."""
+    """Measure every rule of every implementation in every setting; add the results to the rows."""
     large = [Setting(shape, causal) for shape in SHAPES for causal in (False, True)]
     small = [Setting(shape, causal) for shape in SMALL for causal in (False, True)]
     other = [
@@ -138,7 +145,7 @@ def setting_rows(rows: list[dict[str, Any]], a: argparse.Namespace, save: Callab
         peers = [*OURS, *SDPA] if s.window is None else [*OURS]
         peers += ["FlexAttention"] * (s in with_flex)
         for who, name in itertools.product(peers, a.rules):
-            # The others' own say: no second derivative. Tried once, in tests/boundaries.
+            # The others have no second derivatives; tests/boundaries tries them.
             if who not in (*OURS, "SDPA math") and name not in ("fwd", "bwd"):
                 continue
             rows.append(measure(who, name, s, a.quick))
@@ -148,7 +155,7 @@ def setting_rows(rows: list[dict[str, Any]], a: argparse.Namespace, save: Callab
 
 
 def choose_automatically(quick: bool) -> None:
-    """Time our F and B and cuDNN's over many lengths, and write the table by which backend='auto' chooses."""
+    """Time F and B, ours and cuDNN's, over many lengths; write the table that backend='auto' uses."""
     settings = [Setting(shape, causal) for shape in FOR_AUTO + SMALL + SHAPES for causal in (False, True)]
     compile_all([(s, ["fwd", "bwd"]) for s in settings])
     trials = itertools.product(settings, ("metaattn triton", "SDPA cuDNN"), ("fwd", "bwd"))
@@ -161,7 +168,7 @@ def choose_automatically(quick: bool) -> None:
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """By primitive, head size, band and tokens: our kernels' time over cuDNN's."""
+    """Return the time of our kernels over cuDNN's, by primitive, head size, band and tokens."""
     times: dict[tuple[str, str, str], dict[int, dict[str, float]]] = {}
     for r in rows:
         if "ms" in r:
@@ -180,7 +187,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, dict[str
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
-    """Our TFLOP/s by setting; and our time over that of the fastest and the FlashAttention-2 of PyTorch's own."""
+    """Return our TFLOP/s by setting, and our time over PyTorch's fastest kernel and over its FlashAttention-2."""
     lines = [
         "setting | auto: fwd bwd jvp hvp dbl | triton: the same | auto / best peer: fwd bwd | triton / FA2: fwd bwd"
     ]
@@ -200,20 +207,20 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def write(out: Path, runs: list[dict[str, Any]]) -> None:
-    """JSON and tables, after every setting: nothing measured is lost."""
+    """Write JSON and tables. Called after every setting, so that an interrupted run loses nothing."""
     out.with_suffix(".json").write_text(json.dumps(runs, indent=0))
     lines = ["# Attention on a GPU", "", LEGEND]
     for run in runs:
         machine = run["machine"]
         about = "## {device}, torch {torch}, Triton {triton}: {matrix_product_tflops:.0f} TFLOP/s"
         lines += ["", about.format(**machine), ""]
-        lines += [run["note"], ""] if "note" in run else []  # kept by hand
+        lines += [run["note"], ""] if "note" in run else []  # written by hand
         lines += table(run["rows"], machine["matrix_product_tflops"])
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 def table(rows: list[dict[str, Any]], ceiling: float) -> list[str]:
-    """Markdown lines."""
+    """Return the lines of a Markdown table."""
     lines = [
         "| setting | rule | who | ms | TFLOP/s | of the ceiling | eager ms | peak MiB | error |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -232,7 +239,7 @@ def table(rows: list[dict[str, Any]], ceiling: float) -> list[str]:
 
 
 def plot_speed(path: Path, rows: list[dict[str, Any]], machine: dict[str, Any]) -> None:
-    """TFLOP/s of each rule for the large shapes in bfloat16."""
+    """Plot the TFLOP/s of each rule for the large shapes in bfloat16."""
     figure, axes = plt.subplots(2, len(SHAPES), figsize=(3.6 * len(SHAPES), 6.4), sharey=True)
     names = [*OURS, *SDPA, "FlexAttention", "JAX XLA"]
     colours = dict(zip(names, [f"C{i}" for i in range(10)], strict=False))
@@ -253,14 +260,14 @@ def plot_speed(path: Path, rows: list[dict[str, Any]], machine: dict[str, Any]) 
     figure.legend(handles, shown, ncols=len(shown), loc="lower center", fontsize=8, frameon=False)
     figure.suptitle(
         f"{machine['device']}, bfloat16, batch x heads x tokens x head size; a large matrix product reaches "
-        f"{machine['matrix_product_tflops']:.0f} TFLOP/s; no bar: refused, out of memory or not measured"
+        f"{machine['matrix_product_tflops']:.0f} TFLOP/s; no bar: not supported, out of memory or not measured"
     )
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=110)
 
 
 def plot_lengths(path: Path, rows: list[dict[str, Any]], device: str) -> None:
-    """Time and peak memory against length."""
+    """Plot time and peak memory against length."""
     figure, axes = plt.subplots(2, len(PRODUCTS), figsize=(3.4 * len(PRODUCTS), 6.2), sharex=True)
     for column, name in enumerate(PRODUCTS):
         for who in dict.fromkeys(r["who"] for r in rows):

@@ -1,9 +1,9 @@
-"""Memory and time of derivatives of a Transformer with ``remat=True``, beside the plain one, on one CPU core.
+"""Compare memory and time of derivatives of a Transformer with ``remat=True`` and without, on one CPU core.
 
     python scripts/bench_checkpoint.py [--depth 8] [--dim 64] [--tokens 64] [--batch 4] [--tasks 2] [--inner 1]
 
-Peak memory is the most bytes alive at once during a call beyond those before it; time the least of several runs. A
-result that is not within 1e-5 of the plain model's is reported as wrong. Prints a table.
+Peak memory is the largest number of bytes that a call holds at once, beyond those before it. Time is the least of
+several runs. A result that is not within 1e-5 of the plain model's is reported as wrong. Prints a table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Params = dict[str, Tensor]
 
 
 def derivatives(model: Transformer, x: Tensor, inner: int) -> dict[str, Callable[[], Any]]:
-    """The derivatives that are measured, of a mean square at inputs ``[tasks, batch, tokens, 8]``."""
+    """Return the derivatives to measure, of a mean square at inputs ``[tasks, batch, tokens, 8]``."""
     params = {k: p.detach() for k, p in model.named_parameters()}
 
     def loss(p: Params, x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def derivatives(model: Transformer, x: Tensor, inner: int) -> dict[str, Callable
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> float:
-    """The least time of several calls."""
+    """Return the least time of several calls."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -61,13 +61,13 @@ def seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure all derivatives, and print the table."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {"depth": 8, "dim": 64, "tokens": 64, "batch": 4, "tasks": 2, "inner": 1, "repeats": 3}.items():
         p.add_argument(f"--{name}", type=int, default=value)
     a = p.parse_args()
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # threads that wait for each other would be what is timed
+    torch.set_num_threads(1)  # otherwise the time of several threads is mostly that of waiting for each other
     options: dict[str, Any] = {"input": "continuous", "in_features": 8, "dim": a.dim, "depth": a.depth}
     plain, remat = Transformer(**options), Transformer(**options, remat=True)
     remat.load_state_dict(plain.state_dict())

@@ -1,10 +1,10 @@
-"""Speed and memory of attention and its derivatives on this CPU: ours beside PyTorch's dense (math) attention.
+"""Speed and memory of attention and its derivatives on this CPU: our backends and PyTorch's dense (math) attention.
 
     python scripts/bench_cpu.py [--lengths 256 1024 4096] [--out docs/benchmarks/cpu]
 
-Times are the least of several runs, all attentions in turn in one process: on a shared machine only their ratios
-mean anything. Peak memory is that of the largest moment of one call, by counting live bytes. A backend whose result is
-not within 1e-4 of dense float64 is reported as wrong, without times. Writes JSON, a table (Markdown) and a plot.
+Times are the least of several runs, alternately in one process: on a shared machine only their ratios are meaningful.
+Peak memory is the largest number of live bytes during one call. A backend whose result is not within 1e-4 of dense
+attention in float64 is reported as wrong, without times. Writes JSON, a Markdown table and a plot.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 LEGEND = """`dense`: PyTorch's math attention. `speed`: dense time over ours, above 1 is faster. `memory`: ours over
-dense, below 1 is less. Each rule with all before it."""
-# Everything from the inputs on.
+dense, below 1 is less. Each rule includes the passes that it needs."""
+# Each rule starts from the inputs.
 RULES = {"forward": "fwd", "backward": "grad", "jvp": "jvp", "hvp": "hvp", "double backward": "dbl"}
 
 
 def attention(name: str, causal: bool) -> Attention:
-    """The attention of this name."""
+    """Return the attention of a name."""
     if name == "dense":
         return bench.attention("math", causal)
     return lambda q, k, v: metaattn.sdpa(q, k, v, is_causal=causal, backend=name)
 
 
 def rule(name: str, f: Attention, tensors: tuple[Tensor, ...]) -> Callable[[], Any]:
-    """A rule as a call, of three inputs, a cotangent and three tangents."""
+    """Return a call of a rule, from three inputs, a cotangent and three tangents."""
     return derivative(RULES[name], f, tensors[:3], tensors[4:], tensors[3])
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> float:
-    """The least time of some calls, after one that warms up."""
+    """Return the least time of some calls, after one that warms up."""
     call()
     times = []
     for _ in range(repeats):
@@ -60,7 +60,7 @@ def seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def main() -> None:
-    """Measure, write, show."""
+    """Measure, write and print."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
     p.add_argument("--heads", type=int, default=8)
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def table(rows: list[dict[str, Any]], backends: list[str]) -> str:
-    """How many times as fast as dense attention each backend is, and its share of dense attention's memory."""
+    """Return a table of each backend's speed and memory relative to dense attention."""
     cells = {(r["length"], r["causal"], r["rule"], r["attention"]): r for r in rows}
     lines = [
         "| length | mask | rule | dense ms | dense MiB | " + " | ".join(f"{b} speed | {b} memory" for b in backends)
@@ -125,7 +125,7 @@ def table(rows: list[dict[str, Any]], backends: list[str]) -> str:
 
 
 def plot(path: Path, rows: list[dict[str, Any]], backends: list[str], title: str) -> None:
-    """Time and peak memory against length, one column for each rule, causal."""
+    """Plot time and peak memory against length, one column for each rule, causal."""
     figure, axes = plt.subplots(2, len(RULES), figsize=(3.4 * len(RULES), 6.2), sharex=True)
     for column, name in enumerate(RULES):
         for who in ("dense", *backends):

@@ -2,18 +2,23 @@
 
     python scripts/bench_meta.py [--out docs/benchmarks/meta] [--quick] [--parts steps] [--device cpu --tiny]
 
-A causal Transformer on random sequences, without biases and with plain norms, as JAX's program has it; ``tasks,
-sequences, tokens, layers, width, heads, inner steps``. Ours by reverse and mixed mode, eager and as a replayed CUDA
-graph, mixed mode compiled by Inductor besides, half of the tasks at a time (``chunk_size``) and with rematerialised
-blocks; torch.func with PyTorch's math attention in the same model, eager and as a graph; a loop over tasks with the
-same, and learn2learn's MAML where it is installed; JAX jit by a second process. Time, peak memory above what there was,
-and the seconds until the first step is done, with what it compiles (but kernels that an earlier row compiled, or a run
-before). Who errs on a small problem more than the dtype's bound against float64, and more than twice as much as math
-attention does in the same dtype, is reported as wrong, without a time. ``--profile`` adds what the kernels of a step
-are: their number and time, by kind. Parts: table, jax, and the plots of time and memory against inner steps (1 to 64)
-and tokens (64 to 16,384); ``--who``, ``--sizes`` and ``--dtypes`` leave out others. Writes JSON, tables (Markdown) and
-plots. What earlier runs have in --out stays, but for the problems and plots that are measured again on the same device
-with the same version of PyTorch.
+The model is a causal Transformer on random sequences, without biases and norm weights, as in the program for JAX. A
+problem has seven sizes: ``tasks, sequences, tokens, layers, width, heads, inner steps``. The rows are
+
+* ours in reverse and mixed mode, eager and as a replayed CUDA graph; mixed mode also compiled by Inductor, then also
+  with half of the tasks at a time (``chunk_size``) and with rematerialised blocks;
+* torch.func with PyTorch's math attention in the same model, eager and as a graph;
+* a loop over tasks with that attention, and learn2learn's MAML where it is installed;
+* JAX jit, in a second process.
+
+Measured are the time of a step, its peak memory above what was allocated before, and the seconds until the first step
+is done, with compilation (except for kernels that an earlier row or an earlier run compiled). Each row also computes
+a small problem. If its error there, against float64, exceeds the bound of the dtype and twice the error of math
+attention in the same dtype, the row is reported as wrong, without a time. ``--profile`` adds the number and time of a
+step's kernels, by kind. ``--parts`` selects the table, JAX, and the plots of time and memory against inner steps (1
+to 64) and tokens (64 to 16,384); ``--who``, ``--sizes`` and ``--dtypes`` select rows. Writes JSON, tables (Markdown)
+and plots. Results of earlier runs in --out stay, except for problems and plots that are measured again on the same
+device with the same PyTorch.
 """
 
 from __future__ import annotations
@@ -51,19 +56,19 @@ from matplotlib import pyplot as plt
 
 LEARNING_RATE = 0.01
 BOUND = {torch.bfloat16: 5e-2, torch.float32: 5e-3, torch.float64: 1e-9}  # float32 with tf32 products
-WORST = 0.2  # whatever the error of math attention
+WORST = 0.2  # the largest error allowed, whatever that of math attention
 PARTS = ("table", "jax", "steps", "tokens")
 MODE: dict[str, Mode] = {"graph": "graph", "captured+inductor": "inductor"}
 OPTIONS: dict[str, Any] = {}  # Inductor's
 LEGEND = """`setting`: tasks, sequences, tokens, layers, width, heads, inner steps. The model is that of the JAX
-program: no biases, no norm weights. `peak MiB`: above what there was before the step; JAX's is what its compiler says.
-`first step`: until its result is there, recording and compiling included. `error`: of the meta-gradient against
-float64, relative, in a reduced problem (2 tasks of 2 sequences of at most 48 tokens; one inner step in bfloat16, at
-most two in float32)."""
+program: no biases, no norm weights. `peak MiB`: above what was allocated before the step; JAX's is what its compiler
+reports. `first step`: until its result is ready, with recording and compiling. `error`: of the meta-gradient,
+relative, against float64, in a reduced problem (2 tasks of 2 sequences of at most 48 tokens; one inner step in
+bfloat16, at most two in float32)."""
 KINDS = {  # of kernels, by their names
-    "attention": "^(values|by_row|by_key|by_bias)|cudnn_generated",
+    "attention": "^(attention_(forward|backward)|values|by_row|by_key|by_bias)|cudnn_generated",
     "fused by Inductor": "^triton_",
-    "matrix products": "^products|gemm|gemv|nvjet|cutlass|xmma|splitK",
+    "matrix products": "^(matmul_jvp|products)|gemm|gemv|nvjet|cutlass|xmma|splitK",
 }
 Gradient = dict[str, Tensor]
 Step = Callable[[], Gradient]
@@ -82,7 +87,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
 
     def label(self) -> str:
-        """In words."""
+        """Return the sizes and the dtype as text."""
         return f"{','.join(map(str, self[:7]))} {str(self.dtype)[6:]}"
 
 
@@ -121,7 +126,7 @@ SWEPT = [
 
 
 def math_attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """PyTorch's math attention, called as :func:`metaattn.sdpa`."""
+    """Compute PyTorch's math attention, with the arguments of :func:`metaattn.sdpa`."""
     kwargs.pop("window", None)
     kwargs.pop("backend", None)
     with sdpa_kernel(SDPBackend.MATH):
@@ -129,7 +134,7 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -
 
 
 def build(p: Problem, who: str, device: torch.device) -> Step:
-    """The meta-gradient of the initial parameters, as a call to time."""
+    """Return a function that computes the meta-gradient of the initial parameters, to be timed."""
     torch.manual_seed(0)
     attention = math_attention if "math" in who else metaattn.sdpa
     model = metaattn.Transformer(
@@ -191,7 +196,7 @@ def functional_step(
     mode: Mode | None = None,
     chunk_size: int | None = None,
 ) -> Step:
-    """All tasks at once, or so many, by vmap; captured in a mode if so asked."""
+    """Return a step over all tasks by vmap, or over ``chunk_size`` at a time; captured if a mode is given."""
     eager = functools.partial(learner.value_and_grad, chunk_size=chunk_size)
     captured = capture(eager, mode=mode or "none", options=OPTIONS if mode == "inductor" else None)
     step = captured if mode else eager
@@ -199,7 +204,7 @@ def functional_step(
 
     def call() -> Gradient:
         gradient: Gradient = step(meta, support, query)[1]["params"]
-        problems = [captured.reason, *(captured.pieces.reasons.values() if captured.pieces else ())]
+        problems = [captured.reason, *(captured.compiler.reasons.values() if captured.compiler else ())]
         if mode and any(problems):
             raise RuntimeError(f"not captured or compiled: {problems}")
         return gradient
@@ -208,7 +213,7 @@ def functional_step(
 
 
 def loop(p: Problem, loss: Callable[..., Tensor], params: Gradient, support: Tensor, query: Tensor) -> Step:
-    """One task after the other by plain autograd, as the older libraries do it."""
+    """Return a step that takes one task after the other by plain autograd, as older libraries do."""
 
     def call() -> Gradient:
         leaves = {k: t.detach().requires_grad_() for k, t in params.items()}
@@ -228,7 +233,7 @@ def loop(p: Problem, loss: Callable[..., Tensor], params: Gradient, support: Ten
 def learn2learn_loop(
     p: Problem, model: torch.nn.Module, error: Callable[[Tensor, Tensor], Tensor], support: Tensor, query: Tensor
 ) -> Step:
-    """The same by learn2learn's own MAML."""
+    """Return a step by learn2learn's MAML, one task after the other."""
     from learn2learn.algorithms import MAML
 
     algorithm = MAML(model, lr=LEARNING_RATE)
@@ -247,15 +252,15 @@ def learn2learn_loop(
 
 @functools.cache
 def oracle(p: Problem) -> Gradient:
-    """The exact meta-gradient of a small problem: dense attention, reverse mode, float64, on the CPU."""
+    """Return the exact meta-gradient of a small problem: dense attention, reverse mode, float64, on the CPU."""
     return build(p._replace(dtype=torch.float64), "oracle", torch.device("cpu"))()
 
 
 def small_error(p: Problem, who: str, device: torch.device) -> float:
-    """The relative error of the meta-gradient of the same model on a small problem.
+    """Return the relative error of the meta-gradient of the same model on a small problem.
 
-    In 16 bits with one inner step: a second one starts from parameters rounded to 16 bits, which alone moves the
-    meta-gradient of this problem by 15 to 35%, whoever computes it. Float32 checks two.
+    In 16 bits it has one inner step: a second step would start from parameters rounded to 16 bits, and that rounding
+    moves the meta-gradient by 15 to 35% in every implementation. In float32 it has two.
     """
     steps = min(p.steps, 2 if p.dtype.itemsize > 2 else 1)
     return _error(p._replace(tasks=2, sequences=2, tokens=min(p.tokens, 48), steps=steps), who, device)
@@ -267,13 +272,13 @@ def _error(p: Problem, who: str, device: torch.device) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device is done."""
+    """Wait until the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def kernels(step: Step, device: torch.device) -> dict[str, Any]:
-    """The kernels of a step: number and milliseconds by kind, and of the twenty that take most by name."""
+    """Return the number and milliseconds of a step's kernels, by kind and, for the twenty slowest, by name."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         step()
         wait(device)
@@ -283,12 +288,12 @@ def kernels(step: Step, device: torch.device) -> dict[str, Any]:
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "others")
         total = kinds.setdefault(kind, [0, 0.0])
         total[:] = [total[0] + count, total[1] + ms]
-    most = sorted(names.items(), key=lambda item: -item[1][1])[:20]
-    return {"kinds": kinds, "most": dict(most)}
+    slowest = sorted(names.items(), key=lambda item: -item[1][1])[:20]
+    return {"kinds": kinds, "slowest": dict(slowest)}
 
 
 def measure(p: Problem, who: str, device: torch.device, seconds: float, profile: bool = False) -> dict[str, Any]:
-    """One row."""
+    """Measure one row of the table."""
     row: dict[str, Any] = {"who": who, "setting": p.label(), "sizes": p[:7]}
     try:
         step = build(p, who, device)
@@ -314,7 +319,7 @@ def measure(p: Problem, who: str, device: torch.device, seconds: float, profile:
         row["ms"] = 1e3 * statistics.median(times)
         if profile:
             row["kernels"] = kernels(step, device)
-    except Exception as error:  # a peer that cannot: the row says so
+    except Exception as error:  # the row says what a peer cannot do
         row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
     finally:
         gc.collect()
@@ -326,19 +331,19 @@ def measure(p: Problem, who: str, device: torch.device, seconds: float, profile:
 def sweep(
     name: str, values: list[int], start: Problem, device: torch.device, seconds: float
 ) -> Iterator[dict[str, Any]]:
-    """Ours and torch.func over a range of one size, row by row."""
+    """Measure ours and torch.func over a range of one size, and yield each row."""
     failed: set[str] = set()
     for value in tqdm(values, desc=name, mininterval=5):
         p = start._replace(steps=value) if name == "steps" else start._replace(tokens=value)
         for who in SWEPT:
-            if who not in failed:  # what ran out of memory will do so at the next size as well
+            if who not in failed:  # one that ran out of memory would do so at the next size too
                 row = {name: value, **measure(p, who, device, seconds)}
                 failed |= {who} if "failed" in row else set()
                 yield row
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown lines."""
+    """Return the lines of a Markdown table."""
     lines = ["| setting | who | ms | peak MiB | first step, s | error |", "|---|---|---|---|---|---|"]
     for r in rows:
         if "failed" in r:
@@ -352,18 +357,18 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def write(out: Path, runs: list[dict[str, Any]]) -> None:
-    """JSON and page, after every row: what was measured is not lost where the time is over."""
+    """Write the JSON file and the page; called after every row, so that an interrupted run loses nothing."""
     out.with_suffix(".json").write_text(json.dumps(runs, indent=0))
     lines = ["# One meta-step", "", LEGEND]
     for run in runs:
         lines += ["", f"## {run['machine']['device']}, torch {run['machine']['torch']}", "", *table(run["rows"])]
-        for section in run.get("earlier", ()):  # kept by hand: what newer rows are compared with
+        for section in run.get("earlier", ()):  # added by hand, to compare newer rows with
             lines += ["", f"### {section['title']}", "", *table(section["rows"])]
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 def title(p: Problem, name: str) -> str:
-    """What stays the same in a plot."""
+    """Return the title of a plot: the sizes that stay the same in it."""
     parts = {"tasks": p.tasks, "sequences": p.sequences, "tokens": p.tokens, "inner steps": p.steps}
     varied = "inner steps" if name == "steps" else name
     shown = {part: count for part, count in parts.items() if part != varied}
@@ -372,13 +377,13 @@ def title(p: Problem, name: str) -> str:
 
 
 def plot(path: Path, name: str, rows: list[dict[str, Any]], title: str) -> None:
-    """Time and memory against one size."""
+    """Plot time and memory against one size."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
     for who in dict.fromkeys(r["who"] for r in rows):
         part = [r for r in rows if r["who"] == who and "ms" in r]
         for axis, key in zip(axes, ("ms", "peak_mib"), strict=True):
-            known = [r for r in part if key in r]
-            axis.loglog([r[name] for r in known], [r[key] for r in known], "-o", ms=4, label=who, base=2)
+            measured = [r for r in part if key in r]
+            axis.loglog([r[name] for r in measured], [r[key] for r in measured], "-o", ms=4, label=who, base=2)
     for axis, label in zip(axes, ("ms", "peak MiB"), strict=True):
         axis.set(xlabel="inner steps" if name == "steps" else "tokens", ylabel=label)
         axis.grid(alpha=0.3)
@@ -389,7 +394,7 @@ def plot(path: Path, name: str, rows: list[dict[str, Any]], title: str) -> None:
 
 
 def main() -> None:
-    """Measure, write, show."""
+    """Measure what the command line selects, and write and print the results."""
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument("--out", type=Path, default=Path("docs/benchmarks/meta"))
     a.add_argument("--quick", action="store_true", help="fewer repetitions")
@@ -397,10 +402,12 @@ def main() -> None:
     a.add_argument("--who", nargs="+", default=WHO, choices=WHO, help="rows of the table")
     a.add_argument("--sizes", type=int, nargs="+", default=range(len(SIZES)), help="rows of SIZES, from 0")
     a.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=("bfloat16", "float32"))
-    a.add_argument("--profile", action="store_true", help="what kernels a step has")
-    a.add_argument("--inductor", nargs="+", default=[], metavar="KEY=VALUE", help="options, such as combo_kernels=true")
+    a.add_argument("--profile", action="store_true", help="count and time the kernels of a step")
+    a.add_argument(
+        "--inductor", nargs="+", default=[], metavar="KEY=VALUE", help="Inductor's options, such as combo_kernels=true"
+    )
     a.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    a.add_argument("--tiny", action="store_true", help="one small problem, to see that it runs")
+    a.add_argument("--tiny", action="store_true", help="one small problem, to check that the script runs")
     options = a.parse_args()
     device, seconds = torch.device(options.device), 0.3 if options.quick else 1.5
     OPTIONS.update((key, json.loads(value)) for key, value in (text.split("=") for text in options.inductor))

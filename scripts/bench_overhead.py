@@ -1,18 +1,17 @@
-"""The CPU's time of the rules alone: what a small problem on a GPU waits for in eager mode.
+"""CPU time of the differentiation rules without kernels, which limits small problems on a GPU in eager mode.
 
     python scripts/bench_overhead.py
 
-Our backends are replaced by one that computes nothing, so that what is left is PyTorch's transforms, our rules and
-checks. Beside it the same through what :meth:`torch.autograd.Function.apply` does at every level, and PyTorch's math
-attention on a problem so small that it is all dispatch. The least of several runs, in turn in one process: on a shared
-machine only their ratios mean anything. Prints a table (Markdown).
+Our backends are replaced by one that computes nothing. The time left is that of PyTorch's transforms and of our rules
+and checks. Two other columns show the same with :meth:`torch.autograd.Function.apply` at every level, and PyTorch's
+math attention on a problem so small that its time is dispatch. Each number is the least of several runs, alternately in
+one process: on a shared machine only their ratios are meaningful. Prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,13 +23,13 @@ from tqdm import tqdm
 
 import metaattn
 from metaattn.autodiff._custom_function import CustomFunction
-from metaattn.backends.base import Gradients, Operands, Values
+from metaattn.backends.base import Backend, BackwardJvpInputs, Gradients, Operands, Problem, Rows, Tangent, Values
 from metaattn.cli._derivatives import Attention, derivative
 from metaattn.cli._metrics import milliseconds
 from metaattn.cli.bench import attention
 from metaattn.ops import operators
 
-SECONDS = 0.3  # of each
+SECONDS = 0.3  # for each measurement
 RULES = {
     "forward": "fwd",
     "backward": "grad",
@@ -41,39 +40,51 @@ RULES = {
 }
 
 
-def values(x: Operands) -> Values:
-    """Room for out and lse."""
+def empty_values(x: Operands) -> Values:
+    """Return empty tensors for out and lse."""
     return Values(torch.empty_like(x.query), x.query.new_empty(x.query.shape[:-1]))
 
 
-def gradients(x: Operands) -> Gradients:
-    """Room for the gradients."""
+def empty_gradients(x: Operands) -> Gradients:
+    """Return empty tensors for the gradients."""
     return Gradients(torch.empty_like(x.query), torch.empty_like(x.key), torch.empty_like(x.value), None)
 
 
-NOTHING = SimpleNamespace(
-    forward=lambda problem, x: values(x),
-    tangent=lambda problem, x, *_: values(x),
-    forward_with_jvp=lambda problem, x, _: (values(x), values(x)),
-    backward=lambda problem, x, *_, **__: gradients(x),
-    second=lambda problem, x, *_, **__: gradients(x),
-    backward_with_jvp=lambda problem, x, *_, **__: (gradients(x), gradients(x)),
-)
+class EmptyBackend(Backend):
+    """Returns uninitialised results and computes nothing."""
+
+    name = "empty"
+
+    def forward(self, problem: Problem, x: Operands) -> Values:
+        """Return empty values."""
+        return empty_values(x)
+
+    def backward(self, problem: Problem, x: Operands, values: Values, cotangent: Rows, *, bias_grad: bool) -> Gradients:
+        """Return empty gradients."""
+        return empty_gradients(x)
+
+    def forward_jvp(self, problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
+        """Return empty tangents of the values."""
+        return empty_values(x)
+
+    def backward_jvp(self, problem: Problem, x: Operands, inputs: BackwardJvpInputs) -> Gradients:
+        """Return empty tangents of the gradients."""
+        return empty_gradients(x)
 
 
 @contextlib.contextmanager
 def without_work(*, own_levels: bool) -> Iterator[None]:
-    """Inside, no backend computes anything; and rules run at PyTorch's levels by its own means, or by ours."""
+    """Context manager: no backend computes anything; rules run at PyTorch's levels by our ``apply`` or by PyTorch's."""
     apply = CustomFunction.__dict__["apply"] if own_levels else classmethod(Function.apply.__func__)  # type: ignore[attr-defined]
     with (
-        mock.patch.object(operators, "select", return_value=NOTHING),
+        mock.patch.object(operators, "select", return_value=EmptyBackend()),
         mock.patch.object(CustomFunction, "apply", apply),
     ):
         yield
 
 
 def calls(f: Attention) -> dict[str, Callable[[], Any]]:
-    """Every rule as a call."""
+    """Return a call for each rule."""
     torch.manual_seed(0)
     x, t, (w, *_) = torch.randn(3, 3, 1, 1, 4, 8).unbind()
     found = {name: derivative(rule, f, tuple(x), tuple(t), w) for name, rule in RULES.items()}
@@ -88,7 +99,7 @@ def calls(f: Attention) -> dict[str, Callable[[], Any]]:
 
 
 def main() -> None:
-    """Measure, print."""
+    """Measure and print the table."""
     torch.set_num_threads(1)
     ours = calls(lambda q, k, v: metaattn.sdpa(q, k, v, backend="reference"))
     theirs = calls(attention("math", causal=False))

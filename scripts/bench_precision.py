@@ -1,9 +1,10 @@
-"""What a precision does to second-order meta-gradients: their relative error against float64, over seeds.
+"""Relative error of second-order meta-gradients against float64, by precision, over seeds.
 
     python scripts/bench_precision.py [--device cuda] [--seeds 6] [--inner-steps 1 3 5] [--learning-rates 0.2 0.05]
 
-A Transformer of 2 layers of 32 on 4 glyph tasks, as ``python -m experiments.second_order`` checks it. Prints the table
-of ``docs/guides/mixed_precision.md``: median and worst. On a GPU tf32 as well: float32 whose products are rounded.
+The model is a Transformer of 2 layers of width 32 on 4 glyph tasks, as in ``python -m experiments.second_order``.
+Prints the table of ``docs/guides/mixed_precision.md``: median and largest error. On a GPU also tf32: float32 with
+rounded products.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from experiments.training.config import Precision
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the table."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cpu")
     p.add_argument("--seeds", type=int, default=6)

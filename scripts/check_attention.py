@@ -1,13 +1,12 @@
-"""Check the Triton kernels on this GPU against float64, beside PyTorch's math attention in the same dtype.
+"""Check the Triton kernels on this GPU against float64; compare errors with PyTorch's math attention in the same dtype.
 
     python scripts/check_attention.py [--cases 64] [--out docs/benchmarks/check] [--sanitize 6]
 
-Random ragged shapes with all of the contract, in every dtype, for fwd, bwd, jvp, hvp and dbl: the relative error (in
-the 2-norm, over all results) may be at most 1.5 times that of PyTorch's math attention, and in one case of a thousand
-2 times.
-Then: the same with memory that is NaN before it is written; two runs bitwise equal; another stream; a CUDA graph's
-replay; more than 2^31 elements. With --sanitize a few of the cases also run under compute-sanitizer's memcheck and
-racecheck. Exits with 1 if anything fails; writes JSON.
+Cases have random ragged shapes and use all of the contract, in every dtype, for fwd, bwd, jvp, hvp and dbl. The
+relative error (in the 2-norm, over all results) may be at most 1.5 times that of PyTorch's math attention, and 2 times
+in one case of a thousand. New memory is NaN, so that missing writes show, and two runs must be bitwise equal. Then it
+checks another stream, another device, the replay of a CUDA graph, and more than 2^31 elements. With --sanitize a few of
+the cases also run under compute-sanitizer's memcheck and racecheck. Writes JSON; exits with 1 if anything fails.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from metaattn.cli._derivatives import Attention, derivative
 from metaattn.cli._metrics import relative_error
 
 TF32_ERROR = 3 * 2.0**-11
-# Lengths that share kernels: those compile for blocks that a length fills or does not, and for multiples of 16.
+# Lengths that share compiled kernels: these depend on whether blocks divide a length, and whether 16 does.
 LENGTHS = {
     "one": range(1, 2),
     "short": range(17, 32, 2),
@@ -71,7 +70,7 @@ class Case(NamedTuple):
 
 
 def draw(seed: int, dtype: str) -> Case:
-    """A case from a seed. SHAPES in turn are of one kind and differ in their lengths, so that few kernels compile."""
+    """Return the case of a seed. SHAPES consecutive ones differ only in their lengths, so that few kernels compile."""
     kind, r = random.Random(seed // SHAPES), random.Random(seed)
     size, value = kind.choice([(64, 64), (64, 64), (128, 128), (32, 32), (40, 24), (16, 80)])
     kv_heads = kind.choice([1, 2])
@@ -92,7 +91,7 @@ def draw(seed: int, dtype: str) -> Case:
 
 
 def inputs(c: Case) -> tuple[list[Tensor], Tensor | None, dict[str, Any]]:
-    """Differentiable inputs (query, key, value and perhaps a bias), a boolean mask, options."""
+    """Return differentiable inputs (query, key, value and possibly a bias), a boolean mask, and options."""
     dtype = DTYPES[c.dtype][0]
     g = torch.Generator("cuda").manual_seed(c.seed)
 
@@ -100,7 +99,7 @@ def inputs(c: Case) -> tuple[list[Tensor], Tensor | None, dict[str, Any]]:
         if c.layout == "transposed":  # heads after tokens, as a projection leaves them
             b, h, n, d = shape
             return torch.randn(b, n, h, d, device="cuda", generator=g).to(dtype).transpose(1, 2)
-        if c.layout == "expanded":  # in `spread`: forward mode takes no expanded inputs
+        if c.layout == "expanded":  # expanded later, in `spread`: forward mode supports no expanded inputs
             return torch.randn(1, *shape[1:], device="cuda", generator=g).to(dtype)
         return torch.randn(shape, device="cuda", generator=g).to(dtype)
 
@@ -115,7 +114,7 @@ def inputs(c: Case) -> tuple[list[Tensor], Tensor | None, dict[str, Any]]:
     if c.kind == "causal":
         options["is_causal"] = True
     elif c.kind == "window":
-        # Wide enough to the left that the last row still sees a key: math attention knows no empty rows.
+        # Wide enough to the left for the last row to see a key: math attention does not support rows without keys.
         left = max(c.rows - c.keys, 0) + c.seed % 100
         options["window"] = (left, 3)
         mask = (j >= i - left) & (j <= i + 3)
@@ -131,13 +130,13 @@ def inputs(c: Case) -> tuple[list[Tensor], Tensor | None, dict[str, Any]]:
 
 
 def spread(c: Case, x: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """query, key and value with their whole batch."""
+    """Return query, key and value expanded to the whole batch."""
     q, k, v = (t.expand(c.batch, *t.shape[1:]) for t in x[:3])
     return q, k, v
 
 
 def ours(c: Case, backend: str, mask: Tensor | None, options: dict[str, Any]) -> Attention:
-    """The operator as a function of the differentiable inputs."""
+    """Return the operator as a function of the differentiable inputs."""
     shown = None if c.kind == "window" else mask
 
     def f(*x: Tensor) -> Tensor:
@@ -148,7 +147,7 @@ def ours(c: Case, backend: str, mask: Tensor | None, options: dict[str, Any]) ->
 
 
 def math_attention(c: Case, mask: Tensor | None, options: dict[str, Any]) -> Attention:
-    """PyTorch's math attention, windows as masks."""
+    """Return PyTorch's math attention, with windows as masks."""
 
     def f(*x: Tensor) -> Tensor:
         attn_mask, (q, k, v) = x[3] if len(x) == 4 else mask, spread(c, x)
@@ -161,23 +160,23 @@ def math_attention(c: Case, mask: Tensor | None, options: dict[str, Any]) -> Att
 
 
 def rule(name: str, f: Attention, x: list[Tensor], t: list[Tensor], w: Tensor) -> list[Tensor]:
-    """All results of a rule."""
+    """Return all results of a rule."""
     return tree_leaves(derivative(name, f, x, t, w)())
 
 
-_lost: list[str] = []  # what ended this process's use of the GPU, if anything has
+_lost: list[str] = []  # the error that made the GPU unusable for this process, if there was one
 
 
 def check(c: Case) -> dict[str, Any] | None:
-    """Errors of ours and of math attention for every rule, and whether a second run is bitwise equal.
+    """Return the errors of ours and of math attention for every rule, and whether a second run is bitwise equal.
 
-    ``None`` if a case before has broken the GPU's context: then another process has to do it.
+    Return ``None`` if an earlier case has broken the GPU's context: another process must then check this one.
     """
     if _lost:
         return None
     arithmetic(c.dtype)
-    warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # in the thread of a backward, each time
-    # New memory is NaN: what a kernel forgets to write shows.
+    warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # printed by every backward thread
+    # New memory is NaN, so that elements that a kernel does not write show.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     row: dict[str, Any] = {"case": c._asdict()}
@@ -208,9 +207,9 @@ def check(c: Case) -> dict[str, Any] | None:
 
 
 def check_all(cases: list[Case], rows: list[dict[str, Any]], save: Callable[[], None]) -> None:
-    """All of them side by side, into ``rows``; those that a broken context left undone in new processes.
+    """Check all cases in parallel, into ``rows``; after a broken context, check the remaining ones in new processes.
 
-    Saved with every group: what is killed in the next has these on disk.
+    Results are saved after every group, so that an interrupted run loses at most one.
     """
     spawn = multiprocessing.get_context("spawn")
     done: set[Case] = set()
@@ -227,7 +226,7 @@ def check_all(cases: list[Case], rows: list[dict[str, Any]], save: Callable[[], 
 
 
 def other_conditions() -> dict[str, str]:
-    """Stream, graph, device, offsets past 2^31: each "ok" or what went wrong."""
+    """Check streams, graphs, devices and offsets past 2^31; return "ok" or the error for each."""
     results: dict[str, str] = {}
 
     def attempt(name: str, call: Callable[[], bool]) -> None:
@@ -271,14 +270,14 @@ def other_conditions() -> dict[str, str]:
         return all(torch.equal(a.to("cuda:0"), b) for a, b in zip(got, expected, strict=True))
 
     def far_offsets() -> bool:
-        # 2^31 + elements in each of query, key and value: the last head must be that of a small call.
+        # More than 2^31 elements in each of query, key and value: the last head must equal that of a small call.
         heads, n, d = 2**14 + 8, 1024, 128
         q = torch.randn(1, heads, n, d, device="cuda", dtype=torch.bfloat16)
         out = metaattn.sdpa(q, q, q, backend="triton")
         return torch.equal(out[:, -1:], metaattn.sdpa(*(q[:, -1:],) * 3, backend="triton"))
 
     def far_rows() -> bool:
-        # A row stride that takes the last rows past 2^31 elements.
+        # A row stride with which the offsets of the last rows exceed 2^31 elements.
         wide = torch.randn(2048, 2**20 + 64, device="cuda", dtype=torch.bfloat16)
         q = wide[None, None, :, -64:]
         c = q.contiguous()
@@ -293,7 +292,7 @@ def other_conditions() -> dict[str, str]:
 
 
 def launch(cases: list[Case]) -> None:
-    """Every rule of our kernels and nothing else: what the sanitizer looks at."""
+    """Run every rule of our kernels and nothing else, for the sanitizer."""
     for c in cases:
         arithmetic(c.dtype)
         x, mask, options = inputs(c)
@@ -305,11 +304,11 @@ def launch(cases: list[Case]) -> None:
 
 
 def sanitize(cases: int) -> dict[str, str]:
-    """Memcheck and racecheck over cases of the first kinds in each dtype: "ok" or the report's end."""
+    """Run memcheck and racecheck on cases of the first kinds in each dtype; return "ok" or the end of the report."""
     results = {}
     for tool in ("memcheck", "racecheck"):
         program = [sys.executable, __file__, "--launch", "--cases", str(cases * SHAPES)]
-        kernels = [f"--kernel-name=kernel_substring={name}" for name in ("values", "by_")]
+        kernels = ["--kernel-name=kernel_substring=attention_"]
         done = subprocess.run(
             ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *kernels, *program],
             capture_output=True,
@@ -321,13 +320,17 @@ def sanitize(cases: int) -> dict[str, str]:
 
 
 def main() -> None:
-    """Run all, say what failed."""
+    """Run all checks and print what failed."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--cases", type=int, default=64, help="of each dtype")
+    p.add_argument("--cases", type=int, default=64, help="number of cases of each dtype")
     p.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     p.add_argument("--out", type=Path, default=Path("docs/benchmarks/check"))
-    p.add_argument("--sanitize", type=int, metavar="CASES", help="of each dtype, also under compute-sanitizer")
-    p.add_argument("--launch", action="store_true", help="only launch our kernels, in this process")
+    p.add_argument(
+        "--sanitize", type=int, metavar="CASES", help="number of cases of each dtype under compute-sanitizer"
+    )
+    p.add_argument(
+        "--launch", action="store_true", help="only launch our kernels, in this process (used by --sanitize)"
+    )
     a = p.parse_args()
     cases = [draw(seed, dtype) for dtype, seed in itertools.product(a.dtypes, range(a.cases))]
     if a.launch:
@@ -356,7 +359,7 @@ def main() -> None:
 
 
 def report(rows: list[dict[str, Any]], conditions: dict[str, str]) -> bool:
-    """Print a table by dtype and rule and all that failed; whether anything did."""
+    """Print a table by dtype and rule, and all failures; return whether there were any."""
     broken = [r for r in rows if "failed" in r]
     for r in broken[:8]:
         print("FAILED", r["case"], r["failed"])
@@ -366,8 +369,8 @@ def report(rows: list[dict[str, Any]], conditions: dict[str, str]) -> bool:
         here = [(r["case"], r[name]) for r in rows if r["case"]["dtype"] == dtype and name in r]
         if not here:
             continue
-        # A tenth of a rounding is no error to compare with: math attention of one key has none at all. In tf32 its
-        # small products have none either, being done in float32, so that three roundings of tf32 are the measure.
+        # Errors are compared with at least a tenth of a rounding: math attention with a single key has no error. In
+        # tf32 they are compared with at least three roundings, because PyTorch computes small products in float32.
         floor = TF32_ERROR if dtype == "tf32" else 0.1 * torch.finfo(DTYPES[dtype][0]).eps
         ratio = [(e["ours"] / max(e["math"], floor), c) for c, e in here]
         above = sorted(((q, c) for q, c in ratio if not q <= 1.5), key=lambda pair: -pair[0])

@@ -1,9 +1,9 @@
-"""Draw the calculus of the four primitives: which primitives the derivatives of each are made of.
+"""Draw the calculus of the four primitives: which primitives the derivatives of each consist of.
 
     python scripts/draw_calculus.py [--out docs/figures/calculus.svg]
 
-The arrows are the table of section 3 of docs/mathematics.md for D0, G0, D1, G1 = F, B, T, S. The format is that of the
-file's name; an SVG has its letters as outlines and is the same, byte for byte, each time.
+The arrows are the table of section 3 of docs/mathematics.md for D0, G0, D1, G1 = F, B, T, S. The file's name decides
+the format. An SVG has its letters as outlines and is the same, byte for byte, each time.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ INK, GREY, PAPER = "#1f2430", "#6b7280", "#ffffff"
 REVERSE, FORWARD = "#3949ab", "#d9730d"
 VALUES, GRADIENTS, HIGHER = "#eef4ff", "#fff4e6", "#f3f4f6"
 
-# Name, what it is, what it gives, centre, colour.
+# Symbol, name in code, results, centre, colour.
 NODES = [
     ("F", "forward", r"$o,\ \ell$", (2.0, 6.2), VALUES),
     ("B", "backward", r"$\bar q,\ \bar k,\ \bar v,\ \bar b$", (8.6, 6.2), GRADIENTS),
-    ("T", "tangent", r"$\dot o,\ \dot\ell$", (2.0, 3.2), VALUES),
-    ("S", "second order", r"$\dot{\bar q},\ \dot{\bar k},\ \dot{\bar v},\ \dot{\bar b}$", (8.6, 3.2), GRADIENTS),
+    ("T", "forward_jvp", r"$\dot o,\ \dot\ell$", (2.0, 3.2), VALUES),
+    ("S", "backward_jvp", r"$\dot{\bar q},\ \dot{\bar k},\ \dot{\bar v},\ \dot{\bar b}$", (8.6, 3.2), GRADIENTS),
 ]
-# From, to, bend, label and where it stands; reverse mode, then forward mode.
+# Start, end, bend, label and its position; reverse mode, then forward mode.
 REVERSE_ARROWS: list[Arrow] = [
     ((3.5, 6.2), (7.1, 6.2), 0.0, r"by $x$", (5.3, 6.42)),
     ((3.5, 3.2), (7.1, 3.2), 0.0, r"by $x$", (5.3, 2.92)),
@@ -57,19 +57,19 @@ FORWARD_ARROWS: list[Arrow] = [
 
 
 def box(axis: Axes, centre: Point, width: float, height: float, colour: str) -> None:
-    """A rounded box."""
+    """Draw a rounded box."""
     x, y = centre[0] - width / 2, centre[1] - height / 2
     shape = "round,pad=0,rounding_size=0.18"
     axis.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, fc=colour, ec=INK, lw=1.3, zorder=3))
 
 
 def text(axis: Axes, at: Point, content: str, color: str = INK, **style: Any) -> None:
-    """Text about a point."""
+    """Write text centred on a point."""
     axis.text(*at, content, color=color, ha="center", va="center", zorder=4, **style)
 
 
 def connect(axis: Axes, arrows: list[Arrow], colour: str, line: Line) -> None:
-    """Arrows of one mode, with their labels."""
+    """Draw the arrows of one mode, with their labels."""
     for start, end, bend, label, (x, y) in arrows:
         style: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 17, "connectionstyle": f"arc3,rad={bend}"}
         axis.add_patch(FancyArrowPatch(start, end, lw=1.9, ls=line, color=colour, shrinkA=2, shrinkB=2, **style))
@@ -86,10 +86,10 @@ def draw(path: Path) -> None:
     for name, what, gives, (x, y), colour in NODES:
         box(axis, (x, y), WIDTH, HEIGHT, colour)
         text(axis, (x - 1.05, y), name, fontsize=30, weight="bold")
-        text(axis, (x + 0.38, y + 0.27), what, fontsize=12.5, color=GREY)
+        text(axis, (x + 0.38, y + 0.27), what, fontsize=12, color=GREY)
         text(axis, (x + 0.38, y - 0.24), gives, fontsize=17)
     box(axis, (5.3, 0.7), 9.6, HEIGHT, HIGHER)
-    higher = r"$D_2,\ G_2,\ D_3,\ \ldots$   formulas, run in tiles: no kernels of their own"
+    higher = r"$D_2,\ G_2,\ D_3,\ \ldots$   formulas, computed in tiles: no separate kernels"
     text(axis, (5.3, 0.93), "third order and above", fontsize=14, weight="bold")
     text(axis, (5.3, 0.42), higher, fontsize=12.5)
     for x, title in ((2.0, "values and their tangents"), (8.6, "gradients and their tangents")):

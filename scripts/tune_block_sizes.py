@@ -1,11 +1,11 @@
 """Find the fastest block sizes of each Triton kernel on this GPU, and write them into the backend's table.
 
-    python scripts/tune_block_sizes.py [--head-sizes 64 128] [--dtypes bfloat16 tf32 float32] [--primitives backward_jvp_keys]
+    python scripts/tune_block_sizes.py [--head-sizes 64 128] [--dtypes bfloat16 tf32] [--primitives backward_jvp_keys]
 
-Candidates compile side by side in as many processes as there are cores; then each is checked against the formulas in
-float64 and timed alone, and the best few again for longer, without a band and with one (a causal mask). With --bands
-full alone, what is best without one serves both. All times go to --out as JSON, beside those of other devices,
-primitives, sizes and dtypes; ``metaattn/backends/triton/block_sizes.json`` is updated in place.
+Candidates compile in parallel, in as many processes as there are cores. Then each is checked against the formulas in
+float64 and timed, without a band and with one (a causal mask), and the best few are timed again for longer. With
+``--bands full`` the best sizes without a band are used for both. All times go to --out as JSON, together with those of
+other devices, primitives, sizes and dtypes; ``metaattn/backends/triton/block_sizes.json`` is updated in place.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metaattn.backends import blockwise
-from metaattn.backends import triton as backend
-from metaattn.backends.base import Operands, Problem, Rows, Tangent, Values, in_turn
-from metaattn.backends.triton import block_sizes, launch
+from metaattn.backends.base import Backend, BackwardJvpInputs, Operands, Problem, Rows, Tangent, Values
+from metaattn.backends.triton import backend, block_sizes, launch
 from metaattn.backends.triton.block_sizes import Tile
 from metaattn.cli._metrics import largest_error
 
-PRIMITIVES = (
+# A primitive; or, where it has two kernels, one of these, as in block_sizes.json.
+KERNELS = (
     "forward",
     "forward_with_jvp",
     "forward_jvp",
@@ -50,7 +50,7 @@ PRIMITIVES = (
 )
 TOKENS = 2048
 FINALISTS = 6
-BOUNDS = {"bfloat16": 2e-2, "tf32": 3e-3, "float32": 1e-5}  # of the relative error of each result
+BOUNDS = {"bfloat16": 2e-2, "tf32": 3e-3, "float32": 1e-5}  # largest relative error of each result
 
 
 class Trial(NamedTuple):
@@ -64,7 +64,10 @@ class Trial(NamedTuple):
 
 
 def candidates(primitive: str, dtype: str, head_size: int, causal: bool) -> Iterator[Trial]:
-    """Block sizes worth a trial: what is kept in registers fits, and in 16 bits is 64 high, for Hopper's products."""
+    """Yield the block sizes to try: accumulators fit into registers; in 16 bits they have 64 rows (Hopper's products).
+
+    A kernel keeps a block of rows, or of keys for ``_keys``, and loops over the others.
+    """
     keeps_rows = not primitive.endswith("_keys")
     at_once = primitive in ("forward_with_jvp", "backward_with_jvp_rows", "backward_with_jvp_keys")
     accumulators = (1 if keeps_rows else 2) * (2 if at_once else 1)
@@ -73,31 +76,31 @@ def candidates(primitive: str, dtype: str, head_size: int, causal: bool) -> Iter
     few = wide or head_size > 128 or primitive == "backward_with_jvp_keys"
     others = (16, 32, 64) if few else (32, 64, 128)
     splits = (True, False) if causal else (True,)
-    holds = (False, True) if not wide and head_size <= 128 else (False,)
-    # With two warps products are the older instructions', which read both factors from registers.
+    in_registers = (False, True) if not wide and head_size <= 128 else (False,)
+    # With two warps the compiler uses the older product instructions, which read both factors from registers.
     keeps, warps_of = ((32, 64, 128), (2, 4, 8)) if wide else ((64, 128), (4, 8))
-    for kept, other, warps, stages, split, hold in itertools.product(
-        keeps, others, warps_of, (1, 2, 3, 4), splits, holds
+    for kept, other, warps, stages, split, keep in itertools.product(
+        keeps, others, warps_of, (1, 2, 3, 4), splits, in_registers
     ):
-        # 32-bit registers of a thread for the accumulators and for the tiles alive at once.
+        # 32-bit registers of a thread for the accumulators and for the tiles that are live at the same time.
         registers = kept * (accumulators * head_size + scores * other) / (32 * warps)
         deep = stages == 3 and (wide or head_size > 128)
-        deep |= stages == 4 and not hold
+        deep |= stages == 4 and not keep
         shallow = stages == 1 and not wide and head_size <= 128
         if 32 <= registers <= 300 and kept >= 16 * warps and not deep and not shallow:
             rows, keys = (kept, other) if keeps_rows else (other, kept)
-            yield Trial(primitive, dtype, head_size, causal, Tile(rows, keys, warps, stages, split, hold))
+            yield Trial(primitive, dtype, head_size, causal, Tile(rows, keys, warps, stages, split, keep))
 
 
 def force(trial: Trial) -> None:
-    """Put a candidate into the table in memory."""
-    column = block_sizes._device(0).setdefault((trial.primitive, arithmetic(trial.dtype)), {})
+    """Put a candidate into the table in memory, so that it is used."""
+    column = block_sizes._for_device(0).setdefault((trial.primitive, arithmetic(trial.dtype)), {})
     full, banded = column.get(trial.head_size, (trial.tile, trial.tile))
     column[trial.head_size] = (full, trial.tile) if trial.causal else (trial.tile, banded)
 
 
 class Data(NamedTuple):
-    """What a primitive is given."""
+    """Arguments of a primitive."""
 
     x: Operands
     t: Tangent
@@ -108,7 +111,7 @@ class Data(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def random(dtype: str, head_size: int) -> Data:
-    """Random numbers; the values are not those of the operands, which to compile does not matter."""
+    """Return random arguments. The values are not those of the operands, which does not matter for compilation."""
     heads = max(1, 128 * 64 // head_size)
 
     def tensor() -> Tensor:
@@ -119,19 +122,19 @@ def random(dtype: str, head_size: int) -> Data:
     return Data(x, t, w, values, values)
 
 
-def exactly(given: Data, p: Problem) -> Data:
-    """The same numbers in float64, with the values that the formulas give."""
-    x, t, w = map(in_float64, given[:3])
-    return Data(x, t, w, *blockwise.forward_with_jvp(p, x, t))
+def exactly(arguments: Data, p: Problem) -> Data:
+    """Return the same arguments in float64, with the values that the formulas give."""
+    x, t, w = map(in_float64, arguments[:3])
+    return Data(x, t, w, *blockwise.backend.forward_with_jvp(p, x, t))
 
 
 def problem(trial: Trial) -> Problem:
-    """With a band or without one."""
+    """Return the problem of a trial, with a band or without one."""
     return Problem(trial.head_size**-0.5, None, 0 if trial.causal else None)
 
 
-def call(trial: Trial, d: Data, by: Any = backend) -> Callable[[], Any]:
-    """The primitive of a trial, of our kernels or of another backend."""
+def call(trial: Trial, d: Data, by: Backend = backend) -> Callable[[], Any]:
+    """Return a call of the trial's primitive, of our kernels or of another backend."""
     p = problem(trial)
     if trial.primitive == "forward":
         return lambda: by.forward(p, d.x)
@@ -141,13 +144,14 @@ def call(trial: Trial, d: Data, by: Any = backend) -> Callable[[], Any]:
         return lambda: by.forward_jvp(p, d.x, d.values, d.t)
     if trial.primitive in ("backward_rows", "backward_keys"):
         return lambda: by.backward(p, d.x, d.values, d.w, bias_grad=False)
-    both = getattr(by, "backward_with_jvp", in_turn(by))
-    second = by.backward_jvp if trial.primitive.startswith("backward_jvp") else both
-    return lambda: second(p, d.x, d.values, d.values_t, d.w, d.t, cotangent_tangent=Rows(), bias_grad=False)
+    inputs = BackwardJvpInputs(d.values, d.values_t, d.w, d.t)
+    if trial.primitive.startswith("backward_jvp"):
+        return lambda: by.backward_jvp(p, d.x, inputs)
+    return lambda: by.backward_with_jvp(p, d.x, inputs)
 
 
 def written(primitive: str, results: Any) -> list[Tensor]:
-    """Of the results of a primitive, of which there may be two kinds, those that the kernel writes."""
+    """Return the results of a primitive that the tuned kernel writes; fused primitives have two sets of results."""
     kinds = [results] if isinstance(results[0], Tensor) else results
     if primitive.endswith("_rows"):
         return [gradients.query for gradients in kinds]
@@ -157,7 +161,7 @@ def written(primitive: str, results: Any) -> list[Tensor]:
 
 
 def error_of(trial: Trial, d: Data, want: list[Tensor]) -> float:
-    """The largest relative error of a candidate's results: ptxas has made wrong code of some (docs/benchmarks)."""
+    """Return the largest relative error of a candidate: for some, ptxas generated wrong code (docs/benchmarks)."""
     force(trial)
     try:
         return largest_error(written(trial.primitive, call(trial, d)()), want)
@@ -166,7 +170,7 @@ def error_of(trial: Trial, d: Data, want: list[Tensor]) -> float:
 
 
 def compile_one(trial: Trial) -> str | None:
-    """Compile a candidate, into Triton's cache on disk; why not, if it cannot be launched."""
+    """Compile a candidate into Triton's cache on disk; return the reason if it cannot be launched."""
     force(trial)
     launch._smaller.clear()
     try:
@@ -178,7 +182,7 @@ def compile_one(trial: Trial) -> str | None:
 
 
 def milliseconds(trial: Trial, d: Data, rep: int = 16) -> float | None:
-    """The time of the primitive, all its kernels together."""
+    """Return the time of the primitive with all its kernels; ``None`` if it fails."""
     from triton.testing import do_bench
 
     force(trial)
@@ -190,7 +194,10 @@ def milliseconds(trial: Trial, d: Data, rep: int = 16) -> float | None:
 
 
 def final(timed: list[tuple[float, Trial]], d: Data) -> list[tuple[float, Trial]]:
-    """The times with the best few measured again, in turns and for longer: of many short timings the least is luck."""
+    """Return the times, with the best few measured again, alternately and for longer.
+
+    The least of many short timings is a matter of luck.
+    """
     best = [t for _, t in timed[:FINALISTS]]
     rounds = [[milliseconds(t, d, rep=60) or math.inf for t in best] for _ in range(3)]
     again = [(statistics.median(times), t) for times, t in zip(zip(*rounds, strict=True), best, strict=True)]
@@ -198,9 +205,9 @@ def final(timed: list[tuple[float, Trial]], d: Data) -> list[tuple[float, Trial]
 
 
 def main() -> None:
-    """Compile, time, write."""
+    """Compile, time and write."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--primitives", nargs="+", default=PRIMITIVES, choices=PRIMITIVES)
+    p.add_argument("--primitives", nargs="+", default=KERNELS, choices=KERNELS)
     p.add_argument("--head-sizes", type=int, nargs="+", default=[64, 128])
     p.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=("bfloat16", "tf32", "float32"))
     p.add_argument("--bands", nargs="+", default=["full", "causal"], choices=("full", "causal"))
@@ -222,29 +229,29 @@ def main() -> None:
         members = list(same)
         primitive, dtype, size, causal = group
         kind = arithmetic(dtype)
-        tiles = block_sizes._device(0).setdefault((primitive, kind), {})
-        known = dict(tiles)
-        given = random(dtype, size)
-        exact = exactly(given, problem(members[0]))
-        values = (Values(v.out.to(given.w.out), v.lse.float()) for v in (exact.values, exact.values_t))
-        given = Data(*given[:3], *values)
-        want = written(primitive, call(members[0], exact, blockwise)())
-        errors = {t: error_of(t, given, want) for t in members}
+        tiles = block_sizes._for_device(0).setdefault((primitive, kind), {})
+        before_trials = dict(tiles)
+        arguments = random(dtype, size)
+        exact = exactly(arguments, problem(members[0]))
+        values = (Values(v.out.to(arguments.w.out), v.lse.float()) for v in (exact.values, exact.values_t))
+        arguments = Data(*arguments[:3], *values)
+        want = written(primitive, call(members[0], exact, blockwise.backend)())
+        errors = {t: error_of(t, arguments, want) for t in members}
         wrong = [t for t in members if not errors[t] < BOUNDS[dtype]]
         for t in wrong:
             print(f"WRONG by {errors[t]:.1e}, left out: {t}", flush=True)
-        timed = [(ms, t) for t in members if t not in wrong and (ms := milliseconds(t, given)) is not None]
-        timed = final(sorted(timed, key=lambda pair: pair[0]), given)
+        timed = [(ms, t) for t in members if t not in wrong and (ms := milliseconds(t, arguments)) is not None]
+        timed = final(sorted(timed, key=lambda pair: pair[0]), arguments)
         rows += [{**t._asdict(), "ms": ms, "device": device} for ms, t in timed]
         rows += [{**t._asdict(), "wrong": f"{errors[t]:.1e}", "device": device} for t in wrong]
         save(a.out, before, rows)
         tiles.clear()
-        tiles.update(known)
+        tiles.update(before_trials)
         if not timed:
             continue
         best = timed[0][1]
         for band in {causal, causal or True not in bands}:
-            force(best._replace(causal=band))  # what follows is timed beside the best
+            force(best._replace(causal=band))  # later trials are timed with the best of the earlier ones
         column = content.setdefault(capability, {}).setdefault(primitive, {}).setdefault(kind, {})
         column[str(size)] = [list(map(int, tile)) for tile in tiles[size]]
         write(content)
@@ -253,7 +260,7 @@ def main() -> None:
 
 
 def save(out: Path, before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
-    """All times, after every group: those of the same device, primitive, dtype, head size and band are replaced."""
+    """Write all times. They replace earlier ones of the same device, primitive, dtype, head size and band."""
 
     def group(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["device"], row["primitive"], row["dtype"], row["head_size"], row["causal"]
@@ -264,7 +271,7 @@ def save(out: Path, before: list[dict[str, Any]], rows: list[dict[str, Any]]) ->
 
 
 def write(content: dict[str, Any]) -> None:
-    """The table, one primitive to a line."""
+    """Write the table of block sizes, one primitive per line."""
     blocks = []
     for capability, primitives in content.items():
         lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(column)}" for name, column in primitives.items())

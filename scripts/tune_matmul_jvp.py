@@ -1,12 +1,12 @@
-"""Time products with tangents (``metaattn.backends.matmul_jvp``) on this GPU by block sizes, beside PyTorch's own.
+"""Time matrix products with tangents (``metaattn.backends.matmul_jvp``) by block sizes, and PyTorch's kernels.
 
     python scripts/tune_matmul_jvp.py [--out docs/benchmarks/matmul_jvp.json] [--dtype bfloat16]
 
-Shapes are those of a linear layer of each task: ``x w^T`` with tangents, both gradients with tangents (that of the
-weight without its value), and both without. All of a shape compile side by side, then each is checked against float64
-and timed as a replayed CUDA graph. Prints the best few and the time of PyTorch's products and sums; block sizes are set
-by hand in ``metaattn/backends/triton/matmul_jvp.py``, from what this shows. Times of other devices, dtypes and shapes in
---out are kept.
+Shapes are those of a linear layer with one weight for each task: ``x w^T`` with tangents, both gradients with tangents
+(that of the weight without its value), and both gradients without. Block sizes compile in parallel; then each is
+checked against float64 and timed as a replayed CUDA graph. Prints the best few and the time of PyTorch's kernels. The
+block sizes in ``metaattn/backends/triton/matmul_jvp.py`` are set by hand from these results. Times of other devices,
+dtypes and shapes in --out are kept.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from metaattn.backends.triton import matmul_jvp
 from metaattn.backends.triton.matmul_jvp import Blocks, multiply
 from metaattn.cli._metrics import largest_error
 
-# Tasks, rows of each, width: of a layer from width to width, to three and four times as much, and back.
+# Tasks, rows of each, width. Layers map width to width, to three and four times the width, and back.
 SIZES = [(16, 320, 128), (8, 2560, 256), (8, 160, 64), (32, 80, 64), (4, 4096, 256), (1, 8192, 512)]
 LAYERS = [(1, 1), (3, 1), (4, 1), (1, 4)]
 KINDS = ("forward with tangents", "gradients with tangents", "gradients")
 WGMMA = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8))  # rows, columns, warps
-# Fewer rows or warps take the older instructions of the tensor cores, which read factors from registers: Hopper's want
-# both of a tf32 product along the sum, and Triton turns those that lie otherwise through shared memory.
+# With fewer rows or warps the compiler uses the older tensor-core instructions, which read factors from registers.
+# Hopper's need both factors of a tf32 product contiguous along the sum; Triton transposes others in shared memory.
 MMA = ((32, 64, 4), (32, 128, 4), (64, 64, 2), (64, 32, 4), (128, 32, 4))
 
 
 def tiles_for(dtype: str) -> list[Blocks]:
-    """What to try."""
+    """Return the block sizes to try."""
     inner = [(32, 3), (32, 4), (64, 2), (64, 3), (128, 2)]  # inner sizes and stages
     found = [(r, c, i, w, s) for r, c, w in WGMMA for i, s in inner if (r, i) != (128, 128)]
     if dtype == "float32":
@@ -56,12 +56,12 @@ def tiles_for(dtype: str) -> list[Blocks]:
 
 
 REPEATS = 10
-BOUND = 1e-2  # of a relative error
+BOUND = 1e-2  # largest relative error
 Work = tuple[tuple[int, int, int], tuple[int, int], str, str]
 
 
 def jobs(work: Work) -> list[Product]:
-    """The products of a kind in a layer, on random numbers."""
+    """Return the products of a kind in a layer, with random factors."""
     (tasks, rows, width), (up, down), kind, dtype = work
 
     def matrix(*shape: int) -> Tensor:
@@ -77,27 +77,27 @@ def jobs(work: Work) -> list[Product]:
     return [Product(y, w), Product(y.mT, x)]
 
 
-def all_in_pytorch(given: list[Product]) -> None:
-    """PyTorch's own products."""
-    for job in given:
+def all_in_pytorch(products: list[Product]) -> None:
+    """Compute the products with PyTorch's kernels."""
+    for job in products:
         in_pytorch(job)
 
 
-def exactly(given: list[Product]) -> list[Tensor]:
-    """The products in float64."""
-    return [t for job in map(in_float64, given) for t in in_pytorch(job)]
+def exactly(products: list[Product]) -> list[Tensor]:
+    """Return the products in float64."""
+    return [t for job in map(in_float64, products) for t in in_pytorch(job)]
 
 
-def right(given: list[Product], tile: Blocks, want: list[Tensor]) -> bool:
-    """Whether products with these blocks are those of float64 but for rounding; says so if not."""
-    error = largest_error(multiply(given, tile) or [], want)
+def correct(products: list[Product], tile: Blocks, want: list[Tensor]) -> bool:
+    """Return whether products with these blocks equal those in float64 up to rounding; print the error if not."""
+    error = largest_error(multiply(products, tile) or [], want)
     if not error < BOUND:
         print(f"WRONG by {error:.1e}, left out: {tile}", flush=True)
     return error < BOUND
 
 
 def compile_one(work: tuple[Work, Blocks]) -> str | None:
-    """Compile, into Triton's cache on disk; why not, if it cannot be launched."""
+    """Compile into Triton's cache on disk; return the reason if it cannot be launched."""
     matmul_jvp._stages.clear()
     try:
         if multiply(jobs(work[0]), work[1]) is None or matmul_jvp._stages:
@@ -109,7 +109,7 @@ def compile_one(work: tuple[Work, Blocks]) -> str | None:
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
-    """The time of a call in a replayed CUDA graph of some."""
+    """Return the time of a call, from a replayed CUDA graph of REPEATS calls."""
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -121,7 +121,7 @@ def milliseconds(call: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    """Compile, time, write."""
+    """Compile, time and write."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("docs/benchmarks/matmul_jvp.json"))
     p.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
@@ -144,12 +144,12 @@ def main() -> None:
         return row["device"], row["dtype"], *row["size"], *row["layer"], row["kind"]
 
     for work in works:
-        given = jobs(work)
+        products = jobs(work)
         row: dict[str, Any] = machine | dict(zip(("size", "layer", "kind", "dtype"), work, strict=True))
-        row["PyTorch"] = milliseconds(functools.partial(all_in_pytorch, given))
-        want = exactly(given)
-        launched = [t for t in tiles if (work, t) in usable and right(given, t, want)]
-        timed = sorted((milliseconds(functools.partial(multiply, given, t)), t) for t in launched)
+        row["PyTorch"] = milliseconds(functools.partial(all_in_pytorch, products))
+        want = exactly(products)
+        launched = [t for t in tiles if (work, t) in usable and correct(products, t, want)]
+        timed = sorted((milliseconds(functools.partial(multiply, products, t)), t) for t in launched)
         rows.append(row | {"ours": timed})
         best = ", ".join(f"{tuple(t)} {ms:.4f}" for ms, t in timed[:4])
         print(f"{work[:3]} PyTorch {row['PyTorch']:.4f}; {best}", flush=True)

@@ -31,7 +31,7 @@ os.environ["METAATTN_COMPILE_PROCESSES"] = "0"  # so that no test starts more
 BACKENDS = ["reference", "blockwise"]  # those that support float64
 # The reason why the kernels cannot run on the tensors of this suite, which are on the CPU: either there is a GPU, so
 # that the kernels are not interpreted, or the interpreter does not work here. None if they can.
-NO_KERNELS = registry.refuses("triton", Problem(1.0), Operands(*torch.zeros(3, 1, 1, 1, 1)))
+NO_KERNELS = registry.unsupported_reason("triton", Problem(1.0), Operands(*torch.zeros(3, 1, 1, 1, 1)))
 FUSED = [] if NO_KERNELS else ["triton"]  # float32 is their widest dtype
 
 

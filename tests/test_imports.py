@@ -106,6 +106,59 @@ def test_private_modules_stay_in_their_package(path):
                 assert (package + ".").startswith(owner + "."), f"{_module(path)} imports the private module {name}"
 
 
+def _dependencies(path, modules):
+    """The modules of ours that a file imports, at its head or in a function; of a package, what is taken from it."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            name = ".".join([*base, node.module] if node.module else base)
+            for full in (f"{name}.{alias.name}" for alias in node.names):
+                if full in modules or name in modules:
+                    yield full if full in modules else name
+
+
+def _circles(graph):
+    """The strongly connected components of more than one node (Tarjan 1972)."""
+    index, low, stack, circles = {}, {}, [], []
+
+    def visit(node):
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in graph[node]:
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[node] = min(low[node], low[other])
+        if low[node] == index[node]:
+            at = stack.index(node)
+            component = stack[at:]
+            del stack[at:]
+            if len(component) > 1:
+                circles.append(sorted(component))
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return circles
+
+
+def test_circles_are_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a", "f"}, "f": {"e"}}
+    assert _circles(graph) == [["b", "c"], ["e", "f"]]
+
+
+def test_no_import_circle():
+    """Not even a lazy one: two modules that import each other are one module, and should be three."""
+    files = {_module(f): f for f in (ROOT / "metaattn").rglob("*.py")}
+    graph = {module: set(_dependencies(path, files)) - {module} for module, path in files.items()}
+    assert len(graph) > 80
+    assert "metaattn.compile.precompile" in graph["metaattn.compile.piecewise"]
+    assert not _circles(graph)
+
+
 def _packages():
     yield "metaattn"
     yield from (m.name for m in pkgutil.walk_packages(metaattn.__path__, "metaattn.") if m.ispkg)
@@ -129,12 +182,13 @@ def test_public_names(name):
     assert here <= set(names), f"public but not in {name}.__all__: {sorted(here - set(names))}"
 
 
-def test_tasks_are_imported_when_they_are_asked_for():
-    """They need matplotlib, which takes longer to import than all the rest of ours."""
+def test_tasks_are_imported_on_first_use_without_matplotlib():
+    """Only the families that render or decode images need matplotlib and Pillow, when they are called."""
     code = """
 import sys, metaattn
-assert "tasks" in dir(metaattn) and "matplotlib" not in sys.modules
-assert metaattn.tasks.stack and "matplotlib" in sys.modules
+assert "tasks" in dir(metaattn) and "metaattn.tasks" not in sys.modules
+assert metaattn.tasks.glyphs and metaattn.tasks.omniglot
+assert not {"matplotlib", "PIL"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="module 'metaattn' has no attribute 'task'"):

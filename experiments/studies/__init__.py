@@ -1,1 +1,1 @@
-"""Experiments that verify or show one thing each, with a command line of their own."""
+"""Studies that verify or demonstrate one property each; every module has its own command line."""

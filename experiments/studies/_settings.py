@@ -1,4 +1,4 @@
-"""Settings of the small experiments: ``key=value`` on the command line, checked against a dataclass."""
+"""Settings of the studies: ``key=value`` on the command line, checked against a dataclass."""
 
 from __future__ import annotations
 
@@ -14,15 +14,23 @@ T = TypeVar("T")
 
 
 def parse(settings: type[T], module: str) -> T:
-    """The settings from the command line; ``--help`` and mistakes end the program."""
+    """Read settings from the command line.
+
+    Args:
+        settings: A dataclass with a default for each key. The docstring of its module is the text of ``--help``.
+        module: The name that ``python -m`` runs.
+
+    Raises:
+        SystemExit: With code 0 after ``--help``, with code 2 and one line for a mistake.
+    """
     defaults = OmegaConf.structured(settings)
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{sys.modules[settings.__module__].__doc__}\nUsage: python -m {module} [key=value ...]\n")
         print(OmegaConf.to_yaml(defaults))
         sys.exit(0)
     try:
-        if bad := [a for a in sys.argv[1:] if "=" not in a]:
-            fail(f"expected key=value, got {bad[0]!r}")
+        if wrong := [a for a in sys.argv[1:] if "=" not in a]:
+            fail(f"expected key=value, got {wrong[0]!r}")
         merged: Any = OmegaConf.merge(defaults, OmegaConf.from_cli())
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -30,11 +38,11 @@ def parse(settings: type[T], module: str) -> T:
 
 
 def plain(settings: Any) -> dict[str, Any]:
-    """The settings as JSON has them."""
+    """Return the settings as values for JSON."""
     return {k: v.value if isinstance(v, Enum) else v for k, v in asdict(settings).items()}
 
 
 def fail(message: str) -> NoReturn:
-    """End with exit code 2 and one line."""
+    """Print one line and exit with code 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -1,8 +1,8 @@
-"""Who can differentiate what? Every attention on this machine in every nesting, tried and compared.
+"""Find out which attention supports which nesting of derivatives on this machine.
 
-PyTorch's scaled_dot_product_attention by each of its backends, FlexAttention, attention written out and ours:
-each is called under each nesting, its result compared with the dense formula in float64. Prints a table,
-writes JSON and a picture.
+PyTorch's scaled_dot_product_attention with each of its backends, FlexAttention, plain PyTorch operations and metaattn
+are called under each nesting, and their results are compared with the dense formula in float64. Prints a table, writes
+JSON and an image.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from tqdm import tqdm
 import metaattn
 
 from ..errors import UserError
-from ..training import report
+from ..output import save_figure, write_json
 from ..training.setup import find_device
+from ._dense import dense_attention
 from ._settings import fail, parse
-from .second_order import dense
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # relative error that counts as right
+LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # largest relative error of a correct result
 
 
 @dataclass
 class Settings:
-    """Where to try, and where the results go."""
+    """The device, and the directory of the results."""
 
     device: str = "auto"
     out: str = "outputs/boundary"
@@ -58,15 +58,15 @@ def _ours(backend: str) -> Attention:
 
 
 def attentions(device: str) -> dict[str, Attention]:
-    """Every attention that there is to try."""
-    torch_ones = {
+    """Return the attentions to try on a type of device, by name."""
+    pytorch = {
         "PyTorch flash": SDPBackend.FLASH_ATTENTION,
         "PyTorch memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
         "PyTorch cuDNN": SDPBackend.CUDNN_ATTENTION,
         "PyTorch math": SDPBackend.MATH,
     }
-    out: dict[str, Attention] = {name: _torch_sdpa(kind) for name, kind in torch_ones.items()}
-    out |= {"PyTorch FlexAttention": flex_attention, "written out": dense}
+    out: dict[str, Attention] = {name: _torch_sdpa(kind) for name, kind in pytorch.items()}
+    out |= {"PyTorch FlexAttention": flex_attention, "written out": dense_attention}
     names = ["reference", "blockwise"] + (["triton"] if device == "cuda" else [])
     return out | {f"metaattn {name}": _ours(name) for name in names}
 
@@ -81,7 +81,7 @@ def _double_backward(a: Attention, q: Tensor, k: Tensor, v: Tensor, t: Tensor) -
     return torch.autograd.grad((g * t).sum(), x)
 
 
-def _dual(a: Attention, q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Any:
+def _forward_ad(a: Attention, q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Any:
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(a(forward_ad.make_dual(q, t), k, v)).tangent
 
@@ -95,11 +95,11 @@ def _square_of_grad(a: Attention, k: Tensor, v: Tensor) -> Callable[[Tensor], Te
     return lambda q: grad(_loss(a, k, v))(q).square().sum()
 
 
-def _vmapped_hvp(a: Attention, q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Any:
+def _vmap_jvp_grad(a: Attention, q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Any:
     return vmap(lambda q: jvp(grad(_loss(a, k, v)), (q,), (t,))[1])(torch.stack([q, t]))
 
 
-def _through_vmap(a: Attention, q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Any:
+def _grad_vmap_grad(a: Attention, q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Any:
     return grad(lambda q: vmap(_square_of_grad(a, k, v))(torch.stack([q, t])).sum())(q)
 
 
@@ -108,7 +108,7 @@ NESTINGS: dict[str, Nesting] = {
     "forward": lambda a, q, k, v, t: a(q, k, v),
     "backward": _backward,
     "double backward": _double_backward,
-    "forward_ad": _dual,
+    "forward_ad": _forward_ad,
     "func.grad": lambda a, q, k, v, t: grad(_loss(a, k, v))(q),
     "func.jvp": lambda a, q, k, v, t: jvp(lambda q: a(q, k, v), (q,), (t,))[1],
     "jvp∘grad": lambda a, q, k, v, t: jvp(grad(_loss(a, k, v)), (q,), (t,))[1],
@@ -118,12 +118,8 @@ NESTINGS: dict[str, Nesting] = {
     "hessian": lambda a, q, k, v, t: hessian(lambda x: _loss(a, k, v)(torch.cat([x, q[:, :, 1:]], 2)))(q[:, :, :1]),
     "vmap": lambda a, q, k, v, t: vmap(lambda q: a(q, k, v))(torch.stack([q, t])),
     "vmap∘grad": lambda a, q, k, v, t: vmap(grad(_loss(a, k, v)))(torch.stack([q, t])),
-    "vmap∘jvp∘grad": lambda a, q, k, v, t: vmap(lambda q: jvp(grad(_loss(a, k, v)), (q,), (t,))[1])(
-        torch.stack([q, t])
-    ),
-    "grad∘vmap∘grad": lambda a, q, k, v, t: grad(lambda q: vmap(_square_of_grad(a, k, v))(torch.stack([q, t])).sum())(
-        q
-    ),
+    "vmap∘jvp∘grad": _vmap_jvp_grad,
+    "grad∘vmap∘grad": _grad_vmap_grad,
 }
 
 
@@ -132,15 +128,25 @@ def _flat(result: Any) -> Tensor:
 
 
 def probe(attention: Attention, nesting: Nesting, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
-    """``right``, ``wrong`` (with its error), ``raises`` (with the message) or ``absent``."""
+    """Try one attention under one nesting.
+
+    Args:
+        attention: A function of query, key and value ``[B, H, N, D]``.
+        nesting: One of :data:`NESTINGS`.
+        inputs: Query, key, value and a tangent of the query.
+
+    Returns:
+        ``status``: ``"right"`` or ``"wrong"`` with the relative ``error``; ``"raises"`` or ``"absent"`` (not available
+        on this machine) with the message as ``note``.
+    """
     try:
         attention(*inputs[:3])
     except (RuntimeError, NotImplementedError, ValueError) as error:
         return {"status": "absent", "note": str(error).splitlines()[0][:200]}
-    want = _flat(nesting(dense, *(x.double() for x in inputs)))
+    want = _flat(nesting(dense_attention, *(x.double() for x in inputs)))
     try:
         got = _flat(nesting(attention, *inputs))
-    except Exception as error:  # whatever it raises is the finding
+    except Exception as error:  # any exception is a result of the study
         return {
             "status": "raises",
             "note": f"{type(error).__name__}: {(str(error) or '-').strip().splitlines()[0][:200]}",
@@ -149,8 +155,8 @@ def probe(attention: Attention, nesting: Nesting, inputs: tuple[Tensor, ...]) ->
     return {"status": "right" if e < LIMIT[inputs[0].dtype] else "wrong", "error": e}
 
 
-def picture(path: Path, table: dict[str, dict[str, Any]], where: str) -> None:
-    """The table as coloured fields."""
+def plot(path: Path, table: dict[str, dict[str, Any]], machine: str) -> None:
+    """Draw the table as coloured cells."""
     colours = {"right": "#2ca02c", "wrong": "#d62728", "raises": "#f2b45c", "absent": "#e5e5e5"}
     rows, columns = list(table), list(NESTINGS)
     figure, axis = plt.subplots(figsize=(0.8 * len(columns) + 3.2, 0.45 * len(rows) + 2.4))
@@ -167,7 +173,7 @@ def picture(path: Path, table: dict[str, dict[str, Any]], where: str) -> None:
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
-    labels = {"right": "right", "raises": "raises", "wrong": "silently wrong", "absent": "not on this machine"}
+    labels = {"right": "correct", "raises": "raises", "wrong": "silently wrong", "absent": "not on this machine"}
     axis.legend(
         handles=[Patch(color=colours[k], label=v) for k, v in labels.items()],
         loc="upper center",
@@ -176,12 +182,12 @@ def picture(path: Path, table: dict[str, dict[str, Any]], where: str) -> None:
         frameon=False,
         fontsize=9,
     )
-    figure.text(0.01, 0.01, where, fontsize=7, color="grey")
-    report._save(figure, path)
+    figure.text(0.01, 0.01, machine, fontsize=7, color="grey")
+    save_figure(figure, path)
 
 
 def main() -> None:
-    """Try everything, show it."""
+    """Try every attention under every nesting, and report."""
     s = parse(Settings, "experiments.boundary")
     try:
         device = find_device(s.device)
@@ -198,11 +204,11 @@ def main() -> None:
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    where = f"{name}, {str(dtype)[6:]}, torch {torch.__version__}"
-    report.write_json(out / "boundary.json", {"where": where, "table": table})
-    picture(out / "boundary.png", table, where)
+    machine = f"{name}, {str(dtype)[6:]}, torch {torch.__version__}"
+    write_json(out / "boundary.json", {"where": machine, "table": table})
+    plot(out / "boundary.png", table, machine)
     marks = {"right": "yes", "wrong": "WRONG", "raises": "-", "absent": "."}
-    print(f"{where}; yes: right, -: raises, WRONG: silently wrong, .: not on this machine")
+    print(f"{machine}; yes: correct, -: raises, WRONG: silently wrong, .: not on this machine")
     width = max(map(len, table)) + 1
     print(" " * width + " ".join(NESTINGS))
     for row, cells in table.items():

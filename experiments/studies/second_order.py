@@ -1,9 +1,8 @@
-"""Are the meta-gradients right? MAML on a Transformer by one backend, against two oracles.
+"""Verify the meta-gradients of MAML on a Transformer against two oracles.
 
-For one and several inner steps, on glyph tasks: the meta-gradient by the backend against automatic
-differentiation of the dense formula in float64 and against finite differences; the symmetry of the Hessian;
-and how far first-order MAML is from the truth. Prints a table, writes JSON and a plot; exits 1 if a bound is
-broken.
+For one and several inner steps on glyph tasks: the error of a backend's meta-gradient against automatic differentiation
+of dense attention in float64 and against finite differences, the asymmetry of the Hessian, and for comparison the error
+of first-order MAML. Prints a table, writes JSON and a plot; exits with code 1 if an error exceeds its bound.
 """
 
 from __future__ import annotations
@@ -27,15 +26,17 @@ from metaattn.meta.algorithms import MetaParams
 from metaattn.tasks import Episode, glyphs, stack
 
 from ..errors import UserError
-from ..training import report
+from ..output import legend_below, save_figure, write_json
 from ..training.config import Backend, Precision
 from ..training.learner import network
 from ..training.setup import find_device
+from ._dense import dense_attention
 from ._settings import fail, parse
 
-# Largest relative error allowed, by dtype: against dense autodiff in float64, of the Hessian's symmetry, and
-# against finite differences of the float64 loss (whose own error is 1e-7 or so). None in 16 bits: what they lose grows
-# with the inner steps, as far as the meta-gradient itself, and this shows how fast (docs/guides/mixed_precision.md).
+# Largest relative errors allowed, by precision: against autodiff of dense attention in float64, of the Hessian's
+# symmetry, and against finite differences of the float64 loss (whose own error is about 1e-7). There is no bound in 16
+# bits: their error grows with the inner steps up to the size of the meta-gradient itself, and this study shows how fast
+# (docs/guides/mixed_precision.md).
 BOUNDS = {
     Precision.float64: {"dense": 1e-10, "symmetry": 1e-10, "differences": 1e-6},
     Precision.float32: {"dense": 1e-3, "symmetry": 1e-3, "differences": 1e-3},
@@ -44,7 +45,7 @@ BOUNDS = {
 
 @dataclass
 class Settings:
-    """What is checked, and where the results go."""
+    """The model, the tasks, the precision and the directory of the results."""
 
     backend: Backend = Backend.auto
     precision: Precision = Precision.float64
@@ -59,12 +60,7 @@ class Settings:
     out: str = "outputs/second_order"
 
 
-def dense(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-    """Attention written out, for automatic differentiation: the oracle."""
-    return torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, -1) @ value
-
-
-def _model(s: Settings, **how: Any) -> metaattn.Transformer:
+def _model(s: Settings, **attention: Any) -> metaattn.Transformer:
     torch.manual_seed(s.seed)
     model = metaattn.Transformer(
         input="patch",
@@ -75,17 +71,17 @@ def _model(s: Settings, **how: Any) -> metaattn.Transformer:
         out_features=s.way,
         dim=s.dim,
         depth=s.depth,
-        **how,
+        **attention,
     )
     torch.nn.init.normal_(model.head.weight, std=0.1)  # type: ignore[arg-type]
     return model.double()
 
 
-def _loss_of(model: metaattn.Transformer, precision: Precision = Precision.float64) -> Any:
-    call = network(model, precision)
+def _task_loss(model: metaattn.Transformer, precision: Precision = Precision.float64) -> Any:
+    predict = network(model, precision)
 
     def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(call(params, x), y)
+        return F.cross_entropy(predict(params, x), y)
 
     return loss
 
@@ -103,7 +99,7 @@ def _cast(tasks: Episode, dtype: torch.dtype, device: torch.device) -> Episode:
 
 
 def _differences(learner: GradientBased, params: dict[str, Tensor], tasks: Episode, along: dict[str, Tensor]) -> float:
-    """The slope of the mean query loss along a direction, by five points."""
+    """Return the slope of the mean query loss along a direction, by a five-point difference."""
     h = 1e-3 / math.sqrt(sum(t.square().sum().item() for t in along.values()))
 
     def at(k: int) -> float:
@@ -115,7 +111,7 @@ def _differences(learner: GradientBased, params: dict[str, Tensor], tasks: Episo
 
 
 def _asymmetry(loss: Any, params: dict[str, Tensor], tasks: Episode) -> float:
-    """``|u.Hv - v.Hu|`` over the size of both, for the Hessian of a task's support loss."""
+    """Return ``|u·Hv - v·Hu|`` relative to ``|Hu| |v|``, for the Hessian of a task's support loss and random u, v."""
     x, y = (t[0] for t in tasks.support)
     u, v = ({k: torch.randn_like(p) for k, p in params.items()} for _ in range(2))
 
@@ -132,35 +128,42 @@ def _asymmetry(loss: Any, params: dict[str, Tensor], tasks: Episode) -> float:
 
 
 def check(s: Settings) -> list[dict[str, Any]]:
-    """One row of errors for each number of inner steps."""
+    """Measure the errors for each number of inner steps.
+
+    Returns:
+        A row for each: ``dense``, ``differences`` and ``symmetry`` are errors of the exact meta-gradient,
+        ``first_order_error`` and ``first_order_cosine`` compare that of first-order MAML.
+
+    Raises:
+        UserError: The device cannot be used.
+    """
     device = find_device(s.device)
-    wide = stack(glyphs("train", way=s.way, shot=1, queries=3, seed=s.seed), 0, s.tasks)
-    wide = _cast(wide, torch.float64, torch.device("cpu"))
+    drawn = stack(glyphs("train", way=s.way, shot=1, queries=3, seed=s.seed), 0, s.tasks)
     dtype = s.precision.parameters
     torch.set_float32_matmul_precision(s.precision.products)
-    ours, oracle = _model(s, backend=s.backend.value).to(device, dtype), _model(s, attention=dense)
-    # Both start from the same numbers.
+    ours, oracle = _model(s, backend=s.backend.value).to(device, dtype), _model(s, attention=dense_attention)
+    # Both start from the same parameters and tasks, those that the precision can represent.
     params = {k: p.detach() for k, p in ours.named_parameters()}
     exact = {k: p.double().cpu() for k, p in params.items()}
-    tasks = _cast(wide, dtype, device)
-    wide = _cast(tasks, torch.float64, torch.device("cpu"))
+    tasks = _cast(drawn, dtype, device)
+    exact_tasks = _cast(tasks, torch.float64, torch.device("cpu"))
     rows = []
     for steps in tqdm(s.inner_steps, desc="inner steps", leave=False):
-        options = {"steps": steps, "learning_rate": s.learning_rate}
-        got = _gradient(maml(_loss_of(ours, s.precision), **options), params, tasks)
-        learner = maml(_loss_of(oracle), **options)
-        want = _gradient(learner, exact, wide)
-        first = _gradient(first_order_maml(_loss_of(ours, s.precision), **options), params, tasks)
+        options: dict[str, Any] = {"steps": steps, "learning_rate": s.learning_rate}
+        got = _gradient(maml(_task_loss(ours, s.precision), **options), params, tasks)
+        learner = maml(_task_loss(oracle), **options)
+        want = _gradient(learner, exact, exact_tasks)
+        first = _gradient(first_order_maml(_task_loss(ours, s.precision), **options), params, tasks)
         torch.manual_seed(s.seed + 1)
         along = {k: torch.randn_like(p) for k, p in exact.items()}
-        slope = _differences(learner, exact, wide, along)
+        slope = _differences(learner, exact, exact_tasks, along)
         ours_slope = (got @ torch.cat([t.flatten() for t in along.values()])).item()
         rows.append(
             {
                 "inner_steps": steps,
                 "dense": ((got - want).norm() / want.norm()).item(),
                 "differences": abs(ours_slope - slope) / max(abs(slope), 1e-3 * want.norm().item()),
-                "symmetry": _asymmetry(_loss_of(ours, s.precision), params, tasks),
+                "symmetry": _asymmetry(_task_loss(ours, s.precision), params, tasks),
                 "first_order_error": ((first - want).norm() / want.norm()).item(),
                 "first_order_cosine": F.cosine_similarity(first, want, dim=0).item(),
             }
@@ -169,7 +172,7 @@ def check(s: Settings) -> list[dict[str, Any]]:
 
 
 def plot(path: Path, rows: list[dict[str, Any]], s: Settings) -> None:
-    """Errors of the meta-gradient beside that of first-order MAML, against inner steps."""
+    """Plot the errors of the meta-gradient and of first-order MAML against the number of inner steps."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     x = [r["inner_steps"] for r in rows]
     for key, label in (("dense", "against dense autodiff"), ("differences", "against finite differences")):
@@ -186,12 +189,12 @@ def plot(path: Path, rows: list[dict[str, Any]], s: Settings) -> None:
     )
     for axis in axes:
         axis.grid(alpha=0.3)
-    report._legend_below(axes[0])
-    report._save(figure, path)
+    legend_below(axes[0])
+    save_figure(figure, path)
 
 
 def main() -> None:
-    """Check, show and judge."""
+    """Run the study; exit with code 1 if an error exceeds its bound."""
     s = parse(Settings, "experiments.second_order")
     try:
         rows = check(s)
@@ -200,13 +203,13 @@ def main() -> None:
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
     bounds = BOUNDS.get(s.precision, {})
-    broken = [f"{k} at {r['inner_steps']} steps" for r in rows for k in bounds if not r[k] <= bounds[k]]
+    exceeded = [f"{k} at {r['inner_steps']} steps" for r in rows for k in bounds if not r[k] <= bounds[k]]
     settings = {"backend": s.backend.value, "precision": s.precision.value, "device": s.device, "tasks": s.tasks}
-    report.write_json(out / "second_order.json", {**settings, "bounds": bounds, "broken": broken, "rows": rows})
+    write_json(out / "second_order.json", {**settings, "bounds": bounds, "exceeded": exceeded, "rows": rows})
     plot(out / "second_order.png", rows, s)
-    print(f"Meta-gradients of MAML, backend={s.backend.value}, {s.precision.value}: relative errors")
-    heads = f"{'inner steps':>12} {'dense':>10} {'differences':>12} {'symmetry':>10}"
-    print(f"{heads} | {'first order':>12} {'its cosine':>10}")
+    print(f"Relative errors of MAML's meta-gradients, backend={s.backend.value}, {s.precision.value}")
+    header = f"{'inner steps':>12} {'dense':>10} {'differences':>12} {'symmetry':>10}"
+    print(f"{header} | {'first order':>12} {'cosine':>10}")
     for r in rows:
         print(
             f"{r['inner_steps']:>12} {r['dense']:>10.1e} {r['differences']:>12.1e} {r['symmetry']:>10.1e} | "
@@ -215,8 +218,8 @@ def main() -> None:
     if bounds:
         print(f"{'bound':>12} {bounds['dense']:>10.0e} {bounds['differences']:>12.0e} {bounds['symmetry']:>10.0e} |")
     print(f"written to {out}")
-    if broken:
-        print(f"broken: {', '.join(broken)}", file=sys.stderr)
+    if exceeded:
+        print(f"bounds exceeded: {', '.join(exceeded)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""What there is to choose from on the command line, for its help and its mistakes: from ``conf/`` and the schema."""
+"""The choices of the command line, from ``conf/`` and the schema: for ``--help`` and for error messages."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ CONF = str(Path(__file__).parents[2] / "conf")
 
 
 def groups() -> dict[str, list[str]]:
-    """The options of each group."""
-    return {d.name: sorted(p.stem for p in d.glob("*.yaml")) for d in sorted(Path(CONF).iterdir()) if d.is_dir()}
+    """Return the options of each configuration group: the files of the folders in ``conf/``."""
+    folders = [path for path in sorted(Path(CONF).iterdir()) if path.is_dir()]
+    return {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
 
 
 def names(schema: Any = Config, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Each key of the schema that takes one of several names, and the names."""
+    """Yield each key of the schema whose value is one of several names, and the names."""
     for key, kind in get_type_hints(schema).items():
         if is_dataclass(kind):
             yield from names(kind, f"{prefix}{key}.")
@@ -29,8 +30,25 @@ def names(schema: Any = Config, prefix: str = "") -> Iterator[tuple[str, list[st
             yield f"{prefix}{key}", [choice.value for choice in kind]
 
 
+def words() -> set[str]:
+    """Return all keys of the schema, all groups and all of their options: the spellings to suggest for a typo."""
+
+    def keys(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            for key, child in node.items():
+                yield str(key)
+                yield from keys(child)
+
+    schema = OmegaConf.to_container(OmegaConf.structured(Config), throw_on_missing=False)
+    options = groups()
+    return {*keys(schema), *options, *(option for group in options.values() for option in group)}
+
+
 def register() -> None:
-    """Make both known to the template of ``--help``; Hydra's own list of groups has the schema in it."""
+    """Define the resolvers ``choices`` and ``names`` of the ``--help`` template.
+
+    Hydra's own list of groups would also show the entries of the schema.
+    """
 
     def lines(lists: Iterable[tuple[str, list[str]]]) -> str:
         return "\n".join(f"{key}: {', '.join(options)}" for key, options in lists)

@@ -1,7 +1,7 @@
-"""What a run is: the schema behind ``conf/`` and the command line.
+"""The schema of ``conf/`` and of the command line.
 
-Every key and every value is checked against these classes, and every number against ``LIMITS``, so that a
-misspelt one is an error.
+Every key and value is checked against these classes, and every number against ``LIMITS``, so that a misspelt key or an
+impossible value is an error before any work.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..errors import UserError
 
 
 class Backend(Enum):
-    """Who computes attention, see :func:`metaattn.sdpa`."""
+    """The backend that computes attention, see :func:`metaattn.sdpa`."""
 
     auto = "auto"
     reference = "reference"
@@ -48,10 +48,10 @@ class TaskName(Enum):
 
 
 class Precision(Enum):
-    """The dtype of what is computed; parameters and their updates, inner and outer, are in float32 or wider.
+    """The precision of the network; parameters and their updates, inner and outer, are in float32 or float64.
 
-    ``tf32``: float32, with matrix products on a GPU in TF32; ``bfloat16``: the whole network is in it; ``autocast``:
-    the network under ``torch.autocast`` to bfloat16, by which norms and sums stay in float32.
+    ``tf32``: float32, with matrix products in TF32 on a GPU; ``bfloat16``: the whole network in bfloat16; ``autocast``:
+    the network under ``torch.autocast`` to bfloat16, where norms and sums stay in float32.
     """
 
     float32 = "float32"
@@ -67,17 +67,17 @@ class Precision(Enum):
 
     @property
     def network(self) -> torch.dtype:
-        """The dtype of the attention."""
+        """The dtype in which the attention runs."""
         return torch.bfloat16 if self in (Precision.bfloat16, Precision.autocast) else self.parameters
 
     @property
     def products(self) -> str:
-        """What :func:`torch.set_float32_matmul_precision` is to be told."""
+        """The argument of :func:`torch.set_float32_matmul_precision`."""
         return "high" if self is Precision.tf32 else "highest"
 
 
 class Schedule(Enum):
-    """The learning rate over training."""
+    """The schedule of the outer learning rate."""
 
     constant = "constant"
     cosine = "cosine"
@@ -92,7 +92,7 @@ class InnerName(Enum):
 
 
 class Learns(Enum):
-    """Which inner learning rates are meta-parameters."""
+    """The granularity at which inner learning rates are meta-parameters."""
 
     nothing = "nothing"
     scalar = "scalar"
@@ -101,7 +101,7 @@ class Learns(Enum):
 
 
 class Kind(Enum):
-    """The classes of :mod:`metaattn.meta` that the algorithms are settings of."""
+    """The class of :mod:`metaattn.meta` behind an algorithm."""
 
     gradient_based = "gradient_based"
     maml_plus_plus = "maml_plus_plus"
@@ -111,7 +111,7 @@ class Kind(Enum):
 
 
 class GradientName(Enum):
-    """How the inner loop is differentiated."""
+    """The method that differentiates the inner loop."""
 
     reverse = "reverse"
     mixed = "mixed"
@@ -121,7 +121,7 @@ class GradientName(Enum):
 
 
 class Compile(Enum):
-    """How a meta-step's gradient runs."""
+    """The execution of the meta-gradient: eager, as a replayed CUDA graph, or compiled by Inductor."""
 
     none = "none"
     graph = "graph"
@@ -129,21 +129,21 @@ class Compile(Enum):
 
 
 class Activation(Enum):
-    """Of the Transformer's perceptrons."""
+    """The activation of the Transformer's MLPs."""
 
     gelu = "gelu"
     swiglu = "swiglu"
 
 
 class Norm(Enum):
-    """Before each part of a block."""
+    """The normalization before the attention and the MLP of a block."""
 
     layer = "layer"
     rms = "rms"
 
 
 class Position(Enum):
-    """How a token knows its place."""
+    """The encoding of token positions."""
 
     rope = "rope"
     learned = "learned"
@@ -152,7 +152,7 @@ class Position(Enum):
 
 @dataclass
 class TaskConfig:
-    """Which tasks. ``root`` is Omniglot's folder; ``way`` is not for regression."""
+    """The family of tasks and their sizes. ``root`` is Omniglot's folder; regression ignores ``way``."""
 
     name: TaskName = MISSING
     way: int = 5
@@ -164,7 +164,7 @@ class TaskConfig:
 
 @dataclass
 class ModelConfig:
-    """A :class:`metaattn.Transformer`; what it takes and gives follows from the task."""
+    """A :class:`metaattn.Transformer`; its input and output follow from the task."""
 
     dim: int = 64
     depth: int = 2
@@ -185,10 +185,11 @@ class ModelConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """A :class:`metaattn.meta.GradientBased`, of a kind.
+    """A :class:`metaattn.meta.GradientBased` learner, or a subclass of it by ``kind``.
 
-    Of the gradients ``segments`` is for mixed, ``last_steps`` for truncated, ``proximal`` to ``tolerance`` for
-    implicit; ``multi_step_until`` and ``first_order_until`` are MAML++'s, ``context`` and ``context_into`` CAVIA's.
+    ``segments`` belongs to the mixed gradient, ``last_steps`` to the truncated one, ``proximal``, ``damping``,
+    ``iterations`` and ``tolerance`` to the implicit one; ``multi_step_until`` and ``first_order_until`` belong to
+    MAML++, ``context`` and ``context_into`` to CAVIA.
     """
 
     name: str = MISSING
@@ -214,7 +215,7 @@ class AlgorithmConfig:
 
 @dataclass
 class TrainConfig:
-    """The outer loop. ``chunk_size`` is how many tasks are differentiated at once (memory)."""
+    """The outer loop. ``chunk_size``: how many tasks are differentiated at once, which bounds the memory."""
 
     steps: int = 1000
     tasks: int = 16
@@ -258,14 +259,14 @@ class Config:
     checkpoint: str | None = None
 
 
-Limit = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what is
+Limit = tuple[Callable[[Any], bool], str]  # a predicate of allowed values, and its description
 ONE: Limit = (lambda x: x >= 1, "at least 1")
 TWO: Limit = (lambda x: x >= 2, "at least 2")
 ZERO: Limit = (lambda x: x >= 0, "at least 0")
 SEED: Limit = (lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
 POSITIVE: Limit = (lambda x: 0 < x < math.inf, "positive and finite")
 FINITE: Limit = (lambda x: 0 <= x < math.inf, "at least 0 and finite")
-SHARE: Limit = (lambda x: 0 <= x <= 1, "from 0 to 1")
+FRACTION: Limit = (lambda x: 0 <= x <= 1, "from 0 to 1")
 PROBABILITY: Limit = (lambda x: 0 <= x < 1, "at least 0 and below 1")
 
 
@@ -274,7 +275,7 @@ def _or_null(limit: Limit) -> Limit:
     return lambda x: x is None or allowed(x), f"{text}, or null"
 
 
-# Of every number of the schema. What must fit another value (heads divide dim) is for its owner to check.
+# One for each number of the schema. Relations between values (heads divide dim) are checked where they are used.
 LIMITS: dict[str, Limit] = {
     "task.way": TWO,
     "task.shot": ONE,
@@ -288,7 +289,7 @@ LIMITS: dict[str, Limit] = {
     "model.attention_dropout": PROBABILITY,
     "model.patch_size": ONE,
     "model.feature_tokens": ONE,
-    "algorithm.steps": ZERO,  # of prototypical networks; the others say so
+    "algorithm.steps": ZERO,  # 0 for prototypical networks; other algorithms reject it
     "algorithm.learning_rate": POSITIVE,
     "algorithm.segments": _or_null(ONE),
     "algorithm.last_steps": ONE,
@@ -296,8 +297,8 @@ LIMITS: dict[str, Limit] = {
     "algorithm.damping": FINITE,
     "algorithm.iterations": ONE,
     "algorithm.tolerance": FINITE,
-    "algorithm.multi_step_until": SHARE,
-    "algorithm.first_order_until": SHARE,
+    "algorithm.multi_step_until": FRACTION,
+    "algorithm.first_order_until": FRACTION,
     "algorithm.context": ONE,
     "train.steps": ONE,
     "train.tasks": ONE,
@@ -309,7 +310,7 @@ LIMITS: dict[str, Limit] = {
     "train.validate_every": ONE,
     "train.validation_tasks": ONE,
     "train.checkpoint_every": ONE,
-    "test.tasks": TWO,  # one has no interval
+    "test.tasks": TWO,  # one task has no confidence interval
     "test.chunk_size": ONE,
     "test.steps": _or_null(ONE),
     "seed": SEED,
@@ -318,13 +319,13 @@ LIMITS: dict[str, Limit] = {
 
 
 def checked(raw: DictConfig) -> Config:
-    """The config of a run as an object, every key and every number checked.
+    """Return the config of a run as an object, after a check of every key and every number.
 
     Raises:
-        OmegaConfBaseException: A key that the schema lacks (``+key=value`` adds any) or a value of another type.
-        UserError: A number that is not allowed, by its key.
+        OmegaConfBaseException: The schema lacks a key (``+key=value`` can add any), or a value has the wrong type.
+        UserError: A number is out of range; the message names its key.
     """
-    # As a plain dict: a merge with a config that has been added to takes over the additions.
+    # As a plain dict: a merge with a DictConfig to which keys were added would accept them.
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(raw)))
     assert isinstance(config, Config)
     check_limits(config, LIMITS)
@@ -332,10 +333,14 @@ def checked(raw: DictConfig) -> Config:
 
 
 def check_limits(settings: Any, limits: dict[str, Limit]) -> None:
-    """Every number is one that there can be.
+    """Check that every number is in range.
+
+    Args:
+        settings: An object with the numbers as attributes; a key ``a.b`` is the attribute ``b`` of ``a``.
+        limits: The range of each key.
 
     Raises:
-        UserError: One that is not, by its key.
+        UserError: A number is out of range; the message names its key.
     """
     for key, (allowed, text) in limits.items():
         if not allowed(value := attrgetter(key)(settings)):
@@ -343,15 +348,19 @@ def check_limits(settings: Any, limits: dict[str, Limit]) -> None:
 
 
 def run_dir(resume: str | None, checkpoint: str | None, task: TaskName, started: str) -> str:
-    """Where a run writes: the directory of the run that it resumes, else a new one by date and time."""
+    """Return the directory that a run writes to: that of the run that it resumes, or a new one named by its start."""
     if resume and (path := Path(resume)).exists():
         return str(path if path.is_dir() else path.parent)
-    # The task of a checkpoint is not known before it is read.
+    # The task of a checkpoint is unknown until the checkpoint is read.
     return f"outputs/{'evaluate' if checkpoint else task.value}/{started}"
 
 
 def register(started: datetime) -> None:
-    """Make the schema known to Hydra, and the time at which the command started, by which directories are named."""
+    """Register the schema with Hydra, and resolvers for the output directory.
+
+    Args:
+        started: When the command started; new directories are named by it.
+    """
     store: Any = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(group="task", name="schema", node=TaskConfig)

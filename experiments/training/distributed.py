@@ -1,11 +1,12 @@
-"""One run on several processes, as ``torchrun`` starts them; in an ordinary process every function here does nothing.
+"""Data parallelism over the processes that ``torchrun`` starts.
 
-The tasks of each meta-batch are split over the processes (ranks) and the means of their losses and gradients
-taken over all, by gloo on CPUs and NCCL on GPUs. Which tasks they are depends on the whole batch alone, so
-that a run is the same within rounding on any number of processes. The first rank writes, draws and prints.
+The tasks of each meta-batch are split over the processes (ranks), and losses and gradients are averaged over all of
+them, by gloo on CPUs and NCCL on GPUs. The tasks of a step do not depend on the number of processes, so that a run is
+the same on any number of them, within rounding. Only the first rank writes files, draws plots and prints. In an
+ordinary process the functions here communicate with nobody and return their input.
 
-Numbers and flags go by gloo even where gradients go by NCCL, and before them: gloo sees at once that a
-process is gone, where NCCL would wait.
+Numbers and flags are sent by gloo, before the gradients, even where those are sent by NCCL: gloo reports at once that a
+process has ended, whereas NCCL would wait for it.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from .checkpoint import seed_everything
 
 T = TypeVar("T")
 
-_store: Store | None = None  # what torchrun keeps for all processes, while there are several
+_store: Store | None = None  # the key-value store of torchrun, shared by all processes; None in an ordinary process
 
 
 class LostProcessError(RunStoppedError):
-    """Another process of the job ended before its time."""
+    """Another process of the job has ended unexpectedly."""
 
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Join the processes that ``torchrun`` started, if it did; on an error end at once, without waiting for them."""
+    """Join the processes that ``torchrun`` started, if it did; exit from an error without waiting for the others."""
     global _store
     if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield
@@ -52,143 +53,164 @@ def processes() -> Iterator[None]:
         if end.code:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(end.code if isinstance(end.code, int) else 1)  # NCCL's own end may wait for who is gone
+            # Not sys.exit: NCCL's shutdown may wait for a process that has ended.
+            os._exit(end.code if isinstance(end.code, int) else 1)
     dist.destroy_process_group()
     _store = None
 
 
 def rank() -> int:
-    """Which of the processes this is, from 0."""
+    """Return the index of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files, draws plots and shows progress."""
+    """Return whether this process writes files, draws plots and shows progress."""
     return rank() == 0
 
 
 def device(name: str) -> str:
-    """The name of this process's own device: of several GPUs that of its ``LOCAL_RANK``.
+    """Return the device of this process.
+
+    Args:
+        name: The device of the run: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+
+    Returns:
+        ``name``, or the GPU number ``LOCAL_RANK`` where several processes use GPUs.
 
     Raises:
-        UserError: One GPU by name for several processes, or fewer GPUs than processes.
+        UserError: Several processes were given one GPU, or there are fewer GPUs than processes.
     """
     if size() == 1 or name == "cpu" or not torch.cuda.is_available():
         return name
     local, here, gpus = int(os.environ["LOCAL_RANK"]), os.environ["LOCAL_WORLD_SIZE"], torch.cuda.device_count()
     if name not in ("auto", "cuda"):
-        raise UserError(f"device={name} is one device for {here} processes; give device=cuda, a GPU for each, or cpu")
+        raise UserError(
+            f"device={name} is one device for {here} processes; give device=cuda (a GPU for each) or device=cpu"
+        )
     if local >= gpus:
         raise UserError(
-            f"{here} processes need as many GPUs, and there are {gpus}; give --nproc-per-node={gpus}, or device=cpu"
+            f"{here} processes need as many GPUs, but there are {gpus}; give --nproc-per-node={gpus} or device=cpu"
         )
     torch.cuda.set_device(local)
     return f"cuda:{local}"
 
 
 def share(tasks: int) -> tuple[int, int]:
-    """The part of a batch of ``tasks`` that is this rank's: its first task, and how many; they differ by one at most.
+    """Return this rank's part of a batch: its first task and its number of tasks.
+
+    The parts of two ranks differ in size by at most one.
 
     Raises:
-        UserError: Fewer tasks than processes.
+        UserError: There are fewer tasks than processes.
     """
     if tasks < size():
         raise UserError(
             f"train.tasks={tasks} cannot be split over {size()} processes, each of which needs a task; "
-            f"give train.tasks={size()} or more, or start fewer: --nproc-per-node={tasks}"
+            f"give train.tasks={size()} or more, or start fewer processes: --nproc-per-node={tasks}"
         )
     start, stop = (tasks * r // size() for r in (rank(), rank() + 1))
     return start, stop - start
 
 
 def seed(seed: int, step: int) -> None:
-    """Seed the generators for a step, each rank's differently: dropout must not drop the same units of all tasks.
+    """Seed the random number generators of each rank differently; an ordinary process is left as it is.
 
-    By the step, so that a checkpoint need not hold the generators of every rank.
+    Otherwise dropout would drop the same units on every rank. The seed depends on the step, so that a checkpoint need
+    not hold the generators of every rank.
     """
     if size() > 1:
         seed_everything(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)[0]))
 
 
 @contextmanager
-def _contact() -> Iterator[None]:
+def _lost_process() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         outlive_torchrun()
-        raise LostProcessError("another process of this job has ended, or does not answer") from error
+        raise LostProcessError("another process of this job has ended or does not answer") from error
 
 
 def outlive_torchrun() -> None:
-    """Let the rest of this process be done: when one process ends badly ``torchrun`` ends the others by SIGTERM.
+    """Ignore SIGTERM, so that this process can finish its cleanup.
 
-    It waits half a minute before it ends them by SIGKILL.
+    When one process fails, ``torchrun`` sends SIGTERM to the others, and SIGKILL half a minute later.
     """
     if size() > 1:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def mean(values: dict[str, float], weight: float) -> dict[str, float]:
-    """The means over all tasks, from those over this rank's, which are the fraction ``weight`` of all.
+    """Return means over all ranks.
+
+    Args:
+        values: The means over this rank's tasks.
+        weight: This rank's fraction of all tasks.
 
     Raises:
-        LostProcessError: Another process is gone; so do all functions below.
+        LostProcessError: Another process has ended; all functions below raise it too.
     """
     if size() == 1:
         return values
     weighted = weight * torch.tensor(list(values.values()), dtype=torch.float64)
-    with _contact():
+    with _lost_process():
         dist.all_reduce(weighted)
     return dict(zip(values, weighted.tolist(), strict=True))
 
 
 def mean_gradient(gradient: T, weight: float) -> T:
-    """The same of a gradient, any tree of tensors of one dtype; summed in float32 at least, as one message."""
+    """Return the mean of a gradient over all ranks, like :func:`mean`.
+
+    Args:
+        gradient: A pytree of tensors of one dtype; they are summed in float32 or wider, as one message.
+        weight: This rank's fraction of all tasks.
+    """
     if size() == 1:
         return gradient
-    leaves, form = tree_flatten(gradient)
-    flat = torch.cat([t.flatten() for t in leaves])
+    tensors, spec = tree_flatten(gradient)
+    flat = torch.cat([t.flatten() for t in tensors])
     flat = weight * flat.to(torch.promote_types(flat.dtype, torch.float32))
-    with _contact():
+    with _lost_process():
         dist.all_reduce(flat)
-    parts = flat.split([t.numel() for t in leaves])
-    means = [part.view_as(t).to(t.dtype) for part, t in zip(parts, leaves, strict=True)]
-    return tree_unflatten(means, form)
+    parts = flat.split([t.numel() for t in tensors])
+    means = [part.view_as(t).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
+    return tree_unflatten(means, spec)
 
 
 def largest(number: int) -> int:
-    """The largest of the ranks' numbers, once all have come this far."""
+    """Return the largest of the ranks' numbers; this is also a barrier."""
     if size() == 1:
         return number
-    largest = torch.tensor(number)
-    with _contact():
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
+    result = torch.tensor(number)
+    with _lost_process():
+        dist.all_reduce(result, dist.ReduceOp.MAX)
+    return int(result)
 
 
 def gather(part: list[T]) -> list[T]:
-    """The ranks' lists, one behind the other. Tensors in them are on the CPU."""
+    """Return the concatenation of the ranks' lists. Tensors in them must be on the CPU."""
     if size() == 1:
         return part
     parts: list[Any] = [None] * size()
-    with _contact():
+    with _lost_process():
         dist.all_gather_object(parts, part)
     return [x for part in parts for x in part]
 
 
-def of_first(value: T) -> T:
-    """The first rank's value."""
+def from_first(value: T) -> T:
+    """Return the first rank's value."""
     return gather([value])[0]
 
 
 @contextmanager
 def first_then_rest() -> Iterator[None]:
-    """A block that the first rank goes through alone, then the others: they find in a cache what it put there."""
+    """Run a block on the first rank, then on the others, which find in a cache what the first one put there."""
     if not is_first():
         largest(0)
     try:
@@ -198,11 +220,11 @@ def first_then_rest() -> Iterator[None]:
             largest(0)
 
 
-def speaks() -> bool:
-    """Whether this is the first process of the job that has an end to report: a mistake is told once."""
+def is_first_to_report() -> bool:
+    """Return whether this process is the first of the job to ask: an error is printed by one process only."""
     if _store is None:
         return True
     try:
         return _store.add("metaattn/reports", 1) == 1
     except RuntimeError:
-        return True  # torchrun itself is gone
+        return True  # torchrun itself has ended

@@ -1,4 +1,4 @@
-"""Held-out tasks: what adaptation gains at each inner step, beside guessing and nearest neighbours."""
+"""Evaluation on held-out tasks: the metrics at each inner step, beside chance and a nearest-neighbour baseline."""
 
 from __future__ import annotations
 
@@ -14,18 +14,29 @@ from tqdm import tqdm
 from metaattn.meta.algorithms import MetaParams
 from metaattn.tasks import Batch, Episode
 
-from . import checkpoint, distributed, report
+from ..output import write_json
+from . import distributed, report
 from .setup import Setup
 
-Curves = dict[str, Tensor]  # of each metric, [tasks, inner steps + 1]
+Curves = dict[str, Tensor]  # for each metric [tasks, inner steps + 1]
 
 
 def adaptation(run: Setup, meta: MetaParams, episodes: Episode, steps: int) -> Curves:
-    """Every metric on the query sets before, between and after ``steps`` inner steps."""
+    """Adapt to each support set and measure on its query set.
+
+    Args:
+        run: The model and the learner.
+        meta: The meta-parameters.
+        episodes: A batch of tasks.
+        steps: The number of inner steps.
+
+    Returns:
+        Each metric before, between and after the inner steps, ``[tasks, steps + 1]``.
+    """
 
     def task(support: Batch, query: Batch) -> Curves:
-        passed = [run.learner.loss(p, *query) for p in run.learner.trajectory(meta, support, steps)]
-        metrics = [{"loss": loss, **rest} for loss, rest in passed]
+        measured = [run.learner.loss(p, *query) for p in run.learner.trajectory(meta, support, steps)]
+        metrics = [{"loss": loss, **others} for loss, others in measured]
         return {k: torch.stack([m[k] for m in metrics]) for k in metrics[0]}
 
     run.model.eval()
@@ -39,10 +50,25 @@ def adaptation(run: Setup, meta: MetaParams, episodes: Episode, steps: int) -> C
 def held_out(
     run: Setup, meta: MetaParams, split: str, tasks: int, chunk_size: int, steps: int, *, progress: bool = False
 ) -> tuple[Curves, Tensor]:
-    """:func:`adaptation` on the first ``tasks`` tasks of a split, and the nearest-neighbour baseline on the same."""
-    mine = range(0, tasks, chunk_size)[distributed.rank() :: distributed.size()]
+    """Evaluate the first tasks of a split, divided over all processes.
+
+    Args:
+        run: The model and the learner.
+        meta: The meta-parameters.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        tasks: The number of tasks.
+        chunk_size: How many tasks are evaluated at once.
+        steps: The number of inner steps.
+        progress: Show a progress bar.
+
+    Returns:
+        The curves of :func:`adaptation`, and the metric of the nearest-neighbour baseline ``[tasks]``; both in float64
+        on the CPU.
+    """
+    own_starts = range(0, tasks, chunk_size)[distributed.rank() :: distributed.size()]
+    hidden = not (progress and distributed.is_first())
     parts = []
-    for start in tqdm(mine, desc=f"{split} tasks", disable=not (progress and distributed.is_first()), leave=False):
+    for start in tqdm(own_starts, desc=f"{split} tasks", disable=hidden, leave=False):
         episodes = run.tasks(split, start, min(chunk_size, tasks - start))
         curves = {k: v.double().cpu() for k, v in adaptation(run, meta, episodes, steps).items()}
         parts.append((start, curves, nearest_neighbour(episodes, run.chance is not None).double().cpu()))
@@ -51,56 +77,78 @@ def held_out(
 
 
 def nearest_neighbour(episodes: Episode, classify: bool) -> Tensor:
-    """Each query takes the target of the support sample with the nearest input: accuracy, or squared error."""
-    (support, known), (query, wanted) = episodes
-    nearest = torch.cdist(query.flatten(2).float(), support.flatten(2).float()).argmin(-1)
+    """Predict for each query the target of the support sample with the nearest input.
+
+    Args:
+        episodes: A batch of tasks.
+        classify: Return the accuracy; otherwise the mean squared error.
+
+    Returns:
+        The metric of each task, ``[tasks]``.
+    """
+    support, query = episodes
+    distances = torch.cdist(query.inputs.flatten(2).float(), support.inputs.flatten(2).float())
+    nearest = distances.argmin(-1)
     if classify:
-        return (known.gather(1, nearest) == wanted).float().mean(1)
-    guess = known.gather(1, nearest.unsqueeze(-1).expand_as(wanted))
-    return (guess - wanted).square().flatten(1).mean(1)
+        return (support.targets.gather(1, nearest) == query.targets).float().mean(1)
+    predicted = support.targets.gather(1, nearest.unsqueeze(-1).expand_as(query.targets))
+    return (predicted - query.targets).square().flatten(1).mean(1)
 
 
 def interval(values: Tensor) -> tuple[float, float]:
-    """Mean over tasks, and half the width of its 95% confidence interval."""
+    """Return the mean over tasks, and half the width of its 95% confidence interval."""
     n = len(values)
     return values.mean().item(), 1.96 * values.std().item() / math.sqrt(n) if n > 1 else math.nan
 
 
-def test(run: Setup, meta: MetaParams, out: Path, step: int) -> dict[str, Any]:
-    """Evaluate on held-out test tasks; the first rank writes the plots and ``summary.json``; the summary."""
+def test(run: Setup, meta: MetaParams, out: Path, step: int, **facts: Any) -> dict[str, Any]:
+    """Evaluate meta-parameters on held-out test tasks.
+
+    Args:
+        run: The model and the learner.
+        meta: The meta-parameters.
+        out: The directory to which the first process writes the plots and ``summary.json``.
+        step: The training step of ``meta``.
+        **facts: Further entries of the summary.
+
+    Returns:
+        The summary.
+    """
     c = run.config
     steps = max(c.algorithm.steps, 10) if c.test.steps is None else c.test.steps
-    steps = steps if c.algorithm.steps else 0  # where prototypes are all the adaptation that there is
+    steps = steps if c.algorithm.steps else 0  # prototypical networks adapt without inner steps
     curves, baseline = held_out(run, meta, "test", c.test.tasks, c.test.chunk_size, steps, progress=True)
-    trained = min(c.algorithm.steps, steps)
-    before, after = interval(curves[run.metric][:, 0]), interval(curves[run.metric][:, trained])
-    neighbour = interval(baseline)
+    values, trained = curves[run.metric], min(c.algorithm.steps, steps)
+
+    def entry(of_tasks: Tensor) -> dict[str, float]:
+        return dict(zip(("mean", "ci95"), interval(of_tasks), strict=True))
+
     summary: dict[str, Any] = {
         "step": step,
         "metric": run.metric,
         "tasks": c.test.tasks,
         "inner_steps": trained,
-        "before": {"mean": before[0], "ci95": before[1]},
-        "after": {"mean": after[0], "ci95": after[1]},
-        "nearest_neighbour": {"mean": neighbour[0], "ci95": neighbour[1]},
+        "before": entry(values[:, 0]),
+        "after": entry(values[:, trained]),
+        "nearest_neighbour": entry(baseline),
         "chance": run.chance,
-        "at_each_step": [interval(curves[run.metric][:, s])[0] for s in range(steps + 1)],
+        "at_each_step": [interval(values[:, s])[0] for s in range(steps + 1)],
+        **facts,
     }
-    if not distributed.is_first():
-        return summary
-    if steps:
-        report.adaptation(out / "adaptation.png", curves[run.metric], run.metric, trained, neighbour[0], run.chance)
-    one = run.tasks("test", 0, 1)
-    report.episode(out / "episode.png", run, meta, one)
-    report.write_json(out / "summary.json", summary)
+    if distributed.is_first():
+        neighbour = summary["nearest_neighbour"]["mean"]
+        if steps:
+            report.adaptation(out / "adaptation.png", values, run.metric, trained, neighbour, run.chance)
+        report.episode(out / "episode.png", run, meta, run.tasks("test", 0, 1))
+        write_json(out / "summary.json", summary)
     return summary
 
 
 def table(summary: dict[str, Any], out: Path) -> str:
-    """The summary for people."""
+    """Format the summary of :func:`test` for the terminal."""
     percent = summary["metric"] == "accuracy"
 
-    def show(name: str, entry: dict[str, float]) -> str:
+    def line(name: str, entry: dict[str, float]) -> str:
         factor, unit = (100, "%") if percent else (1, "")
         mean, ci = factor * entry["mean"], factor * entry["ci95"]
         return f"  {name:<31} {mean:7.2f}{unit} ± {ci:.2f}"
@@ -110,23 +158,11 @@ def table(summary: dict[str, Any], out: Path) -> str:
         f"{summary['metric']} on {summary['tasks']} held-out test tasks, mean and 95% interval, step {summary['step']}"
     ]
     if steps:
-        lines.append(show(f"after {steps} inner step{'s' * (steps != 1)}", summary["after"]))
-        lines.append(show("before adaptation", summary["before"]))
+        lines.append(line(f"after {steps} inner step{'s' * (steps != 1)}", summary["after"]))
+        lines.append(line("before adaptation", summary["before"]))
     else:
-        lines.append(show("from prototypes, no inner steps", summary["after"]))
-    lines.append(show("nearest neighbour", summary["nearest_neighbour"]))
+        lines.append(line("from prototypes, no inner steps", summary["after"]))
+    lines.append(line("nearest neighbour", summary["nearest_neighbour"]))
     if summary["chance"] is not None:
         lines.append(f"  {'chance':<31} {100 * summary['chance']:7.2f}%")
     return "\n".join([*lines, f"  written to {out}"])
-
-
-def run_evaluation(run: Setup, path: Path, out: Path) -> dict[str, Any]:
-    """Evaluate the checkpoint at ``path``."""
-    content = checkpoint.load(path, meta=dict, step=int)
-    meta = restore_meta(run, content["meta"])
-    return test(run, meta, out, content["step"])
-
-
-def restore_meta(run: Setup, saved: MetaParams) -> MetaParams:
-    """Meta-parameters from a checkpoint, on the run's device."""
-    return {g: {k: t.to(run.device).requires_grad_() for k, t in group.items()} for g, group in saved.items()}

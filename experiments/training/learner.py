@@ -1,4 +1,4 @@
-"""From a config to its algorithm."""
+"""Build the meta-learning algorithm of a config."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ OPTIMIZERS: dict[InnerName, Callable[[], InnerOptimizer]] = {
 
 
 def build_learner(config: Config, model: metaattn.Transformer) -> GradientBased:
-    """The algorithm that a config says, for its task and model.
+    """Return the algorithm of a config, for its task and model.
 
     Raises:
-        ValueError: A setting that the algorithm or the task does not allow.
+        ValueError: The algorithm or the task does not allow a setting.
     """
     a = config.algorithm
     regression = config.task.name is TaskName.sinusoid
-    call = network(model, config.precision)
+    predict = network(model, config.precision)
 
     def loss(params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        out = call(params, inputs)
+        out = predict(params, inputs)
         if regression:
             return F.mse_loss(out, targets), {}
         return F.cross_entropy(out, targets), {"accuracy": (out.argmax(-1) == targets).to(out.dtype).mean()}
@@ -75,7 +75,7 @@ def build_learner(config: Config, model: metaattn.Transformer) -> GradientBased:
     if a.kind is Kind.prototypical:
         if regression:
             raise ValueError(f"algorithm={a.name} is for classification; use task=glyphs or task=omniglot")
-        return Prototypical(loss, embed=_features(model, call), way=config.task.way, **settings)
+        return Prototypical(loss, embed=_features(model, predict), way=config.task.way, **settings)
     return GradientBased(loss, **settings)
 
 
@@ -90,7 +90,12 @@ def _gradient(a: AlgorithmConfig) -> str | Gradient:
 
 
 def network(model: metaattn.Transformer, precision: Precision) -> Network:
-    """The model as a function of its parameters and inputs, at a precision; its result has the parameters' dtype."""
+    """Return the model as a function of its parameters and inputs.
+
+    Args:
+        model: The model.
+        precision: The precision in which it computes; its output has the dtype of the parameters.
+    """
 
     def call(params: dict[str, Tensor], inputs: Tensor) -> Tensor:
         return functional_call(model, params, (inputs,))
@@ -106,13 +111,13 @@ def network(model: metaattn.Transformer, precision: Precision) -> Network:
     return {Precision.bfloat16: narrow, Precision.autocast: autocast}.get(precision, call)
 
 
-def _features(model: metaattn.Transformer, call: Network) -> Network:
-    """What the model's head takes: the model with the identity for a head."""
+def _features(model: metaattn.Transformer, predict: Network) -> Network:
+    """Return the features that enter the model's head: the model with the identity as its head."""
 
     def embed(params: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        like, dim = next(iter(params.values())), model.config.dim
-        eye = torch.eye(dim, dtype=like.dtype, device=like.device)
+        some, dim = next(iter(params.values())), model.config.dim
+        eye = torch.eye(dim, dtype=some.dtype, device=some.device)
         head = {"head.weight": eye, "head.bias": eye.new_zeros(dim)}
-        return call({**params, **head}, inputs)
+        return predict({**params, **head}, inputs)
 
     return embed

@@ -1,4 +1,4 @@
-"""The command ``train_maml.py``: from the command line to a run and an exit code."""
+"""The command ``train_maml.py``: parse the command line, run, and end with an exit code."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from hydra._internal.utils import get_args_parser  # there is no public one
+from hydra._internal.utils import get_args_parser  # Hydra has no public one
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import RunStoppedError, UserError
-from . import checkpoint, choices, config, distributed, evaluate, loop
+from . import checkpoint, choices, config, distributed, evaluate, loop, state
 from .choices import CONF
 from .config import Config, Mode, checked
+from .interrupts import StoppedBySignal
 from .setup import setup
 
-# What may change when a run is resumed: nothing that its numbers depend on, but for how long it goes.
+# Keys that may change when a run is resumed: those that do not change its numbers, and its length.
 RESUMED = (
     "resume",
     "device",
@@ -40,7 +41,7 @@ RESUMED = (
     "train.validation_tasks",
     "test.*",
 )
-# And when it is evaluated: on which tasks and how, but not what was learned.
+# Keys that may change when a checkpoint is evaluated: the tasks and the execution, but not what was learned.
 EVALUATED = (
     "mode",
     "checkpoint",
@@ -56,15 +57,25 @@ EVALUATED = (
 )
 
 
-def _of_checkpoint(path: Path, current: DictConfig, done: str, free: tuple[str, ...]) -> DictConfig:
-    """The config of the checkpoint of a run that is ``done``, changed by the command line where it is ``free`` to."""
-    stored = OmegaConf.merge(OmegaConf.structured(Config), checkpoint.load(path, config=dict)["config"])
+def _override(saved: dict[str, Any], current: DictConfig, use: str, free: tuple[str, ...]) -> DictConfig:
+    """Apply the overrides of the command line to the config of a checkpoint.
+
+    Args:
+        saved: The config of the checkpoint.
+        current: The config of the command line.
+        use: ``"resumed"`` or ``"evaluated"``, for the error message.
+        free: Patterns of the keys that may change.
+
+    Raises:
+        UserError: Another key was overridden.
+    """
+    stored = OmegaConf.merge(OmegaConf.structured(Config), saved)
     assert isinstance(stored, DictConfig)
     for override in HydraConfig.get().overrides.task:
         key = override.split("=", 1)[0].lstrip("+~")
         if not any(fnmatchcase(key, pattern) for pattern in free):
             raise UserError(
-                f"{key} cannot change when a run is {done}, it comes from the checkpoint; these can: {', '.join(free)}"
+                f"{key} cannot change when a run is {use}, it comes from the checkpoint; these can: {', '.join(free)}"
             )
         OmegaConf.update(stored, key, OmegaConf.select(current, key))
     return stored
@@ -72,42 +83,43 @@ def _of_checkpoint(path: Path, current: DictConfig, done: str, free: tuple[str, 
 
 @contextmanager
 def _no_empty_directory(out: Path) -> Iterator[None]:
-    """A block that fails before it writes anything leaves no directory behind, if it is this command's own.
+    """Remove the output directory if the block fails before it writes anything, and this command created it.
 
-    That is one named by the time at which the command started: no run's that is resumed, and none of the user's.
+    A directory is this command's if the time at which the command started is its name. The directory of a run that is
+    resumed, and one that the user named, stay.
     """
     try:
         yield
     except BaseException:
         started = OmegaConf.create({"text": "${started:}"}).text
-        if started in (out.name, out.parent.name):  # the latter of a sweep
-            with suppress(OSError):  # it holds files, or another process has done it
+        if started in (out.name, out.parent.name):  # the parent in a sweep
+            with suppress(OSError):  # it contains files, or another process has removed it
                 out.rmdir()
         raise
 
 
 def job(raw: DictConfig) -> None:
-    """One run. It ends the process itself, so that no mistake of the user's prints a traceback of Hydra's."""
+    """Run once. Errors end the process here, so that Hydra prints no traceback for a mistake of the user."""
     try:
         with _no_empty_directory(Path(HydraConfig.get().runtime.output_dir)):
             run(raw)
     except UserError as error:
-        if _wants_traceback():
+        if _show_traceback():
             raise
         _exit(error.code, f"error: {error}")
     except OmegaConfBaseException as error:
-        if _wants_traceback():
+        if _show_traceback():
             raise
         _exit(2, f"error: {_one_line(error)}")
-    except loop.StoppedBySignal as stop:
+    except StoppedBySignal as stop:
         out = HydraConfig.get().runtime.output_dir
-        _exit(stop.code, f"stopped after a whole step, which is saved; go on with resume={out}")
+        _exit(stop.code, f"stopped after a complete step, which is saved; continue with resume={out}")
     except KeyboardInterrupt:
-        _exit(130, "stopped at once")
+        _exit(130, "stopped immediately")
     except Exception as error:
-        if distributed.size() == 1 or _wants_traceback():
+        if distributed.size() == 1 or _show_traceback():
             raise
-        # One line of the first process to fail, not a traceback of each.
+        # One line from the first process that fails, instead of a traceback from each.
         what = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
         _exit(1, f"error: rank {distributed.rank()}: {what} (METAATTN_TRACEBACK=1 shows where)")
 
@@ -119,26 +131,26 @@ def run(raw: DictConfig) -> None:
         if raw.checkpoint is None:
             raise UserError("mode=evaluate needs checkpoint=PATH, a checkpoint or the directory of a run")
         path = checkpoint.find(raw.checkpoint, "best.pt")
-        c = checked(_of_checkpoint(path, raw, "evaluated", EVALUATED))
-        summary = evaluate.run_evaluation(setup(c), path, out)
+        content = checkpoint.load(path, config=dict, meta=dict, step=int)
+        ready = setup(checked(_override(content["config"], raw, "evaluated", EVALUATED)))
+        summary = evaluate.test(ready, state.restore_meta(ready, content["meta"]), out, content["step"])
     else:
         if raw.checkpoint is not None:
             raise UserError(
-                f"checkpoint={raw.checkpoint} is for mode=evaluate; to train on from it give resume={raw.checkpoint}"
+                f"checkpoint={raw.checkpoint} is for mode=evaluate; to train it further give resume={raw.checkpoint}"
             )
-        resume = checkpoint.find(raw.resume) if raw.resume else None
-        c = checked(_of_checkpoint(resume, raw, "resumed", RESUMED) if resume else raw)
-        ready = setup(c)
+        saved = checkpoint.load(checkpoint.find(raw.resume), config=dict, **state.ENTRIES) if raw.resume else None
+        ready = setup(checked(raw if saved is None else _override(saved["config"], raw, "resumed", RESUMED)))
         try:
-            summary = loop.train(ready, out, resume)
+            summary = loop.train(ready, out, saved)
         except distributed.LostProcessError as lost:
-            raise RunStoppedError(f"{lost}; go on from the last checkpoint with resume={out}") from lost
+            raise RunStoppedError(f"{lost}; continue from the last checkpoint with resume={out}") from lost
     if distributed.is_first():
         print(evaluate.table(summary, out))
 
 
 def _one_line(error: Exception) -> str:
-    """A mistake on the command line in one line, with the nearest name that there is."""
+    """Describe a mistake on the command line in one line, with the nearest valid name."""
     parts: list[str] = []
     cause: BaseException | None = error
     while cause is not None and len(parts) < 2:
@@ -150,35 +162,20 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OverrideParseException) and "=" not in error.override:
         return f"{message}; expected key=value"
     groups = choices.groups()
-    if (lost := re.search(r"Could not find '(\w+)/([^']*)'", message)) and lost[1] in groups:
-        options = groups[lost[1]]
-        near = get_close_matches(lost[2], options, 1)
-        return f"{message}{f' (did you mean {near[0]!r}?)' if near else ''}; there are {', '.join(options)}"
-    names = _names()
+    if (unknown := re.search(r"Could not find '(\w+)/([^']*)'", message)) and unknown[1] in groups:
+        options = groups[unknown[1]]
+        near = get_close_matches(unknown[2], options, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        return f"{message}{hint}; the choices are {', '.join(options)}"
+    words = sorted(choices.words())
     for word in re.findall(r"[\w-]+", " ".join(re.findall(r"'([^']*)'", message))):
-        if word not in names and not word.lower().endswith("config") and (near := get_close_matches(word, names, 1)):
+        if word not in words and not word.lower().endswith("config") and (near := get_close_matches(word, words, 1)):
             return f"{message} (did you mean {near[0]!r}?)"
     return message
 
 
-def _names() -> list[str]:
-    """All keys, groups and options."""
-    names: set[str] = set()
-
-    def walk(node: Any) -> None:
-        if isinstance(node, dict):
-            names.update(map(str, node))
-            for child in node.values():
-                walk(child)
-
-    walk(OmegaConf.to_container(OmegaConf.structured(Config), throw_on_missing=False))
-    for group, options in choices.groups().items():
-        names.update([group, *options])
-    return sorted(names)
-
-
 def _check_flags() -> None:
-    """Tell in one line, without Hydra's usage, what is none of its flags."""
+    """Report an unknown flag in one line, without Hydra's usage text."""
     parser = get_args_parser()
 
     def error(message: str) -> NoReturn:
@@ -189,26 +186,31 @@ def _check_flags() -> None:
 
 
 def _exit(code: int, message: str) -> NoReturn:
-    if distributed.speaks():
-        below_bar = "" if distributed.is_first() else "\n"  # the first rank's, which it has not closed
-        print(f"{below_bar}{message}", file=sys.stderr)
+    if distributed.is_first_to_report():
+        newline = "" if distributed.is_first() else "\n"  # the first rank's progress bar may still be open
+        print(f"{newline}{message}", file=sys.stderr)
     sys.exit(code)
 
 
-def _wants_traceback() -> bool:
+def _show_traceback() -> bool:
     return os.environ.get("METAATTN_TRACEBACK") == "1"
 
 
 def main() -> None:
-    """Run the command line; exits 0, 1 (the run cannot go on), 2 (a mistake of the user's), 130 (Ctrl-C)."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and not to Hydra's own printing
+    """Run the command line.
+
+    Raises:
+        SystemExit: With code 1 if the run cannot continue, 2 for a mistake of the user, 130 after Ctrl-C and 143 after
+            SIGTERM.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach this function instead of Hydra's printing
     with distributed.processes():
-        config.register(distributed.of_first(datetime.now()))
+        config.register(distributed.from_first(datetime.now()))
         choices.register()
         _check_flags()
         try:
             hydra.main(version_base="1.3", config_path=CONF, config_name="config")(job)()
         except (HydraException, OmegaConfBaseException) as error:
-            if _wants_traceback():
+            if _show_traceback():
                 raise
             _exit(2, f"error: {_one_line(error)}")

@@ -1,4 +1,4 @@
-"""From a config to the things of a run: device, tasks, model and learner."""
+"""Build the device, the tasks, the model and the learner of a run from its config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass
 class Setup:
-    """What a run works with; ``chance`` is the accuracy of guessing, ``None`` for regression."""
+    """The objects of a run; ``chance`` is the accuracy of guessing, ``None`` for regression."""
 
     config: Config
     device: torch.device
@@ -35,21 +35,21 @@ class Setup:
 
     @property
     def metric(self) -> str:
-        """The name of the metric beside the loss, of which more is better; the loss itself for regression."""
+        """The metric that is reported and by which checkpoints are compared: accuracy, or the loss for regression."""
         return "loss" if self.chance is None else "accuracy"
 
     def tasks(self, split: str, start: int, count: int) -> Episode:
-        """A batch of tasks, on the device: a function of the seed, the split and the indices alone."""
+        """Return a batch of tasks on the device. It depends only on the seed, the split and the indices."""
         return self.move(self.draw(split, start, count))
 
     def draw(self, split: str, start: int, count: int) -> Episode:
-        """The same on the CPU."""
+        """Return a batch of tasks on the CPU, see :meth:`tasks`."""
         if split not in self._episodes:
             self._episodes[split] = _episodes(self.config.task, split, self.config.seed)
         return stack(self._episodes[split], start, count)
 
     def move(self, tasks: Episode) -> Episode:
-        """Tasks on the device, in the dtype."""
+        """Return tasks on the run's device and in its dtype."""
         return Episode(*(Batch(*(self._moved(t) for t in part)) for part in tasks))
 
     def _moved(self, t: Tensor) -> Tensor:
@@ -57,10 +57,10 @@ class Setup:
 
 
 def setup(config: Config) -> Setup:
-    """Build what a config says.
+    """Build the objects of a run.
 
     Raises:
-        UserError: A config that cannot be built or a device that is not there.
+        UserError: The config contradicts itself, the backend does not support it, or the device does not exist.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -87,10 +87,10 @@ def setup(config: Config) -> Setup:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name; ``auto`` is a GPU if there is one.
+    """Return the device of a name; ``auto`` is a GPU if there is one.
 
     Raises:
-        UserError: A device that is not there.
+        UserError: The device cannot be used.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -104,25 +104,25 @@ def find_device(name: str) -> torch.device:
 
 
 def _episodes(task: TaskConfig, split: str, seed: int) -> Any:
-    # Each split has a seed of its own, so that no sequence of episodes repeats in another.
+    # Each split has a separate seed, so that no sequence of episodes repeats in another split.
     seed = 3 * seed + SPLITS.index(split)
     if task.name is TaskName.sinusoid:
         return Sinusoids(shot=task.shot, queries=task.queries, seed=seed)
     shape = {"way": task.way, "shot": task.shot, "queries": task.queries, "seed": seed}
     if task.name is TaskName.omniglot:
         if task.root is None:
-            raise ValueError("task=omniglot needs task.root=PATH, the folder that holds omniglot-py")
+            raise ValueError("task=omniglot needs task.root=PATH, the folder that contains omniglot-py")
         return omniglot(split, task.root, **shape)  # type: ignore[arg-type]
     return glyphs(split, augment=task.augment, **shape)  # type: ignore[arg-type]
 
 
 def _model(config: Config) -> metaattn.Transformer:
     m, task = config.model, config.task
-    kind: dict[str, Any] = {"input": "patch", "image_size": 28, "patch_size": m.patch_size, "out_features": task.way}
+    shapes: dict[str, Any] = {"input": "patch", "image_size": 28, "patch_size": m.patch_size, "out_features": task.way}
     if task.name is TaskName.sinusoid:
-        kind = {"input": "features", "in_features": 1, "feature_tokens": m.feature_tokens, "out_features": 1}
+        shapes = {"input": "features", "in_features": 1, "feature_tokens": m.feature_tokens, "out_features": 1}
     return metaattn.Transformer(
-        **kind,
+        **shapes,
         output="pooled",
         dim=m.dim,
         depth=m.depth,
@@ -142,7 +142,7 @@ def _model(config: Config) -> metaattn.Transformer:
 
 
 def _probe(model: metaattn.Transformer, dtype: torch.dtype) -> None:
-    """One call of the operator on an empty batch: what the backend cannot serve, it says here."""
+    """Call the operator on an empty batch: an unsupported backend raises here, before any work."""
     p = next(model.parameters())
     c = model.config
     x = torch.empty(0, c.heads, 1, c.dim // c.heads, device=p.device, dtype=dtype)

@@ -1,130 +1,214 @@
-"""Tensors that a function uses and is not given, through which a derivative would be lost in silence.
+"""Find the tensors that a function captures: those that it uses and does not receive as arguments.
 
-A function that is run below the transforms at work sees of a tensor that it closes over only what is left
-there: PyTorch takes the wrapper of a transform off, and with it the derivative. So they are looked for.
+Functions that are recomputed below the active transforms see captured tensors unwrapped: PyTorch removes the wrapper of
+each transform that is not active there, and with it the derivative, silently. So captured tensors under a transform are
+looked for and reported as errors. :func:`visit` walks through what a function closes over; it also gives
+:mod:`metaattn.compile.cache_key` what it makes keys of.
 """
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, retrieve_current_functorch_interpreter
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_is_leaf, tree_leaves
 
 from ._custom_function import current_tangent, in_forward_mode
+from ._functorch import (
+    TransformType,
+    active_transforms,
+    all_interpreters,
+    in_transform,
+    innermost_interpreter,
+    is_forward_mode_enabled,
+    is_wrapped,
+    set_forward_mode_enabled,
+    unwrap_if_dead,
+    unwrap_once,
+    wrapper_level,
+    wrapper_levels,
+)
 
+_PLAIN_TYPES = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum, range)
+_LIBRARIES = ("torch", "metaattn")  # their globals do not change
 _REMEDY = "pass it as an argument (of a module: the module itself, or its parameters to functional_call)"
 
 
-def levels(t: Tensor) -> Iterator[tuple[int, bool]]:
-    """The levels of the transforms that have wrapped a tensor, and whether each is a vmap."""
-    while _functorch.is_functorch_wrapped_tensor(t):
-        yield _functorch.maybe_get_level(t), _functorch.is_batchedtensor(t)
-        t = _functorch.get_unwrapped(t)
+class Visited(NamedTuple):
+    """One step of :func:`visit`.
+
+    Attributes:
+        path: How the function refers to the object, such as ``"the function.model.weight"``.
+        thing: The object.
+        parts: Its parts by name, which are visited next; ``None`` if it is not looked into.
+        repeats: If it was visited before: the number of that visit, counting objects only. Then it has no parts.
+    """
+
+    path: str
+    thing: Any
+    parts: Mapping[Any, Any] | None = None
+    repeats: int | None = None
+
+
+def visit(
+    thing: Any, name: str, *, opaque: tuple[type, ...] = (), follow_globals: bool = False, depth: int = 1
+) -> list[Visited]:
+    """Visit an object and all that it refers to, each before its parts.
+
+    Functions are followed into their closure and defaults, modules into parameters and buffers, containers into their
+    elements, and other objects into their attributes.
+
+    Args:
+        thing: A function, or any object.
+        name: How paths refer to it.
+        opaque: Types that are visited, but not looked into.
+        follow_globals: Also follow the global names that a function uses, except in PyTorch and this library.
+        depth: Follow attributes of objects that are attributes of objects, up to this many levels.
+    """
+    visits: list[Visited] = []
+    _visit(thing, name, (types.ModuleType, type, *opaque), follow_globals, depth, {}, visits)
+    return visits
+
+
+def _visit(
+    thing: Any,
+    path: str,
+    opaque: tuple[type, ...],
+    follow_globals: bool,
+    depth: int,
+    seen: dict[int, int],
+    visits: list[Visited],  # keeps the objects alive: another one could get the same id
+) -> None:
+    if isinstance(thing, _PLAIN_TYPES):
+        visits.append(Visited(path, thing))
+        return
+    if id(thing) in seen:
+        visits.append(Visited(path, thing, repeats=seen[id(thing)]))
+        return
+    seen[id(thing)] = len(seen)
+    parts: Mapping[Any, Any] | None = None
+    if isinstance(thing, (Tensor, *opaque)):
+        pass
+    elif isinstance(thing, nn.Module):
+        parts = {**dict(thing.named_parameters()), **dict(thing.named_buffers())}
+    elif isinstance(thing, types.FunctionType):
+        parts = closed_over(thing) | (_globals_of(thing) if follow_globals else {})
+    elif isinstance(thing, types.MethodType):
+        parts = {"code": thing.__func__, "self": thing.__self__}
+    elif isinstance(thing, functools.partial):
+        parts = {"code": thing.func, **dict(enumerate(thing.args)), **thing.keywords}
+    elif isinstance(thing, dict):
+        parts = thing
+    elif isinstance(thing, (list, tuple)):
+        parts = dict(enumerate(thing))
+    else:
+        is_tree = not tree_is_leaf(thing)  # of a type that is registered as a pytree
+        if hasattr(thing, "__dict__") and (is_tree or depth):
+            parts, depth = vars(thing), depth - (not is_tree)
+        if is_tree:
+            parts = {**(parts or {}), **{f"leaf {i}": leaf for i, leaf in enumerate(tree_leaves(thing))}}
+    visits.append(Visited(path, thing, parts))
+    if parts:
+        for key, part in parts.items():
+            _visit(part, f"{path}.{key}", opaque, follow_globals, depth, seen, visits)
+
+
+def is_plain(thing: Any) -> bool:
+    """Return whether an object is a plain value, such as a number or a string, which has no parts."""
+    return isinstance(thing, _PLAIN_TYPES)
+
+
+def closed_over(function: Any) -> dict[str, Any]:
+    """Return what a Python function closes over, and its defaults, by name."""
+    found = {}
+    for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            found[key] = cell.cell_contents
+        except ValueError:  # not yet filled
+            continue
+    defaults = {f"default {i}": d for i, d in enumerate(function.__defaults__ or ())}
+    return {**found, **defaults, **(function.__kwdefaults__ or {})}
+
+
+def _globals_of(function: types.FunctionType) -> dict[str, Any]:
+    """Return the global values that a function names."""
+    if (function.__module__ or "").split(".")[0] in _LIBRARIES:
+        return {}
+    values = function.__globals__
+    return {f"global {name}": values[name] for name in _global_names(function.__code__) if name in values}
+
+
+def _global_names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _global_names(constant)
+
+
+def transformed_tensors(thing: Any, name: str, *, modules: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors under a transform that a function captures, each with the path by which it is found.
+
+    Args:
+        thing: The function, or an object that holds tensors.
+        name: How paths refer to it.
+        modules: Include the parameters and buffers of modules.
+    """
+    for visited in visit(thing, name, opaque=() if modules else (nn.Module,)):
+        t = visited.thing
+        if isinstance(t, Tensor) and visited.repeats is None and any(level > 0 for level, _ in wrapper_levels(t)):
+            yield visited.path, t
 
 
 def check_captured(function: Any, constants: Any) -> None:
-    """Neither what a function closes over nor the constants among its arguments hold a tensor under a transform.
+    """Check that neither a function's closure nor the constants among its arguments hold a tensor under a transform.
 
     Raises:
-        ValueError: One does; the message has its name.
+        ValueError: One of them does; the message has its path.
     """
-    for name, t in (*transformed(function, "the function"), *transformed(constants, "constant arguments")):
+    found = (*transformed_tensors(function, "the function"), *transformed_tensors(constants, "constant arguments"))
+    for name, t in found:
         raise ValueError(
             f"the function uses a tensor that it is not given ({name}, {list(t.shape)}) and that a torch.func "
             f"transform differentiates or maps: its derivative would be lost; {_REMEDY}"
         )
 
 
-def transformed(thing: Any, name: str, *, modules: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """The tensors under a transform within reach of a function, by the names it has for them.
+class CapturedTensorGuard(TorchFunctionMode):
+    """Reject operations on captured tensors whose derivative would be lost.
 
-    Args:
-        thing: The function, or what holds tensors.
-        name: What it is called.
-        modules: Whether the parameters and buffers of modules count.
-    """
-    skipped = (type, types.ModuleType) if modules else (type, types.ModuleType, nn.Module)
-    for path, t in _held(thing, set(), name, 1, skipped):
-        if any(level > 0 for level, _ in levels(t)):
-            yield path, t
-
-
-def _held(
-    thing: Any, seen: set[int], name: str, objects: int, skipped: tuple[type, ...]
-) -> Iterator[tuple[str, Tensor]]:
-    """All tensors within reach; of an object, its attributes alone."""
-    if id(thing) in seen or isinstance(thing, skipped):
-        return
-    seen.add(id(thing))
-    parts: dict[Any, Any] = {}
-    if isinstance(thing, Tensor):
-        yield name, thing
-    elif isinstance(thing, nn.Module):
-        parts = {**dict(thing.named_parameters()), **dict(thing.named_buffers())}
-    elif isinstance(thing, types.FunctionType):
-        parts = closure(thing)
-    elif isinstance(thing, types.MethodType):
-        parts = {"code": thing.__func__, "self": thing.__self__}
-    elif isinstance(thing, functools.partial):
-        parts = {"code": thing.func, **dict(enumerate(thing.args)), **thing.keywords}
-    elif isinstance(thing, (list, tuple, dict)):
-        parts = dict(enumerate(tree_leaves(thing)))
-    elif objects and hasattr(thing, "__dict__"):
-        parts, objects = vars(thing), objects - 1
-    for key, part in parts.items():
-        yield from _held(part, seen, f"{name}.{key}", objects, skipped)
-
-
-def closure(function: Any) -> dict[str, Any]:
-    """Cells and defaults of a Python function."""
-    held = {}
-    for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            held[key] = cell.cell_contents
-        except ValueError:  # not yet filled
-            continue
-    defaults = {f"default {i}": d for i, d in enumerate(function.__defaults__ or ())}
-    return {**held, **defaults, **(function.__kwdefaults__ or {})}
-
-
-class Watch(TorchFunctionMode):
-    """Refuses tensors of transforms that are not at work: what :func:`check_captured` cannot see, as globals.
-
-    Likewise those with a tangent of a ``dual_level``, where none would be propagated.
+    These are tensors of transforms that are not active inside the block, which :func:`check_captured` cannot see where
+    they are global variables, and tensors with a tangent of a ``dual_level`` where forward mode is off.
     """
 
-    def __enter__(self) -> Watch:
-        self.forward_mode = torch._C._is_fwd_grad_enabled()
+    def __enter__(self) -> CapturedTensorGuard:
+        self.forward_mode = is_forward_mode_enabled()
         super().__enter__()
         return self
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in _tensors_among((*args, *(kwargs or {}).values())):
-            if _stranger(t) or self._lost_tangent(t):
+            if _escaped_transform(t) or self._loses_tangent(t):
                 raise ValueError(
                     f"the function uses a tensor that it is not given, {list(t.shape)}, and that a torch.func "
                     f"transform differentiates or maps: its derivative would be lost; {_REMEDY}"
                 )
         return func(*args, **(kwargs or {}))
 
-    def _lost_tangent(self, t: Tensor) -> bool:
-        if self.forward_mode or torch._C._is_fwd_grad_enabled() or not in_forward_mode():
+    def _loses_tangent(self, t: Tensor) -> bool:
+        if self.forward_mode or is_forward_mode_enabled() or not in_forward_mode():
             return False
-        with forward_ad._set_fwd_grad_enabled(True):  # else it does not show
+        with set_forward_mode_enabled(True):  # otherwise the tensor does not show its tangent
             return current_tangent(t) is not None
 
 
 def _tensors_among(arguments: Sequence[Any]) -> Iterator[Tensor]:
-    """Of an operation, which takes them one by one or in sequences."""
+    """Yield the tensors among the arguments of an operation, which may be in sequences."""
     for a in arguments:
         if isinstance(a, Tensor):
             yield a
@@ -132,45 +216,46 @@ def _tensors_among(arguments: Sequence[Any]) -> Iterator[Tensor]:
             yield from _tensors_among(a)
 
 
-def _stranger(t: Tensor) -> bool:
-    if not _functorch.is_functorch_wrapped_tensor(t):
+def _escaped_transform(t: Tensor) -> bool:
+    """Return whether a transform wrapped this tensor that is not active here."""
+    if not is_wrapped(t):
         return False
-    stack = _functorch.get_interpreter_stack() or []
-    vmap = _functorch.TransformType.Vmap
+    active, vmap = active_transforms(), TransformType.Vmap
     return any(
-        level > len(stack) or (level > 0 and (stack[level - 1].key() == vmap) != mapped) for level, mapped in levels(t)
+        level > len(active) or (level > 0 and (active[level - 1] == vmap) != mapped)
+        for level, mapped in wrapper_levels(t)
     )
 
 
 def check_outputs(outputs: tuple[Tensor, ...]) -> None:
-    """Of a function run on tensors that require no gradient, no output requires one, nor is of a level above.
+    """Check that no output of a function of constants is differentiable, or wrapped by a transform from outside.
 
     Raises:
-        ValueError: One does: the function uses another tensor that does.
+        ValueError: One is: the function captures a tensor that is differentiated.
     """
-    if any(o.requires_grad or _stranger(o) for o in outputs):
+    if any(o.requires_grad or _escaped_transform(o) for o in outputs):
         raise ValueError(
             "the function uses a tensor that it is not given and that requires a gradient, which would be lost; "
             + _REMEDY
         )
 
 
-def followed(t: Tensor) -> bool:
-    """Whether any level, of reverse or of forward mode, differentiates a tensor."""
-    t = _functorch.unwrap_if_dead(t)
+def is_differentiated(t: Tensor) -> bool:
+    """Return whether reverse or forward mode differentiates a tensor, at any level."""
+    t = unwrap_if_dead(t)
     if t.requires_grad or (in_forward_mode() and current_tangent(t) is not None):
         return True
-    if _functorch.peek_interpreter_stack() is None:
+    if not in_transform():
         return False
-    innermost = retrieve_current_functorch_interpreter()
-    while _functorch.maybe_get_level(t) >= innermost.level():
-        t = _functorch.get_unwrapped(t)
+    innermost = innermost_interpreter()
+    while wrapper_level(t) >= innermost.level():
+        t = unwrap_once(t)
     with innermost.lower():
-        return followed(t)
+        return is_differentiated(t)
 
 
-def unmapped(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether there is a vmap at work that has none of the tensors mapped and draws not one number for all."""
-    mapped = {level for t in tensors for level, batched in levels(t) if batched}
-    vmaps = [i for i in retrieve_all_functorch_interpreters() if hasattr(i, "randomness")]
+def draws_cannot_be_repeated(tensors: tuple[Tensor, ...]) -> bool:
+    """Return whether a vmap is active that maps none of the tensors and draws different random numbers per entry."""
+    mapped = {level for t in tensors for level, is_vmap in wrapper_levels(t) if is_vmap}
+    vmaps = [i for i in all_interpreters() if hasattr(i, "randomness")]
     return any(i.randomness() != "same" and i.level() not in mapped for i in vmaps)

@@ -1,4 +1,4 @@
-"""What the rules are made of: the base of the functions, sums in forward mode, lists of tangents."""
+"""Base class of functions with rules for both modes, and sums of tensors for use in those rules."""
 
 from __future__ import annotations
 
@@ -9,39 +9,61 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import Function, forward_ad
 
 from . import _dispatch
+from ._functorch import (
+    TransformType,
+    active_transforms,
+    in_dual_level,
+    innermost_interpreter,
+    innermost_transform,
+    is_legacy_batched,
+    unwrap_for_grad,
+)
+from ._torch_internals import is_zero_tensor
 
 
-def total(terms: Sequence[Sequence[Tensor | None]], like: Sequence[Any]) -> tuple[Tensor, ...]:
-    """The sum of tuples of tensors, where an absent one is zero; zeros like ``like`` if all are."""
+def add_terms(terms: Sequence[Sequence[Tensor | None]], like: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Add tuples of tensors, in which an absent tensor is zero, elementwise.
+
+    Args:
+        terms: The tuples, all of one length.
+        like: Tensors for the shape and dtype of the result where a tensor is absent in every tuple.
+    """
     columns = ([t for t in column if t is not None] for column in zip(*terms, strict=True))
     return tuple(torch.zeros_like(p) if not c else Sum.of_terms(c) for c, p in zip(columns, like, strict=False))
 
 
 @dataclass(frozen=True)
 class PresenceMask:
-    """The constants of a function, and which of its tensors are there: only these are its arguments."""
+    """The constants of a function, and which of its optional tensors are present: its arguments are only these.
+
+    Args:
+        static: The constants.
+        present: For each tensor that the function may take, whether it is present.
+    """
 
     static: Any
-    there: tuple[bool, ...]
+    present: tuple[bool, ...]
 
-    def fill(self, tensors: Sequence[Any], absent: Any = None) -> list[Any]:
-        """One entry for each of the function's tensors, ``absent`` for those that are not there."""
-        rest = iter(tensors)
-        return [next(rest) if there else absent for there in self.there]
+    def expand(self, entries: Sequence[Any], absent: Any = None) -> list[Any]:
+        """Return one entry for each of the function's tensors, given those of the present ones."""
+        rest = iter(entries)
+        return [next(rest) if present else absent for present in self.present]
 
-    def pick(self, entries: Sequence[Any]) -> tuple[Any, ...]:
-        """The entries of those that are there."""
-        return tuple(e for e, there in zip(entries, self.there, strict=True) if there)
+    def compress(self, entries: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the entries of the present tensors, given one for each of the function's tensors."""
+        return tuple(e for e, present in zip(entries, self.present, strict=True) if present)
 
 
 class CustomFunction(Function):
-    """Base of the functions. Their first argument is a :class:`PresenceMask`, the others are tensors.
+    """An ``autograd.Function`` that :mod:`._dispatch` applies level by level.
 
-    Absent cotangents and tangents stay ``None``, so that no rule works on a zero.
+    A subclass has the static methods ``forward``, ``setup_context``, ``backward`` and ``jvp`` of an
+    :class:`torch.autograd.Function`. Their first argument is a :class:`PresenceMask`, the others are tensors, and
+    ``forward`` returns a tuple of tensors. Absent cotangents and tangents are ``None`` in the rules, so that no rule
+    computes with zeros.
     """
 
     single_level: type[Any]
@@ -51,18 +73,23 @@ class CustomFunction(Function):
 
     @classmethod
     def apply(cls, constant: Any, *tensors: Tensor) -> Any:
-        """The function at the transforms at work."""
+        """Apply the function under the active transforms."""
         return _dispatch.apply(cls, constant, *tensors)
 
     @classmethod
-    def of(cls, static: Any, *tensors: Tensor | None) -> Any:
-        """The function of its constants and all of its tensors, ``None`` for those that are not there."""
-        form = PresenceMask(static, tuple(t is not None for t in tensors))
-        return cls.call(form, *(t for t in tensors if t is not None))
+    def invoke(cls, static: Any, *tensors: Tensor | None) -> Any:
+        """Call the function with its constants and all of its tensors, ``None`` for those that are absent."""
+        mask = PresenceMask(static, tuple(t is not None for t in tensors))
+        return cls.call(mask, *(t for t in tensors if t is not None))
+
+    @classmethod
+    def call(cls, *args: Any) -> Any:
+        """Call the function at the current level. A subclass may do something else than :meth:`apply` here."""
+        return cls.apply(*args)
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        """Fold the mapped dimension into the batch; what is not mapped is expanded by stride 0, not copied."""
+        """Fold the mapped dimension into the batch; unmapped tensors are expanded with stride 0, not copied."""
 
         def fold(a: Any, dim: int | None) -> Any:
             if not isinstance(a, Tensor):
@@ -72,70 +99,69 @@ class CustomFunction(Function):
         out = cls.call(*map(fold, args, in_dims))
         return out, (0,) * len(out)
 
-    @classmethod
-    def call(cls, *args: Any) -> Any:
-        """How the function is called at the current level."""
-        return cls.apply(*args)
-
     @staticmethod
-    def keep(ctx: Any, form: PresenceMask, inputs: Sequence[Tensor], outputs: Sequence[Tensor] = ()) -> None:
-        """Save tensors for both modes."""
-        ctx.form = form
+    def save(ctx: Any, mask: PresenceMask, inputs: Sequence[Tensor], outputs: Sequence[Tensor] = ()) -> None:
+        """Save tensors for the rules of both modes."""
+        ctx.mask = mask
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, *outputs)
         ctx.save_for_forward(*inputs, *outputs)
 
     @staticmethod
-    def kept(ctx: Any) -> tuple[list[Any], Sequence[Tensor]]:
-        """All of the inputs, and the outputs. Once in a rule: activation checkpointing recomputes at each access."""
+    def saved(ctx: Any) -> tuple[list[Any], Sequence[Tensor]]:
+        """Return all of the saved inputs, absent ones included, and the saved outputs.
+
+        Call it once in a rule: activation checkpointing recomputes at each access.
+        """
         saved = ctx.saved_tensors
-        n = sum(ctx.form.there)
-        return ctx.form.fill(saved[:n]), saved[n:]
+        n = sum(ctx.mask.present)
+        return ctx.mask.expand(saved[:n]), saved[n:]
 
     @staticmethod
-    def needed(ctx: Any) -> list[bool]:
-        """For each of the inputs, whether its gradient is asked for."""
-        return ctx.form.fill(ctx.needs_input_grad[1:], False)
+    def needs_grad(ctx: Any) -> list[bool]:
+        """Return for each of the inputs, absent ones included, whether its gradient is requested."""
+        return ctx.mask.expand(ctx.needs_input_grad[1:], False)
 
 
 class PrecomputedResult(CustomFunction):
-    """Results that are known already, as functions of a rule's tensors. Tensors: those of the rule, the results.
+    """Results that are known already, as a function of the tensors of a rule that computed them.
 
-    A level of reverse mode above one of forward mode (``jvp`` of ``grad``) would run a rule's function there as well:
-    it has the results computed below, with their tangents, and adds the rule's gradient.
+    A level of reverse mode above one of forward mode (``jvp`` of ``grad``) would otherwise run the function of a rule a
+    second time. With this class it takes the results that were computed at the levels below, with their tangents, and
+    adds the gradient of the rule. Tensors: those of the rule, then its results.
     """
 
     @classmethod
-    def results(cls, rule: type[CustomFunction], form: PresenceMask, tensors: Sequence[Tensor]) -> Any:
-        """What a rule returns for its tensors at the innermost level, which is one of reverse mode."""
-        known = call_one_level_down(functools.partial(rule.call, form), *tensors)
-        return cls.apply((rule, form), *tensors, *known)
+    def results(cls, rule: type[CustomFunction], mask: PresenceMask, tensors: Sequence[Tensor]) -> Any:
+        """Return what a rule returns for its tensors at the innermost level, which is one of reverse mode."""
+        results = call_one_level_down(functools.partial(rule.call, mask), *tensors)
+        return cls.apply((rule, mask), *tensors, *results)
 
     @staticmethod
-    def forward(of: tuple[type[CustomFunction], PresenceMask], *tensors: Tensor) -> Any:
-        return tuple(t.view_as(t) for t in tensors[sum(of[1].there) :])
+    def forward(rule_and_mask: tuple[type[CustomFunction], PresenceMask], *tensors: Tensor) -> Any:
+        return tuple(t.view_as(t) for t in tensors[sum(rule_and_mask[1].present) :])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        (ctx.rule, form), *tensors = inputs
-        ctx.rule.setup_context(ctx, (form, *tensors[: len(tensors) - len(output)]), output)
-        ctx.known = len(output)
+        (ctx.rule, mask), *tensors = inputs
+        ctx.rule.setup_context(ctx, (mask, *tensors[: len(tensors) - len(output)]), output)
+        ctx.count = len(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return *ctx.rule.backward(ctx, *grads), *(None,) * ctx.known
+        return *ctx.rule.backward(ctx, *grads), *(None,) * ctx.count
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
-        return tuple(None if t is None else t.view_as(t) for t in tangents[-ctx.known :])
+        return tuple(None if t is None else t.view_as(t) for t in tangents[-ctx.count :])
 
 
 class Sum(CustomFunction):
-    """The sum of tensors, for use in jvp rules (see the trap in :mod:`metaattn.ops._rules`)."""
+    """Sum of tensors for jvp rules, where an ordinary addition loses tangents (see :mod:`metaattn.ops._rules`)."""
 
     @classmethod
     def of_terms(cls, terms: Sequence[Tensor]) -> Tensor:
-        """One or more added up."""
+        """Return the sum of one or more tensors."""
         total: Tensor = terms[0] if len(terms) == 1 else cls.apply(len(terms), *terms)[0]
         return total
 
@@ -157,47 +183,44 @@ class Sum(CustomFunction):
 
 
 def current_tangent(t: Any) -> Tensor | None:
-    """The tangent that a tensor has at the current level of forward mode."""
+    """Return the tangent that a tensor has at the current level of forward mode, if any."""
     tangent = forward_ad.unpack_dual(t).tangent if isinstance(t, Tensor) else None
-    return None if tangent is None or tangent._is_zerotensor() else tangent
+    return None if tangent is None or is_zero_tensor(tangent) else tangent
 
 
 def current_tangents(tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """The tangents that tensors have here; none where they cannot be taken apart.
+    """Return the tangents that tensors have at this level; no tangents where dual numbers cannot be unpacked.
 
-    Where reverse mode is at the same level (a ``dual_level`` with leaves that require grad) its graph must be of the
-    dual numbers. Tensors under gradcheck's vmap cannot be made dual.
+    That is the case where reverse mode is active at the same level (a ``dual_level`` with tensors that require grad),
+    for its graph must be one of dual numbers; and under the vmap of gradcheck, whose tensors cannot be made dual.
     """
     if not in_forward_mode() or any(t.requires_grad for t in tensors):
         return [None] * len(tensors)
     tangents = [current_tangent(t) for t in tensors]
-    if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tangents):
+    if any(t is not None and is_legacy_batched(t) for t in tangents):
         return [None] * len(tensors)
     return tangents
 
 
 def reverse_over_forward() -> bool:
-    """Whether the innermost level is one of reverse mode, with one of forward mode somewhere below it."""
-    if forward_ad._current_level < 0:
+    """Return whether the innermost level is one of reverse mode and a level below it is one of forward mode."""
+    if not in_dual_level():
         return False
-    stack = torch._C._functorch.get_interpreter_stack()
-    kinds = torch._C._functorch.TransformType
-    if not stack or stack[-1].key() != kinds.Grad:
-        return False
-    return any(level.key() == kinds.Jvp for level in stack[:-1])
+    active = active_transforms()
+    return bool(active) and active[-1] == TransformType.Grad and TransformType.Jvp in active[:-1]
 
 
 def call_one_level_down(call: Callable[..., Any], *tensors: Tensor) -> Any:
-    """What a call returns at the level below the innermost one, which is one of reverse mode."""
-    innermost = retrieve_current_functorch_interpreter()
+    """Run a call at the level below the innermost one, which is one of reverse mode."""
+    innermost = innermost_interpreter()
     level = innermost.level()
     with torch.enable_grad(), innermost.lower():
-        return call(*(torch._C._functorch._unwrap_for_grad(t, level) for t in tensors))
+        return call(*(unwrap_for_grad(t, level) for t in tensors))
 
 
 def in_forward_mode() -> bool:
-    """Whether the innermost level is one of forward mode, so that tensors show their tangents here."""
-    if forward_ad._current_level < 0:
+    """Return whether the innermost level is one of forward mode, so that tensors show their tangents here."""
+    if not in_dual_level():
         return False
-    level = torch._C._functorch.peek_interpreter_stack()
-    return level is None or level.key() == torch._C._functorch.TransformType.Jvp
+    level = innermost_transform()
+    return level is None or level.key() == TransformType.Jvp

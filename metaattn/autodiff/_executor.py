@@ -1,7 +1,8 @@
-"""The hook by which another package takes over functions that this one would run.
+"""The hook by which a compiler replaces the eager execution of functions.
 
-:mod:`metaattn.compile` is above this package. While one of its compilers is active, functions with a
-:class:`FunctionKey` are offered to it first, and run eagerly where it declines.
+This package is below :mod:`metaattn.compile` and cannot import it. While an :class:`Executor` of that package is
+active, each function that has a :class:`FunctionKey` is offered to it first, and runs eagerly if the executor
+declines.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ._pytree import Tensors
+from ._torch_internals import innermost_dispatch_mode
 
 
 @dataclass(frozen=True)
 class FunctionKey:
-    """Identity of a function, by which a compiled form of it is found again.
+    """Identity of a function, under which its compiled form is stored.
 
     Args:
-        key: Equal for two functions that do the same, whatever the numbers in their inputs and in ``captured``.
-        captured: The tensors that it closes over.
-        root: The key of the function that it was made from by transforms.
+        key: Equal for two functions that compute the same, whatever numbers their inputs and ``captured`` hold.
+        captured: The tensors that the function closes over.
+        root: Key of the function from which this one was derived by transforms.
     """
 
     key: Hashable
@@ -33,7 +34,7 @@ class FunctionKey:
     root: Hashable
 
     def then(self, *transform: Hashable) -> FunctionKey:
-        """Return the key of what a transform makes of the function."""
+        """Return the key of the function that a transform makes of this one."""
         return FunctionKey((self.key, *transform), self.captured, self.root)
 
 
@@ -41,28 +42,31 @@ class Executor(Protocol):
     """Runs functions in place of the eager interpreter.
 
     Attributes:
-        structures: By key, the structure of what a function returns: a compiled form returns its tensors alone.
+        structures: For each key, how to rebuild the tree that the function returns: its compiled form returns the
+            tensors of that tree only.
     """
 
     structures: dict[Hashable, list[Any]]
 
     def run(self, key: FunctionKey, function: Callable[..., Tensors], inputs: Sequence[Tensor]) -> Tensors | None:
-        """Return the function's outputs, or ``None`` where it is to run eagerly."""
+        """Return the function's outputs, or ``None`` if it is to run eagerly."""
         ...
 
 
 class _Unset:
-    """No block around, in this thread."""
+    """Value of the context variable in a thread that is in no :func:`use_executor` block."""
 
 
 _UNSET = _Unset()
-_active: ContextVar[Executor | None | _Unset] = ContextVar("metaattn_executor", default=_UNSET)
+_active: ContextVar[Executor | _Unset | None] = ContextVar("metaattn_executor", default=_UNSET)
 
 
 def active_executor(carried: Executor | None = None) -> Executor | None:
-    """Return the executor of the block around, in this thread; where there is no block, the one that was carried here.
+    """Return the executor of the :func:`use_executor` block that this thread is in.
 
-    A backward pass may run in a thread of PyTorch's own: what is differentiated carries the executor of its call.
+    Args:
+        carried: Returned in a thread that is in no such block. A backward pass may run in a thread of PyTorch's
+            autograd engine, so what is differentiated carries the executor of its call.
     """
     active = _active.get()
     return carried if isinstance(active, _Unset) else active
@@ -70,7 +74,7 @@ def active_executor(carried: Executor | None = None) -> Executor | None:
 
 @contextlib.contextmanager
 def use_executor(executor: Executor | None) -> Iterator[None]:
-    """Offer functions to this executor inside the block; to none for ``None``."""
+    """Offer functions to this executor inside the block, or to none if it is ``None``."""
     token = _active.set(executor)
     try:
         yield
@@ -81,8 +85,8 @@ def use_executor(executor: Executor | None) -> Iterator[None]:
 def isolate(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return aliases that common-subexpression elimination treats as distinct, if a graph is being recorded.
 
-    Recomputed values would otherwise be merged with the originals, and these kept for them.
+    Otherwise it would merge recomputed values with the originals, which would then be stored, not recomputed.
     """
-    mode: Any = _get_current_dispatch_mode()
+    mode: Any = innermost_dispatch_mode()
     isolated: list[Tensor] = mode.isolate(tensors) if hasattr(mode, "isolate") else list(tensors)
     return isolated

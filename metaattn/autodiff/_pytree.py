@@ -1,4 +1,4 @@
-"""Trees of tensors and constants, as the tensors in them; and what code depends on of a tensor."""
+"""Trees of tensors and constants as flat sequences of tensors, and the specs of tensors."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_unflatten
+
+from ._torch_internals import tree_flatten
 
 Tensors = tuple[Tensor, ...]
 
 
 class TensorSpec(NamedTuple):
-    """What code depends on of a tensor."""
+    """The properties of a tensor that compiled code depends on: all but its numbers."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -23,32 +25,43 @@ class TensorSpec(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of its numbers."""
+        """Size of the numbers in bytes, not counting gaps between them."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def tensor_spec(t: Tensor) -> TensorSpec:
-    """The form of a tensor."""
+    """Return the spec of a tensor."""
     return TensorSpec(tuple(t.shape), t.stride(), t.dtype, t.device)
 
 
 def split_tensors(tree: Any) -> tuple[Tensors, Callable[[Sequence[Tensor]], Any]]:
-    """The tensors among a tree's leaves, and what makes the tree of others in their places: it holds none of these."""
+    """Split a tree into its tensors and the rest.
+
+    Args:
+        tree: Any pytree.
+
+    Returns:
+        The tensors among the leaves, in order; and a function that builds the same tree with other tensors in their
+        places. The function does not keep the tensors of ``tree`` alive.
+    """
     leaves, spec = tree_flatten(tree)
-    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    rest = put(leaves, where, [None] * len(where))
-    return tuple(leaves[i] for i in where), lambda tensors: tree_unflatten(put(rest, where, tensors), spec)
+    indices = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    rest = replace_at(leaves, indices, [None] * len(indices))
+    return (
+        tuple(leaves[i] for i in indices),
+        lambda tensors: tree_unflatten(replace_at(rest, indices, tensors), spec),
+    )
 
 
 def constants_of(tree: Any) -> tuple[Any, ...]:
-    """All of a tree but its tensors: its structure, and the other leaves in their places."""
+    """Return all of a tree except its tensors: its structure, and the other leaves in their places."""
     leaves, spec = tree_flatten(tree)
     return spec, tuple(None if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves)
 
 
-def put(entries: Sequence[Any], where: Sequence[int], by: Sequence[Any]) -> list[Any]:
-    """The entries, with others in some places."""
+def replace_at(entries: Sequence[Any], indices: Sequence[int], replacements: Sequence[Any]) -> list[Any]:
+    """Return a copy of a list with the entries at some indices replaced."""
     out = list(entries)
-    for i, other in zip(where, by, strict=True):
-        out[i] = other
+    for i, replacement in zip(indices, replacements, strict=True):
+        out[i] = replacement
     return out

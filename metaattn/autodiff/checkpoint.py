@@ -1,4 +1,4 @@
-"""Rematerialisation: memory for time, under every transform."""
+"""Checkpointing (rematerialisation) of functions: less memory for more time, under every transform."""
 
 from __future__ import annotations
 
@@ -8,48 +8,49 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from ._captured import Watch, check_captured, unmapped
-from ._context import CallContext, tracing
-from ._derivatives import Derivable, Pullback
+from ._captured import CapturedTensorGuard, check_captured, draws_cannot_be_repeated
+from ._context import CallContext
+from ._derivatives import Pullback, TransformableFunction
 from ._executor import FunctionKey, active_executor
+from ._functorch import TransformType, active_transforms, in_dual_level
 from ._pytree import Tensors, constants_of, split_tensors
 from ._recompute import Recompute
+from ._torch_internals import is_tracing
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def checkpoint(function: Callable[P, R], *, preserve_rng_state: bool = True) -> Callable[P, R]:
-    """The same function, whose derivatives keep its arguments alone and compute all between anew.
+    """Return the same function, except that its derivatives store only its arguments and recompute the rest.
 
-    What :func:`torch.utils.checkpoint.checkpoint` is to one backward pass, for every order and mode: the vjp and
-    the jvp of the function are checkpointed functions themselves. As a transform of a function, like
-    :func:`torch.func.grad`: its options cannot be taken for arguments, and it nests with the others.
+    :func:`torch.utils.checkpoint.checkpoint` does this for one backward pass; this does it for every order and mode,
+    because the vjp and the jvp of the function are checkpointed functions themselves. It transforms a function, as
+    :func:`torch.func.grad` does: its options cannot be confused with arguments, and it nests with other transforms.
 
     Args:
-        function: Takes and returns containers of tensors and anything else; of its tensors, those in pytrees of
-            its arguments are differentiated. Of a module, so are its parameters and buffers. It gives the same
-            again for the same arguments, changes none of them, and draws random numbers from PyTorch's default
-            generators alone.
-        preserve_rng_state: Whether it draws the same random numbers again, as it must for a correct derivative if
-            it draws any. Takes some microseconds a call, and cannot be while a CUDA graph is captured.
+        function: A function or a module. It takes and returns pytrees of tensors, of any shape and dtype, and other
+            objects. The tensors in its arguments are differentiated; for a module, its parameters and buffers as well.
+            It must return the same for the same arguments, change none of them in place, and draw random numbers
+            only from PyTorch's default generators.
+        preserve_rng_state: Draw the same random numbers when recomputing. A function that draws any needs this for a
+            correct derivative. It takes some microseconds per call, and cannot be done while a CUDA graph is captured.
 
     Returns:
-        A function called as ``function`` is. Where no derivative can be asked for, and under
-        :func:`torch.compile`, which rematerialises by a plan of its own, it is ``function`` itself that runs.
+        A function that is called as ``function`` is. It calls ``function`` itself where no derivative can be requested,
+        and under :func:`torch.compile`, which decides itself what it recomputes.
 
     Raises:
-        TypeError: ``function`` cannot be called.
-        ValueError: When called: the function uses a tensor that it is not given and whose derivative would be
-            lost, or changes an argument in place.
-        NotImplementedError: When called: it draws random numbers under ``make_fx``, which cannot draw them again;
-            or under a :func:`torch.func.vmap` with other numbers for each entry that maps none of its arguments.
+        TypeError: ``function`` is not callable.
+        ValueError: When called: the function uses a tensor that is not an argument and whose derivative would be
+            lost, or it changes an argument in place.
+        NotImplementedError: When called: it draws random numbers under ``make_fx``, which cannot draw them again, or
+            under a :func:`torch.func.vmap` with ``randomness="different"`` that maps none of its arguments.
 
-    FunctionKey:
+    Source:
         Griewank and Walther 2000 (Algorithm 799: revolve); Chen et al. 2016 (arXiv 1604.06174), section 3.
 
     Example:
@@ -61,31 +62,33 @@ def checkpoint(function: Callable[P, R], *, preserve_rng_state: bool = True) -> 
         torch.Size([2, 2, 2, 2])
     """
     if not callable(function):
-        raise TypeError(f"checkpoint takes a function or a module, and its result the arguments; got {function!r}")
+        raise TypeError(
+            f"checkpoint takes a function or a module, and the function that it returns takes the arguments; "
+            f"got {function!r}"
+        )
 
     @functools.wraps(function, updated=())
     def checkpointed(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling() or not _differentiating():
+        if torch.compiler.is_compiling() or not _may_be_differentiated():
             return function(*args, **kwargs)
         return _call(function, args, kwargs, preserve_rng_state)
 
     return checkpointed
 
 
-def _differentiating() -> bool:
-    """Whether a derivative of what runs now can be asked for."""
-    kinds = torch._C._functorch.TransformType
-    modes = any(kind in (kinds.Grad, kinds.Jvp) for kind in transforms())
-    return modes or torch.is_grad_enabled() or forward_ad._current_level >= 0
+def _may_be_differentiated() -> bool:
+    """Return whether a derivative of what runs now can be requested."""
+    differentiating = any(kind in (TransformType.Grad, TransformType.Jvp) for kind in active_transforms())
+    return differentiating or torch.is_grad_enabled() or in_dual_level()
 
 
 def _call(function: Callable[..., Any], args: Any, kwargs: Any, preserve_rng_state: bool) -> Any:
     module = function if isinstance(function, nn.Module) else None
-    state = {} if module is None else _state(module)
+    state = {} if module is None else _state_of(module)
     leaves = tree_leaves((state, args, kwargs))
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         return function(*args, **kwargs)
-    if transforms():
+    if active_transforms():
         check_captured(function if module is None else None, [leaf for leaf in leaves if not isinstance(leaf, Tensor)])
 
     def run(state: Any, args: Any, kwargs: Any) -> Any:
@@ -96,10 +99,10 @@ def _call(function: Callable[..., Any], args: Any, kwargs: Any, preserve_rng_sta
     return recompute(run, state, args, kwargs, preserve_rng_state=preserve_rng_state)
 
 
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by every place that holds them, but of a module in two places once.
+def _state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers under every name that they have, but those of a shared module under one name.
 
-    What ``functional_call`` finds at two names of one module it does not put back (PyTorch 2.13).
+    ``functional_call`` does not restore what it replaces under two names of one module (PyTorch 2.13).
     """
     state: dict[str, Tensor] = {}
     for prefix, part in module.named_modules():
@@ -108,63 +111,63 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def transforms() -> tuple[Any, ...]:
-    """The transforms at work, outermost first."""
-    return tuple(level.key() for level in torch._C._functorch.get_interpreter_stack() or ())
-
-
 def recompute(
     function: Callable[..., Any],
     *args: Any,
     pullback: Pullback | None = None,
-    refusal: str = "",
+    unsupported_message: str = "",
     preserve_rng_state: bool = True,
     key: FunctionKey | None = None,
 ) -> Any:
-    """``function(*args)``, of which derivatives keep the arguments' tensors alone.
+    """Call ``function(*args)``; its derivatives store only the tensors in the arguments and recompute the rest.
 
     Args:
-        function: Of trees of tensors and constants, to such a tree, as in :func:`checkpoint`.
+        function: Takes trees of tensors and constants and returns such a tree, as for :func:`checkpoint`.
         *args: The trees.
-        pullback: Its rule in reverse mode, on the tensors in the order of the trees' leaves; else of the function.
-        refusal: If that rule is the only derivative: what all others raise.
-        preserve_rng_state: As for :func:`checkpoint`; for the pullback too.
+        pullback: The rule for reverse mode, on the tensors in the order of the trees' leaves; by default one is derived
+            from the function.
+        unsupported_message: If the pullback is the only derivative: the message of the error that all others raise.
+        preserve_rng_state: As for :func:`checkpoint`; it also holds for the pullback.
         key: Identity of the function and the pullback, if they may run compiled; see :mod:`._executor`.
 
+    Returns:
+        What ``function`` returns.
+
     Raises:
-        ValueError: As :func:`checkpoint`, of which what a function closes over is not looked through here.
+        ValueError: As :func:`checkpoint`, but what the function closes over is not searched for tensors.
         NotImplementedError: As :func:`checkpoint`.
     """
     tensors, restore = split_tensors(args)
-    returned: list[Callable[[Tensors], Any]] = []
+    restore_outputs: list[Callable[[Tensors], Any]] = []
     executor = active_executor()
     if executor is not None and key is not None:
         key = key.then(*constants_of(args))
-        returned = executor.structures.setdefault(key.key, returned)
+        restore_outputs = executor.structures.setdefault(key.key, restore_outputs)
 
     def flat(*tensors: Tensor) -> Tensors:
-        outputs, restore_outputs = split_tensors(function(*restore(tensors)))
-        returned[:] = [restore_outputs]
+        outputs, restore_these = split_tensors(function(*restore(tensors)))
+        restore_outputs[:] = [restore_these]
         return outputs
 
-    def watched(*tensors: Tensor) -> Tensors:
-        with Watch():
+    def guarded(*tensors: Tensor) -> Tensors:
+        with CapturedTensorGuard():
             return flat(*tensors)
 
-    kinds, replay = transforms(), CallContext(tensors, preserve_rng_state)
-    first = watched if kinds or forward_ad._current_level >= 0 else flat
-    rule = None if pullback is None else functools.partial(replay, pullback)
-    again = functools.partial(replay, flat)
-    outputs = Recompute.of(Derivable(first, again, kinds, rule, refusal, key, executor), *tensors)
-    if replay.settle():
-        if tracing():
+    transforms, context = active_transforms(), CallContext(tensors, preserve_rng_state)
+    first = guarded if transforms or in_dual_level() else flat
+    rule = None if pullback is None else functools.partial(context, pullback)
+    again = functools.partial(context, flat)
+    recomputed = TransformableFunction(first, again, transforms, rule, unsupported_message, key, executor)
+    outputs = Recompute.invoke(recomputed, *tensors)
+    if context.settle():
+        if is_tracing():
             raise NotImplementedError(
                 "the function draws random numbers, which a graph of make_fx cannot draw again; draw them outside "
                 "and pass them as arguments"
             )
-        if unmapped(tensors):
+        if draws_cannot_be_repeated(tensors):
             raise NotImplementedError(
                 "the function draws random numbers under a vmap that maps none of its arguments; pass one that is "
                 "mapped, or draw one number for all with vmap's randomness='same'"
             )
-    return returned[0](outputs)
+    return restore_outputs[0](outputs)

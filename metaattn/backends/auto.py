@@ -1,7 +1,8 @@
-"""``auto``: for each primitive the fastest backend that serves the call.
+"""The backend ``auto``: for each primitive, the fastest backend that supports the call.
 
-On a CPU, and for whatever the kernels do not serve, blockwise. On a GPU our kernels, but PyTorch's own F and
-B where ``auto.json``, measured by ``scripts/bench_attention.py``, has them faster at the nearest length.
+On a CPU, and for calls that the kernels do not support, that is ``blockwise``. On a GPU it is our kernels, except where
+``auto.json`` has PyTorch's own F or B faster at the nearest measured length. ``scripts/bench_attention.py`` writes that
+file.
 """
 
 from __future__ import annotations
@@ -10,66 +11,73 @@ import functools
 import importlib
 import json
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from . import blockwise
-from .base import Gradients, Operands, Pair, Problem, Rows, Tangent, Values, in_turn
+from .base import Backend, BackwardJvpInputs, Gradients, Operands, Problem, Rows, Tangent, Values
 
-name = "auto"
 PATH = Path(__file__).with_name("auto.json")
-PRIMITIVES = ("forward", "backward", "forward_jvp", "forward_with_jvp", "backward_jvp")
 
 
 class Choice(NamedTuple):
-    """A backend and why it was chosen."""
+    """A backend and the reason why it was chosen."""
 
-    backend: ModuleType
+    backend: Backend
     why: str
 
 
-def load(backend: str) -> ModuleType | str:
-    """A backend that needs Triton, or why it cannot be imported."""
+def import_with_triton(name: str) -> ModuleType | str:
+    """Return a module of this package that imports Triton, or a message that says why it cannot be imported."""
     try:
-        return importlib.import_module(f".{backend}", __package__)
+        return importlib.import_module(f".{name}", __package__)
     except ImportError as error:
-        return f"backend={backend!r} needs the package triton, which cannot be imported here: {error}"
+        return (
+            f"backend={name!r} needs the package triton, which cannot be imported here ({error}). Install it, or "
+            "ask for backend='blockwise' or 'auto'"
+        )
 
 
 @functools.cache
 def _table() -> dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]:
-    """By capability, primitive, head size and band: our kernels' time over the vendor's, by tokens."""
+    """Return the time of our kernels over the vendor's, by capability, primitive, head size, band and tokens."""
     table: dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]] = json.loads(PATH.read_text())
     return table
 
 
 def choose(primitive: str, problem: Problem, x: Operands) -> Choice:
-    """The backend for a primitive, see above."""
+    """Return the fastest backend for a primitive of :data:`~metaattn.backends.base.PRIMITIVES`, and the reason."""
+    if primitive == "backward_with_jvp":
+        choice = choose("backward_jvp", problem, x)
+        if choice.backend.fuses_backward_with_jvp(x, bias_grad=x.bias is not None):
+            return Choice(choice.backend, "one fused kernel for both")
+        return choice._replace(why="backward, then backward_jvp: no kernel for both here")
     if not x.query.is_cuda:
-        return Choice(blockwise, f"tensors on {x.query.device.type}: tiles in plain PyTorch")
-    triton = load("triton")
-    if isinstance(triton, str):
-        return Choice(blockwise, triton)
-    if (reason := triton.refuses(problem, x)) is not None:
-        return Choice(blockwise, reason.split(". ")[0])
+        return Choice(blockwise.backend, f"tensors on {x.query.device.type}: tiles in plain PyTorch")
+    module = import_with_triton("triton")
+    if isinstance(module, str):
+        return Choice(blockwise.backend, module.split(". ")[0])
+    triton: Backend = module.backend
+    if (reason := triton.unsupported_reason(problem, x)) is not None:
+        return Choice(blockwise.backend, reason.split(". ")[0])
     if primitive not in ("forward", "backward"):
         return Choice(triton, "fused kernel; no other has this derivative")
-    vendor = load("vendor")
-    assert not isinstance(vendor, str)
-    if (reason := vendor.refuses(problem, x)) is not None:
+    module = import_with_triton("vendor")
+    assert not isinstance(module, str)
+    vendor: Backend = module.backend
+    if (reason := vendor.unsupported_reason(problem, x)) is not None:
         return Choice(triton, reason.split(";")[0])
     if primitive == "backward" and torch.are_deterministic_algorithms_enabled():
-        return Choice(triton, "deterministic algorithms are asked for, and ours is one")
+        return Choice(triton, "deterministic algorithms are requested, and our kernel is deterministic")
     capability = "{}.{}".format(*torch.cuda.get_device_capability(x.query.device))
     if capability not in _table():
         return Choice(triton, f"our kernel; PyTorch's own is not measured on compute capability {capability}")
     tokens, ratio = _measured(_table()[capability].get(primitive, {}), problem, x)
     if ratio is None:
-        return Choice(triton, f"our kernel; PyTorch's own is not measured there at head size {x.query.shape[-1]}")
+        return Choice(triton, f"our kernel; PyTorch's own is not measured at head size {x.query.shape[-1]}")
     if ratio > 1.0:
         return Choice(vendor, f"PyTorch's own is measured {ratio:.2f} times as fast as ours at {tokens} tokens")
     return Choice(triton, f"measured {1.0 / ratio:.2f} times as fast as PyTorch's own at {tokens} tokens")
@@ -78,7 +86,7 @@ def choose(primitive: str, problem: Problem, x: Operands) -> Choice:
 def _measured(
     column: dict[str, dict[str, dict[str, float]]], problem: Problem, x: Operands
 ) -> tuple[int, float | None]:
-    """The measured number of tokens that is next to the call's, at its head size or the next, and the ratio there."""
+    """Return the measured length nearest to the call's, at its head size or the next larger, and the ratio there."""
     sizes = [int(size) for size in column if int(size) >= x.query.shape[-1]]
     if not sizes:
         return 0, None
@@ -89,67 +97,40 @@ def _measured(
     return int(nearest), ratios[nearest]
 
 
-def refuses(problem: Problem, x: Operands) -> str | None:
-    """Serves everything."""
-    return None
+class AutoBackend(Backend):
+    """Passes each primitive to the backend that :func:`choose` returns."""
+
+    name = "auto"
+
+    def forward(self, problem: Problem, x: Operands) -> Values:
+        """Compute F."""
+        return choose("forward", problem, x).backend.forward(problem, x)
+
+    def backward(self, problem: Problem, x: Operands, values: Values, cotangent: Rows, *, bias_grad: bool) -> Gradients:
+        """Compute B."""
+        backend = choose("backward", problem, x).backend
+        return backend.backward(problem, x, values, cotangent, bias_grad=bias_grad)
+
+    def forward_jvp(self, problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
+        """Compute T."""
+        return choose("forward_jvp", problem, x).backend.forward_jvp(problem, x, values, tangent)
+
+    def forward_with_jvp(self, problem: Problem, x: Operands, tangent: Tangent) -> tuple[Values, Values]:
+        """Compute F and T."""
+        return choose("forward_with_jvp", problem, x).backend.forward_with_jvp(problem, x, tangent)
+
+    def backward_jvp(self, problem: Problem, x: Operands, inputs: BackwardJvpInputs) -> Gradients:
+        """Compute S."""
+        return choose("backward_jvp", problem, x).backend.backward_jvp(problem, x, inputs)
+
+    def backward_with_jvp(
+        self, problem: Problem, x: Operands, inputs: BackwardJvpInputs
+    ) -> tuple[Gradients, Gradients]:
+        """Compute B and S in one kernel if there is one, otherwise each by the fastest backend for it."""
+        backend = choose("backward_jvp", problem, x).backend
+        if backend.fuses_backward_with_jvp(x, inputs.bias_grad):
+            return backend.backward_with_jvp(problem, x, inputs)
+        return super().backward_with_jvp(problem, x, inputs)
 
 
-def forward(problem: Problem, x: Operands) -> Values:
-    """F."""
-    values: Values = choose("forward", problem, x).backend.forward(problem, x)
-    return values
-
-
-def backward(problem: Problem, x: Operands, values: Values, cotangent: Rows, *, bias_grad: bool) -> Gradients:
-    """B."""
-    backend = choose("backward", problem, x).backend
-    grads: Gradients = backend.backward(problem, x, values, cotangent, bias_grad=bias_grad)
-    return grads
-
-
-def forward_jvp(problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
-    """T."""
-    values_t: Values = choose("forward_jvp", problem, x).backend.forward_jvp(problem, x, values, tangent)
-    return values_t
-
-
-def forward_with_jvp(problem: Problem, x: Operands, direction: Tangent) -> tuple[Values, Values]:
-    """F and T at once."""
-    both: tuple[Values, Values] = choose("forward_with_jvp", problem, x).backend.forward_with_jvp(problem, x, direction)
-    return both
-
-
-def backward_jvp(
-    problem: Problem,
-    x: Operands,
-    values: Values,
-    values_tangent: Values,
-    cotangent: Rows,
-    tangent: Tangent,
-    *,
-    cotangent_tangent: Rows,
-    bias_grad: bool,
-) -> Gradients:
-    """S."""
-    grads: Gradients = choose("backward_jvp", problem, x).backend.backward_jvp(
-        problem,
-        x,
-        values,
-        values_tangent,
-        cotangent,
-        tangent,
-        cotangent_tangent=cotangent_tangent,
-        bias_grad=bias_grad,
-    )
-    return grads
-
-
-_in_turn = in_turn(sys.modules[__name__])
-
-
-def backward_with_jvp(problem: Problem, x: Operands, *rest: Any, bias_grad: bool, **options: Any) -> Pair:
-    """B and S at once where our kernels are one for both; the fastest of each otherwise."""
-    backend = choose("backward_jvp", problem, x).backend
-    both = backend.backward_with_jvp if backend.name == "triton" and backend.fuses(x, bias_grad) else _in_turn
-    pair: Pair = both(problem, x, *rest, bias_grad=bias_grad, **options)
-    return pair
+backend = AutoBackend()

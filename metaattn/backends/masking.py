@@ -1,8 +1,8 @@
-"""Grouped heads, band, mask, bias and dropout for the backends in plain PyTorch: the one home of each.
+"""Grouped heads, band, mask, bias and dropout for the backends in plain PyTorch.
 
-These backends split the query heads into ``[*B, Hkv, G, N, ·]`` with key and value ``[*B, Hkv, 1, N, ·]``,
-so that grouped-query attention is ordinary broadcasting, and work on tiles: ``rows`` and ``cols`` are
-slices of the score matrix (the whole of it in the reference).
+These backends split the query heads into ``[*B, Hkv, G, N, ·]``, with key and value ``[*B, Hkv, 1, N, ·]``, so that
+grouped-query attention is ordinary broadcasting. They work on tiles: ``rows`` and ``cols`` are slices of the score
+matrix. In the reference, one tile is the whole matrix.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ NEG_INF = float("-inf")
 
 
 def split_heads(x: Tensor, kv_heads: int) -> Tensor:
-    """``[*B, H, N, ·]`` to ``[*B, Hkv, G, N, ·]``, where a key, a value or a broadcast mask has ``G = 1``."""
+    """Reshape ``[*B, H, N, ·]`` to ``[*B, Hkv, G, N, ·]``; a key, a value or a broadcast mask gets ``G = 1``."""
     if x.shape[-3] in (1, kv_heads):
         return x.unsqueeze(-3)
     return x.unflatten(-3, (kv_heads, -1))
 
 
 def group(x: Operands) -> Operands:
-    """The operands with their heads split."""
+    """Return the operands with their heads split."""
     kv_heads = x.key.shape[-3]
     rest = (None if t is None else split_heads(t, kv_heads) for t in x[3:])
     return Operands(*(split_heads(t, kv_heads) for t in x[:3]), *rest)
 
 
 def ungroup(gradients: Gradients, x: Operands) -> Gradients:
-    """Gradients of grouped operands, in the shapes and dtypes of the operands ``x`` themselves.
+    """Return the gradients of grouped operands in the shapes and dtypes of the operands ``x``.
 
-    Those of key and value arrive summed over ``G``; that of the bias in the bias's grouped shape.
+    Those of key and value are already summed over ``G``; that of the bias has the bias's grouped shape.
     """
     query, key, value, bias = gradients
     if bias is not None:
@@ -47,27 +47,27 @@ def ungroup(gradients: Gradients, x: Operands) -> Gradients:
 
 
 def row_key(a: Tensor, b: Tensor) -> Tensor:
-    """``a b^T``: ``[…, G, Nq, d]`` and ``[…, 1, Nk, d]`` to ``[…, G, Nq, Nk]``, the keys not repeated."""
+    """Return ``a b^T``: ``[…, G, Nq, d]`` and ``[…, 1, Nk, d]`` to ``[…, G, Nq, Nk]``, without repeated keys."""
     return (a.flatten(-3, -2) @ b.squeeze(-3).mT).unflatten(-2, a.shape[-3:-1])
 
 
 def row_sum(p: Tensor, b: Tensor) -> Tensor:
-    """``p b``: ``[…, G, Nq, Nk]`` and ``[…, 1, Nk, d]`` to ``[…, G, Nq, d]``."""
+    """Return ``p b``: ``[…, G, Nq, Nk]`` and ``[…, 1, Nk, d]`` to ``[…, G, Nq, d]``."""
     return (p.flatten(-3, -2) @ b.squeeze(-3)).unflatten(-2, p.shape[-3:-1])
 
 
 def key_sum(p: Tensor, a: Tensor) -> Tensor:
-    """``p^T a``, summed over the group: ``[…, G, Nq, Nk]`` and ``[…, G, Nq, d]`` to ``[…, 1, Nk, d]``."""
+    """Return ``p^T a``, summed over the group: ``[…, G, Nq, Nk]`` and ``[…, G, Nq, d]`` to ``[…, 1, Nk, d]``."""
     return (p.flatten(-3, -2).mT @ a.flatten(-3, -2)).unsqueeze(-3)
 
 
 def finite(lse: Tensor) -> Tensor:
-    """The lse to subtract from scores: 0 for a row without keys, whose probabilities are then 0 and not NaN."""
+    """Return the lse to subtract from scores: 0 for a row without keys, so that its probabilities are 0, not NaN."""
     return lse.masked_fill(lse == NEG_INF, 0.0)
 
 
 def tile_of(t: Tensor, rows: slice, cols: slice) -> Tensor:
-    """The part of a mask, bias or its tangent that a tile needs; broadcast dimensions stay broadcast."""
+    """Return the tile of a mask, a bias or a bias's tangent; broadcast dimensions stay broadcast."""
     if t.shape[-2] != 1:
         t = t[..., rows, :]
     if t.shape[-1] != 1:
@@ -76,23 +76,23 @@ def tile_of(t: Tensor, rows: slice, cols: slice) -> Tensor:
 
 
 def _offsets(rows: slice, cols: slice, device: torch.device) -> Tensor:
-    """Key index minus query index, ``[rows, cols]``."""
+    """Return key index minus query index, ``[rows, cols]``."""
     i = torch.arange(rows.start, rows.stop, device=device)
     j = torch.arange(cols.start, cols.stop, device=device)
     return j - i[:, None]
 
 
 def tile_is_empty(problem: Problem, rows: slice, cols: slice) -> bool:
-    """Whether the band hides every element of the tile, so that it need not be visited."""
+    """Return whether the band hides every element of the tile, so that the tile can be skipped."""
     above = problem.right is not None and cols.start - (rows.stop - 1) > problem.right
     below = problem.left is not None and rows.start - (cols.stop - 1) > problem.left
     return above or below
 
 
-def barrier(problem: Problem, mask: Tensor | None, rows: slice, cols: slice, like: Tensor) -> Tensor | None:
-    """0 where band and mask show the element, -inf where they hide it; ``None`` if the tile is all shown.
+def additive_mask(problem: Problem, mask: Tensor | None, rows: slice, cols: slice, like: Tensor) -> Tensor | None:
+    """Return 0 where band and mask show an element and -inf where they hide it; ``None`` if they show all.
 
-    To be added to the scores: four times as fast as filling them by a boolean on a CPU (torch 2.13).
+    The caller adds this to the scores, which is four times as fast on a CPU as ``masked_fill`` (torch 2.13).
     """
     shown = None if mask is None else tile_of(mask, rows, cols)
     if problem.right is not None and cols.stop - 1 - rows.start > problem.right:
@@ -108,9 +108,9 @@ def barrier(problem: Problem, mask: Tensor | None, rows: slice, cols: slice, lik
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The 32-bit finaliser of MurmurHash3 (Appleby): each input bit flips each output bit half the time.
+    """Apply the 32-bit finaliser of MurmurHash3 (Appleby): each input bit flips each output bit half the time.
 
-    Held in int64: products wrap modulo 2^64, of which the low 32 bits are right.
+    The numbers are int64. Products wrap modulo 2^64, and their low 32 bits are right.
     """
     x = (x ^ (x >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
     x = (x ^ (x >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
@@ -120,9 +120,10 @@ def _mix(x: Tensor) -> Tensor:
 def dropout_weight(
     problem: Problem, seeds: Tensor | None, rows: slice, cols: slice, dtype: torch.dtype
 ) -> Tensor | None:
-    """``Z``: 0 with probability p, else ``1/(1-p)``; a pure function of seed, row and column. ``None`` without dropout.
+    """Return ``Z``: 0 with probability p, else ``1/(1-p)``; ``None`` without dropout.
 
-    One 32-bit hash per row, keyed by the low half of the seed, then one per element, keyed by the high half.
+    It is a pure function of seed, row and column: one 32-bit hash for each row, keyed by the low half of the seed, then
+    one for each element, keyed by the high half.
     """
     if seeds is None:
         return None

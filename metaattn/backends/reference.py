@@ -1,30 +1,22 @@
-"""Dense attention by the formulas, on any device and dtype: the oracle that the fast backends answer to.
+"""Dense attention by the formulas, on any device and in any dtype: the exact results for tests of other backends.
 
-Read it beside the formulas of ``docs/mathematics.md``: a dot there is ``_t`` (tangent) here and a bar is
-``_bar`` (cotangent). Memory is quadratic in the length.
+Read this together with the formulas of ``docs/mathematics.md``. A dot there is ``_t`` (tangent) here, a bar is ``_bar``
+(cotangent). Memory is quadratic in the length.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .base import Gradients, Operands, Problem, Rows, Tangent, Values, accumulator, in_turn
-from .masking import NEG_INF, barrier, dropout_weight, group, key_sum, row_key, row_sum, split_heads, ungroup
-
-name = "reference"
-
-
-def refuses(problem: Problem, x: Operands) -> str | None:
-    """Serves everything."""
-    return None
+from .base import Backend, BackwardJvpInputs, Gradients, Operands, Problem, Rows, Tangent, Values, accumulator
+from .masking import NEG_INF, additive_mask, dropout_weight, group, key_sum, row_key, row_sum, split_heads, ungroup
 
 
 class _Dense(NamedTuple):
-    """Operands with split heads in the accumulator's dtype, and what the dense formulas need of them."""
+    """Operands with split heads in the accumulator's dtype, with the whole score matrix and the dropout weights."""
 
     query: Tensor
     key: Tensor
@@ -34,7 +26,7 @@ class _Dense(NamedTuple):
     dropout: Tensor | float  # Z
 
     @classmethod
-    def of(cls, problem: Problem, x: Operands) -> _Dense:
+    def create(cls, problem: Problem, x: Operands) -> _Dense:
         dtype = accumulator(x.query.dtype)
         g = group(x)
         query, key, value = (t.to(dtype) for t in (g.query, g.key, g.value))
@@ -42,18 +34,21 @@ class _Dense(NamedTuple):
         scores = problem.scale * row_key(query, key)
         if g.bias is not None:
             scores = scores + g.bias.to(dtype)
-        if (wall := barrier(problem, g.mask, rows, cols, scores)) is not None:
-            scores = scores + wall
+        if (mask := additive_mask(problem, g.mask, rows, cols, scores)) is not None:
+            scores = scores + mask
         z = dropout_weight(problem, g.seeds, rows, cols, dtype)
         return cls(query, key, value, problem.scale, scores, 1.0 if z is None else z)
 
     def probabilities(self) -> Tensor:
-        """P, zeros in a row that sees no key. Not by the lse, which is too coarse where scores are huge."""
+        """Return P, with zeros in a row without keys.
+
+        Not computed as ``exp(scores - lse)``: where scores are huge, the rounding of the lse is too large.
+        """
         empty = (self.scores == NEG_INF).all(-1, keepdim=True)
         return self.scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
 
     def rows(self, t: Tensor | None, width: int) -> Tensor:
-        """A row quantity ``[*B, Hq, Nq]`` (width 0) or ``[*B, Hq, Nq, width]`` with split heads; zeros if absent."""
+        """Split the heads of ``[*B, Hq, Nq]`` (if ``width`` is 0) or ``[*B, Hq, Nq, width]``; ``None`` is zeros."""
         kv_heads, groups = self.scores.shape[-4:-2]
         if t is None:
             return self.scores.new_zeros((*self.scores.shape[:-1], width or 1))
@@ -62,7 +57,7 @@ class _Dense(NamedTuple):
         return t.unflatten(-3, (kv_heads, groups)).to(self.scores.dtype)
 
     def tangent(self, t: Tangent) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
-        """The tangents with split heads, zeros where absent."""
+        """Split the heads of the tangents; ``None`` is zeros."""
         primals = (self.query, self.key, self.value)
         query, key, value = (
             torch.zeros_like(p) if d is None else split_heads(d, self.key.shape[-4]).to(p.dtype)
@@ -72,101 +67,88 @@ class _Dense(NamedTuple):
         return query, key, value, bias
 
 
-def _delta(d: _Dense, out: Tensor, lse: Tensor, out_bar: Tensor, lse_bar: Tensor) -> Tensor:
-    """``rowsum(out_bar * out) - lse_bar``; the lse of a row with no keys is constant."""
+def _delta(out: Tensor, lse: Tensor, out_bar: Tensor, lse_bar: Tensor) -> Tensor:
+    """Return ``rowsum(out_bar * out) - lse_bar``. The lse of a row without keys is constant: no ``lse_bar`` there."""
     return (out_bar * out).sum(-1, keepdim=True) - lse_bar.masked_fill(lse == NEG_INF, 0.0)
 
 
-def forward(problem: Problem, x: Operands) -> Values:
-    """F."""
-    d = _Dense.of(problem, x)
-    lse = d.scores.logsumexp(-1, keepdim=True)
-    p = d.probabilities()
-    out = row_sum(p * d.dropout, d.value)
-    return Values(out.flatten(-4, -3).to(x.query.dtype), lse.flatten(-4, -3).squeeze(-1))
+class ReferenceBackend(Backend):
+    """The formulas, on the whole score matrix."""
+
+    name = "reference"
+
+    def forward(self, problem: Problem, x: Operands) -> Values:
+        """Compute F."""
+        d = _Dense.create(problem, x)
+        lse = d.scores.logsumexp(-1, keepdim=True)
+        p = d.probabilities()
+        out = row_sum(p * d.dropout, d.value)
+        return Values(out.flatten(-4, -3).to(x.query.dtype), lse.flatten(-4, -3).squeeze(-1))
+
+    def backward(self, problem: Problem, x: Operands, values: Values, cotangent: Rows, *, bias_grad: bool) -> Gradients:
+        """Compute B."""
+        d = _Dense.create(problem, x)
+        width = x.value.shape[-1]
+        out, lse = d.rows(values.out, width), d.rows(values.lse, 0)
+        out_bar, lse_bar = d.rows(cotangent.out, width), d.rows(cotangent.lse, 0)
+
+        p = d.probabilities()
+        dp = row_key(out_bar, d.value) * d.dropout
+        ds = p * (dp - _delta(out, lse, out_bar, lse_bar))
+        return _gradients(
+            x,
+            d.scale * row_sum(ds, d.key),
+            d.scale * key_sum(ds, d.query),
+            key_sum(p * d.dropout, out_bar),
+            ds if bias_grad else None,
+        )
+
+    def forward_jvp(self, problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
+        """Compute T."""
+        d = _Dense.create(problem, x)
+        query_t, key_t, value_t, bias_t = d.tangent(tangent)
+
+        p = d.probabilities()
+        s_t = d.scale * (row_key(query_t, d.key) + row_key(d.query, key_t)) + bias_t
+        mu = (p * s_t).sum(-1, keepdim=True)
+        p_t = p * (s_t - mu)
+        out_t = row_sum(p_t * d.dropout, d.value) + row_sum(p * d.dropout, value_t)
+        return Values(out_t.flatten(-4, -3).to(x.query.dtype), mu.flatten(-4, -3).squeeze(-1))
+
+    def backward_jvp(self, problem: Problem, x: Operands, inputs: BackwardJvpInputs) -> Gradients:
+        """Compute S."""
+        values, values_tangent, cotangent, tangent, cotangent_tangent, bias_grad = inputs
+        d = _Dense.create(problem, x)
+        width = x.value.shape[-1]
+        query_t, key_t, value_t, bias_t = d.tangent(tangent)
+        out, lse = d.rows(values.out, width), d.rows(values.lse, 0)
+        out_t, mu = d.rows(values_tangent.out, width), d.rows(values_tangent.lse, 0)
+        out_bar, lse_bar = d.rows(cotangent.out, width), d.rows(cotangent.lse, 0)
+        out_bar_t, lse_bar_t = d.rows(cotangent_tangent.out, width), d.rows(cotangent_tangent.lse, 0)
+
+        p = d.probabilities()
+        s_t = d.scale * (row_key(query_t, d.key) + row_key(d.query, key_t)) + bias_t
+        p_t = p * (s_t - mu)
+        dp = row_key(out_bar, d.value) * d.dropout
+        dp_t = (row_key(out_bar, value_t) + row_key(out_bar_t, d.value)) * d.dropout
+        delta = _delta(out, lse, out_bar, lse_bar)
+        delta_t = (out_bar * out_t).sum(-1, keepdim=True) + _delta(out, lse, out_bar_t, lse_bar_t)
+        ds = p * (dp - delta)
+        ds_t = p_t * (dp - delta) + p * (dp_t - delta_t)
+        return _gradients(
+            x,
+            d.scale * (row_sum(ds_t, d.key) + row_sum(ds, key_t)),
+            d.scale * (key_sum(ds_t, d.query) + key_sum(ds, query_t)),
+            key_sum(p_t * d.dropout, out_bar) + key_sum(p * d.dropout, out_bar_t),
+            ds_t if bias_grad else None,
+        )
 
 
-def backward(problem: Problem, x: Operands, values: Values, cotangent: Rows, *, bias_grad: bool) -> Gradients:
-    """B."""
-    d = _Dense.of(problem, x)
-    width = x.value.shape[-1]
-    out, lse = d.rows(values.out, width), d.rows(values.lse, 0)
-    out_bar, lse_bar = d.rows(cotangent.out, width), d.rows(cotangent.lse, 0)
-
-    p = d.probabilities()
-    dp = row_key(out_bar, d.value) * d.dropout
-    ds = p * (dp - _delta(d, out, lse, out_bar, lse_bar))
-    return _gradients(
-        x,
-        d.scale * row_sum(ds, d.key),
-        d.scale * key_sum(ds, d.query),
-        key_sum(p * d.dropout, out_bar),
-        ds if bias_grad else None,
-    )
-
-
-def forward_jvp(problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
-    """T."""
-    d = _Dense.of(problem, x)
-    query_t, key_t, value_t, bias_t = d.tangent(tangent)
-
-    p = d.probabilities()
-    s_t = d.scale * (row_key(query_t, d.key) + row_key(d.query, key_t)) + bias_t
-    mu = (p * s_t).sum(-1, keepdim=True)
-    p_t = p * (s_t - mu)
-    out_t = row_sum(p_t * d.dropout, d.value) + row_sum(p * d.dropout, value_t)
-    return Values(out_t.flatten(-4, -3).to(x.query.dtype), mu.flatten(-4, -3).squeeze(-1))
-
-
-def forward_with_jvp(problem: Problem, x: Operands, direction: Tangent) -> tuple[Values, Values]:
-    """F, then T."""
-    values = forward(problem, x)
-    return values, forward_jvp(problem, x, values, direction)
-
-
-def backward_jvp(
-    problem: Problem,
-    x: Operands,
-    values: Values,
-    values_tangent: Values,
-    cotangent: Rows,
-    tangent: Tangent,
-    *,
-    cotangent_tangent: Rows,
-    bias_grad: bool,
-) -> Gradients:
-    """S."""
-    d = _Dense.of(problem, x)
-    width = x.value.shape[-1]
-    query_t, key_t, value_t, bias_t = d.tangent(tangent)
-    out, lse = d.rows(values.out, width), d.rows(values.lse, 0)
-    out_t, mu = d.rows(values_tangent.out, width), d.rows(values_tangent.lse, 0)
-    out_bar, lse_bar = d.rows(cotangent.out, width), d.rows(cotangent.lse, 0)
-    out_bar_t, lse_bar_t = d.rows(cotangent_tangent.out, width), d.rows(cotangent_tangent.lse, 0)
-
-    p = d.probabilities()
-    s_t = d.scale * (row_key(query_t, d.key) + row_key(d.query, key_t)) + bias_t
-    p_t = p * (s_t - mu)
-    dp = row_key(out_bar, d.value) * d.dropout
-    dp_t = (row_key(out_bar, value_t) + row_key(out_bar_t, d.value)) * d.dropout
-    delta = _delta(d, out, lse, out_bar, lse_bar)
-    delta_t = (out_bar * out_t).sum(-1, keepdim=True) + _delta(d, out, lse, out_bar_t, lse_bar_t)
-    ds = p * (dp - delta)
-    ds_t = p_t * (dp - delta) + p * (dp_t - delta_t)
-    return _gradients(
-        x,
-        d.scale * (row_sum(ds_t, d.key) + row_sum(ds, key_t)),
-        d.scale * (key_sum(ds_t, d.query) + key_sum(ds, query_t)),
-        key_sum(p_t * d.dropout, out_bar) + key_sum(p * d.dropout, out_bar_t),
-        ds_t if bias_grad else None,
-    )
-
-
-backward_with_jvp = in_turn(sys.modules[__name__])
+backend = ReferenceBackend()
 
 
 def _gradients(x: Operands, query: Tensor, key: Tensor, value: Tensor, scores: Tensor | None) -> Gradients:
-    """The gradients in the operands' shapes; that of the scores summed to the bias's."""
+    """Return the gradients in the operands' shapes; that of the scores, if given, summed to the bias's."""
     if scores is not None:
         assert x.bias is not None
         scores = scores.sum_to_size(split_heads(x.bias, x.key.shape[-3]).shape)

@@ -1,4 +1,4 @@
-"""Which backend serves a call: by name or by context."""
+"""Backends by name, and the name that calls use by default."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from contextvars import ContextVar, Token
 from . import auto, blockwise, reference
 from .base import Backend, Operands, Problem
 
-BACKENDS: dict[str, Backend] = {"auto": auto, "reference": reference, "blockwise": blockwise}
-LAZY = ("triton", "vendor")  # imported when first asked for: they need the package triton
+BACKENDS: dict[str, Backend] = {b.name: b for b in (auto.backend, reference.backend, blockwise.backend)}
+LAZY = ("triton", "vendor")  # imported on first use, because they need the package triton
 NAMES = (*BACKENDS, *LAZY)
 
 _current: ContextVar[str] = ContextVar("metaattn_backend", default="auto")
-# How many `use_backend` blocks are open, in any thread. torch.compile guards on it: it cannot trace the
-# read of a context variable, and does not need to while no block is open.
+# Number of open `use_backend` blocks in all threads. torch.compile guards on it: it cannot trace the read of a context
+# variable, and does not need to while no block is open.
 _open = 0
 
 
 def check_name(name: object) -> str:
-    """``name``, if it is a backend's; ``ValueError`` otherwise."""
+    """Return ``name`` if it is the name of a backend; raise ``ValueError`` otherwise."""
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(map(repr, NAMES))}; got {name!r}")
     return str(name)
 
 
 class use_backend:  # noqa: N801 - a context manager, named like those of torch
-    """Context manager: calls inside that name no backend use this one.
+    """Context manager that sets the backend of all calls inside that name none.
 
     Blocks nest, and each thread (and each asyncio task) has its own. Derivatives use the backend of the
     call that they differentiate, wherever they are taken.
@@ -66,36 +66,39 @@ class use_backend:  # noqa: N801 - a context manager, named like those of torch
 
 
 def current_backend() -> str:
-    """The backend of calls here that name none: that of the innermost ``use_backend``, or ``"auto"``."""
+    """Return the backend of calls that name none: that of the innermost ``use_backend`` block, or ``"auto"``."""
     return _current.get() if _open else "auto"
 
 
-def _backend(name: str) -> Backend | str:
-    """The backend of a name, or why it cannot be had."""
-    return BACKENDS[name] if name in BACKENDS else auto.load(name)
+def _find(name: str) -> Backend | str:
+    """Return the backend of a name, or a message that says why it cannot be imported."""
+    if name in BACKENDS:
+        return BACKENDS[name]
+    module = auto.import_with_triton(name)
+    return module if isinstance(module, str) else module.backend
 
 
-def refuses(name: str, problem: Problem, x: Operands) -> str | None:
-    """Why the named backend cannot serve the call, and what to do; ``None`` if it can."""
+def unsupported_reason(name: str, problem: Problem, x: Operands) -> str | None:
+    """Return why the named backend does not support the call and what to do; ``None`` if it supports the call."""
     if name in LAZY and not x.query.is_cuda and not (name == "triton" and _interpreted()):
-        # Said before the import: without a GPU there may be no Triton either.
-        tried = " (to try the kernels on a CPU, slowly: TRITON_INTERPRET=1)" if name == "triton" else ""
+        # Before the import: a machine without a GPU may have no Triton either.
+        hint = " (to try the kernels on a CPU, slowly: TRITON_INTERPRET=1)" if name == "triton" else ""
         return (
             f"backend={name!r} needs a CUDA device; the tensors are on {x.query.device}. Move them to a GPU, or ask "
-            f"for backend='blockwise' or 'auto'{tried}"
+            f"for backend='blockwise' or 'auto'{hint}"
         )
-    backend = _backend(name)
-    return backend if isinstance(backend, str) else backend.refuses(problem, x)
+    backend = _find(name)
+    return backend if isinstance(backend, str) else backend.unsupported_reason(problem, x)
 
 
 def _interpreted() -> bool:
-    """Whether Triton runs in its interpreter, for tests without a GPU."""
+    """Return whether Triton runs in its interpreter, as in tests without a GPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def select(name: str, problem: Problem, x: Operands) -> Backend:
-    """The backend that serves the call; one asked for by name is the one given."""
-    backend = _backend(name)
+    """Return the backend of a name; raise ``NotImplementedError`` if it cannot be imported."""
+    backend = _find(name)
     if isinstance(backend, str):
         raise NotImplementedError(backend)
     return backend

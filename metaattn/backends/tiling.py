@@ -1,8 +1,9 @@
-"""The score matrix in tiles: how a problem is cut, the scores of one tile as jets, and results put together.
+"""Tiles of the score matrix in plain PyTorch: division of a call, the scores of one tile, and results put together.
 
-A batch of problems is flattened to ``[L, ·, ·]``, query heads that share a key head to rows of one problem:
-a tile is ``[L, G * rows, cols]``, every product one batched matrix product, and a sum over the rows of a
-tile is over the group as well.
+A batch of attention problems is flattened to ``[L, ·, ·]``, and the query heads that share a key head become rows of
+one problem. A tile is then ``[L, G * rows, cols]``, every product is one batched matrix product, and a sum over the
+rows of a tile includes the sum over the group. All quantities are Taylor series (:mod:`metaattn.backends.taylor`), so
+that one implementation gives every order of derivative.
 """
 
 from __future__ import annotations
@@ -14,51 +15,59 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from . import taylor as jets
+from . import taylor
 from .base import Operands, Problem, Tangent, accumulator
-from .masking import barrier, dropout_weight, split_heads, tile_is_empty, tile_of
-from .taylor import Jet
+from .masking import additive_mask, dropout_weight, split_heads, tile_is_empty, tile_of
+from .taylor import TaylorSeries
 
-# Rows and columns of a tile, and the elements of all heads worked on at once. Best of 128 to 512, 256 to
-# 1024 and 2^16 to 2^20 for the sum of all rules, causal and full, at 1024 and 4096 tokens (two cores of a
-# Xeon, torch 2.13, `scripts/bench_cpu.py`): the tile of one tensor is 2 MiB, about a core's L2 cache.
+# Rows and columns of a tile, and the number of its elements in all heads that are processed at once. Best of 128 to
+# 512, 256 to 1024 and 2^16 to 2^20 for the sum of all rules, causal and full, at 1024 and 4096 tokens (two cores of a
+# Xeon, torch 2.13, `scripts/bench_cpu.py`). The tile of one tensor is 2 MiB, about the L2 cache of a core.
 ROWS, COLS = 256, 256
 TILE = 2**19
 
-Batch = tuple[slice, ...]  # over the dimensions [*B, Hkv]
+BatchSlices = tuple[slice, ...]  # over the dimensions [*B, Hkv]
 
 
 def _blocks(n: int, size: int) -> list[slice]:
-    """Slices of at most ``size`` that cover ``range(n)``."""
+    """Return slices of at most ``size`` that cover ``range(n)``."""
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
-def _batches(x: Operands) -> Iterator[Batch]:
-    """Slices over the batch and key-head dimensions, each with at most TILE elements of a tile."""
+def _slices_of_batch(x: Operands) -> Iterator[BatchSlices]:
+    """Yield slices over the batch and key-head dimensions, each with at most TILE elements of a tile."""
     lead, group = x.key.shape[:-2], x.query.shape[-3] // max(1, x.key.shape[-3])
     tile = group * min(x.query.shape[-2], ROWS) * min(x.key.shape[-2], COLS)
-    most = max(1, TILE // max(1, tile))
+    max_heads = max(1, TILE // max(1, tile))
     steps = []
     for size in reversed(lead):
-        steps.append(max(1, min(size, most)))
-        most = max(1, most // steps[-1])
+        steps.append(max(1, min(size, max_heads)))
+        max_heads = max(1, max_heads // steps[-1])
     return itertools.product(*map(_blocks, lead, reversed(steps)))
 
 
-def _take(t: Tensor, batch: Batch) -> Tensor:
-    """The part of ``t`` that belongs to ``batch``; broadcast dimensions whole."""
+def _take(t: Tensor, batch: BatchSlices) -> Tensor:
+    """Return the slice of ``t`` that belongs to ``batch``; dimensions of size 1 are kept whole."""
     if all(b.start == 0 and b.stop >= n for n, b in zip(t.shape, batch, strict=False)):
         return t
     return t[tuple(slice(None) if n == 1 else b for n, b in zip(t.shape, batch, strict=False))]
 
 
-class Part:
-    """One batch of the operands, with their tangents, as jets over tiles.
+class TiledOperands:
+    """One slice of the batch: operands with their tangents as Taylor series, read tile by tile.
 
-    ``full`` is the set of all tangents; ``rows`` the blocks of rows.
+    Args:
+        problem: The static part of the call.
+        x: The operands.
+        batch: The slice of the batch and key-head dimensions.
+        tangents: Tangents of the operands.
+
+    Attributes:
+        full: The set of all tangents.
+        rows: The blocks of rows.
     """
 
-    def __init__(self, problem: Problem, x: Operands, batch: Batch, tangents: Sequence[Tangent] = ()) -> None:
+    def __init__(self, problem: Problem, x: Operands, batch: BatchSlices, tangents: Sequence[Tangent] = ()) -> None:
         self.problem, self.batch = problem, batch
         self.dtype = accumulator(x.query.dtype)
         self.full = (1 << len(tangents)) - 1
@@ -66,92 +75,92 @@ class Part:
         self.lead = tuple(b.stop - b.start for b in batch)
         self.group = x.query.shape[-3] // self.kv_heads
         self.rows = _blocks(x.query.shape[-2], ROWS)
-        self.query = self.by_row(jets.jet(x.query, [t.query for t in tangents]))
-        self.key = self._by_key(jets.jet(x.key, [t.key for t in tangents]))
-        self.value = self._by_key(jets.jet(x.value, [t.value for t in tangents]))
-        self.bias = {s: self._broadcast(b) for s, b in jets.jet(x.bias, [t.bias for t in tangents]).items()}
-        self.mask = None if x.mask is None else self._broadcast(x.mask)
-        self.seeds = None if x.seeds is None else self._broadcast(x.seeds)
+        self.query = self.by_row(taylor.series(x.query, [t.query for t in tangents]))
+        self.key = self._by_key(taylor.series(x.key, [t.key for t in tangents]))
+        self.value = self._by_key(taylor.series(x.value, [t.value for t in tangents]))
+        self.bias = {s: self._take(b) for s, b in taylor.series(x.bias, [t.bias for t in tangents]).items()}
+        self.mask = None if x.mask is None else self._take(x.mask)
+        self.seeds = None if x.seeds is None else self._take(x.seeds)
 
-    def by_row(self, x: Jet) -> Jet:
-        """What belongs to query heads and rows: ``[*B, Hq, N, ·]`` to ``[L, G, N, ·]``."""
+    def by_row(self, x: TaylorSeries) -> TaylorSeries:
+        """Reshape a quantity of query heads and rows from ``[*B, Hq, N, ·]`` to ``[L, G, N, ·]``."""
         n = math.prod(self.lead)
-        return {s: self._broadcast(t).reshape(n, self.group, *t.shape[-2:]) for s, t in x.items()}
+        return {s: self._take(t).reshape(n, self.group, *t.shape[-2:]) for s, t in x.items()}
 
-    def _by_key(self, x: Jet) -> Jet:
-        """``[*B, Hkv, N, ·]`` to ``[L, N, ·]``."""
+    def _by_key(self, x: TaylorSeries) -> TaylorSeries:
+        """Reshape ``[*B, Hkv, N, ·]`` to ``[L, N, ·]``."""
         n = math.prod(self.lead)
         return {s: _take(t, self.batch).reshape(n, *t.shape[-2:]) for s, t in x.items()}
 
-    def _broadcast(self, t: Tensor) -> Tensor:
-        """``[*B, Hq, N, ·]`` to ``[*lead, G, N, ·]``, where what is broadcast stays so."""
+    def _take(self, t: Tensor) -> Tensor:
+        """Reshape ``[*B, Hq, N, ·]`` to ``[*lead, G, N, ·]``; broadcast dimensions stay broadcast."""
         return _take(split_heads(t, self.kv_heads), self.batch)
 
-    def row_block(self, x: Jet, rows: slice) -> Jet:
-        """Rows of a jet ``[L, G, N, ·]`` as ``[L, G * rows, ·]``, in the accumulator's dtype."""
+    def row_block(self, x: TaylorSeries, rows: slice) -> TaylorSeries:
+        """Return rows of a series ``[L, G, N, ·]`` as ``[L, G * rows, ·]``, in the accumulator's dtype."""
         return {s: t[:, :, rows].flatten(1, 2).to(self.dtype) for s, t in x.items()}
 
-    def scaled_query(self, rows: slice) -> Jet:
-        """The queries of ``rows``, times the scale."""
+    def scaled_query(self, rows: slice) -> TaylorSeries:
+        """Return the queries of ``rows``, times the scale."""
         return {s: t * self.problem.scale for s, t in self.row_block(self.query, rows).items()}
 
-    def key_block(self, x: Jet, cols: slice) -> Jet:
-        """Keys or values ``cols`` of a jet, in the accumulator's dtype."""
+    def key_block(self, x: TaylorSeries, cols: slice) -> TaylorSeries:
+        """Return the keys or values ``cols`` of a series, in the accumulator's dtype."""
         return {s: t[:, cols].to(self.dtype) for s, t in x.items()}
 
     def cols(self, rows: slice) -> Iterator[slice]:
-        """The blocks of columns that the band does not hide from all of ``rows``."""
+        """Yield the blocks of columns of which the band shows at least one element to ``rows``."""
         every = _blocks(self.keys, COLS)
         return (cols for cols in every if not tile_is_empty(self.problem, rows, cols))
 
     def heads(self, tile: Tensor) -> Tensor:
-        """A tile ``[L, G * rows, cols]`` seen as ``[*lead, G, rows, cols]``."""
+        """View a tile ``[L, G * rows, cols]`` as ``[*lead, G, rows, cols]``."""
         return tile.view(*self.lead, self.group, tile.shape[-2] // self.group, tile.shape[-1])
 
-    def scores(self, query: Jet, key: Jet, rows: slice, cols: slice) -> Jet:
-        """The scores of a tile from its scaled queries and its keys, -inf where hidden: the caller's own tensors."""
-        s = jets.product(row_key, query, key, self.full)
+    def scores(self, query: TaylorSeries, key: TaylorSeries, rows: slice, cols: slice) -> TaylorSeries:
+        """Return the scores of a tile from its scaled queries and its keys, -inf where hidden, as new tensors."""
+        s = taylor.product(row_key, query, key, self.full)
         for i, b in self.bias.items():
             if i not in s:
                 s[i] = torch.zeros_like(s[0])
             self.heads(s[i]).add_(tile_of(b, rows, cols))
-        if (wall := barrier(self.problem, self.mask, rows, cols, s[0])) is not None:
-            self.heads(s[0]).add_(wall)
+        if (mask := additive_mask(self.problem, self.mask, rows, cols, s[0])) is not None:
+            self.heads(s[0]).add_(mask)
         return s
 
     def dropout(self, rows: slice, cols: slice) -> Tensor | None:
-        """The dropout weights of a tile."""
+        """Return the dropout weights of a tile; ``None`` without dropout."""
         z = dropout_weight(self.problem, self.seeds, rows, cols, self.dtype)
         return None if z is None else z.flatten(0, -4).flatten(1, 2)
 
 
-def parts(problem: Problem, x: Operands, tangents: Sequence[Tangent] = ()) -> Iterable[Part]:
-    """The operands in batches of as many heads as a tile has room for."""
-    return (Part(problem, x, batch, tangents) for batch in _batches(x))
+def split_batch(problem: Problem, x: Operands, tangents: Sequence[Tangent] = ()) -> Iterable[TiledOperands]:
+    """Yield the operands in slices of as many heads as fit into one tile."""
+    return (TiledOperands(problem, x, batch, tangents) for batch in _slices_of_batch(x))
 
 
-def weighted(p: Jet, z: Tensor | None) -> Jet:
-    """A jet times the dropout weights, if there are any."""
+def weighted(p: TaylorSeries, z: Tensor | None) -> TaylorSeries:
+    """Return a series times the dropout weights, if there are any."""
     return p if z is None else {s: t * z for s, t in p.items()}
 
 
 def row_key(a: Tensor, b: Tensor) -> Tensor:
-    """``a b^T``: from rows ``[L, n, d]`` and keys ``[L, m, d]`` to a tile ``[L, n, m]``."""
+    """Return ``a b^T``: from rows ``[L, n, d]`` and keys ``[L, m, d]`` to a tile ``[L, n, m]``."""
     return torch.bmm(a, b.mT)
 
 
 def key_sum(p: Tensor, a: Tensor) -> Tensor:
-    """``p^T a``: from a tile and rows to keys."""
+    """Return ``p^T a``: from a tile ``[L, n, m]`` and rows ``[L, n, d]`` to keys ``[L, m, d]``."""
     return torch.bmm(p.mT, a)
 
 
-class Whole:
-    """A result that tiles add to; zero where none does.
+class TileSum:
+    """A result that is the sum of tiles, and zero where no tile contributes.
 
     Args:
-        shape: Of the result.
-        like: A tensor of its device.
-        dtype: Its dtype.
+        shape: Shape of the result.
+        like: A tensor on the result's device.
+        dtype: Dtype of the result.
     """
 
     def __init__(self, shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> None:
@@ -159,7 +168,7 @@ class Whole:
         self.sum: Tensor | None = None
 
     def add(self, at: tuple[slice, ...], tile: Tensor) -> None:
-        """Add a tile at ``at``; the first, if it is all there is, becomes the result without a copy."""
+        """Add a tile at ``at``. If the first tile is the whole result, it is taken without a copy."""
         if self.sum is None and tile.shape == self.shape:
             self.sum = tile
             return
@@ -168,11 +177,11 @@ class Whole:
         self.sum[tuple(slice(None) if n == 1 else i for n, i in zip(self.shape, at, strict=True))] += tile
 
     def result(self) -> Tensor:
-        """What was added up."""
+        """Return the sum."""
         return self.like.new_zeros(self.shape, dtype=self.dtype) if self.sum is None else self.sum
 
 
-class ByRow(Whole):
+class RowSum(TileSum):
     """A result ``[*B, Hq, N, size]``."""
 
     def __init__(self, x: Operands, size: int, dtype: torch.dtype) -> None:
@@ -180,37 +189,37 @@ class ByRow(Whole):
         heads = (kv_heads, x.query.shape[-3] // max(1, kv_heads))
         super().__init__((*x.query.shape[:-3], *heads, x.query.shape[-2], size), x.query, dtype)
 
-    def add_rows(self, part: Part, rows: slice, tile: Tensor) -> None:
+    def add_rows(self, tiled: TiledOperands, rows: slice, tile: Tensor) -> None:
         """Add ``[L, G * rows, size]``."""
-        self.add((*part.batch, slice(None), rows, slice(None)), part.heads(tile))
+        self.add((*tiled.batch, slice(None), rows, slice(None)), tiled.heads(tile))
 
     def result(self) -> Tensor:
-        """What was added up, its heads together again."""
+        """Return the sum with its heads joined."""
         return super().result().flatten(-4, -3)
 
 
-class ByKey(Whole):
+class KeySum(TileSum):
     """A result ``[*B, Hkv, N, size]``."""
 
-    def add_keys(self, part: Part, cols: slice, tile: Tensor) -> None:
+    def add_keys(self, tiled: TiledOperands, cols: slice, tile: Tensor) -> None:
         """Add ``[L, cols, size]``."""
-        self.add((*part.batch, cols, slice(None)), tile.view(*part.lead, *tile.shape[-2:]))
+        self.add((*tiled.batch, cols, slice(None)), tile.view(*tiled.lead, *tile.shape[-2:]))
 
 
-class ByScore(Whole):
-    """A result in the shape of a bias, summed over what the bias broadcasts."""
+class ScoreSum(TileSum):
+    """A result in the shape of a bias, summed over the dimensions that the bias broadcasts."""
 
     def __init__(self, x: Operands, dtype: torch.dtype) -> None:
         assert x.bias is not None
         self.bias = x.bias
         super().__init__(split_heads(x.bias, x.key.shape[-3]).shape, x.query, dtype)
 
-    def add_scores(self, part: Part, rows: slice, cols: slice, tile: Tensor) -> None:
+    def add_scores(self, tiled: TiledOperands, rows: slice, cols: slice, tile: Tensor) -> None:
         """Add a tile ``[L, G * rows, cols]``."""
-        tile = part.heads(tile)
+        tile = tiled.heads(tile)
         kept = [1 if n == 1 else m for n, m in zip(self.shape, tile.shape, strict=True)]
-        self.add((*part.batch, slice(None), rows, cols), tile.sum_to_size(kept))
+        self.add((*tiled.batch, slice(None), rows, cols), tile.sum_to_size(kept))
 
     def result(self) -> Tensor:
-        """What was added up, in the bias's own shape."""
+        """Return the sum in the bias's own shape."""
         return super().result().reshape(self.bias.shape)

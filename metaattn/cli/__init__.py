@@ -1,4 +1,4 @@
-"""The command line ``metaattn``: ``doctor`` checks the operator on this machine, ``bench`` times it."""
+"""The command line ``metaattn``: ``doctor`` checks the operator on this machine, ``bench`` measures its speed."""
 
 from ._main import main
 

@@ -1,4 +1,4 @@
-"""What this machine is and what is installed on it."""
+"""Facts about this machine and the packages that are installed on it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from torch.utils import collect_env
 
 import metaattn
 
-from ..tasks.cache import directory
-
 PACKAGE = Path(__file__).parent.parent
 
 
 def facts() -> dict[str, str]:
-    """By subject, one line each: versions, GPUs, folders, extras."""
+    """Return the versions, the GPUs, the cache folder and the extras, by name, in one line each."""
     threads = torch.get_num_threads()
     lines = {
         "metaattn": f"{metaattn.__version__}, {PACKAGE}",
@@ -32,12 +30,12 @@ def facts() -> dict[str, str]:
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         lines[f"GPU {i}"] = f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.1f} GiB"
-    lines["cache"] = f"{directory()} ({'exists' if directory().is_dir() else 'made when it is first needed'})"
+    lines["cache"] = _cache()
     return lines | {f"extra {name}": ", ".join(_installed(names)) for name, names in extras().items()}
 
 
 def version(package: str) -> str | None:
-    """The installed version of a package; ``None`` if it is not installed."""
+    """Return the installed version of a package, or ``None``."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -45,32 +43,39 @@ def version(package: str) -> str | None:
 
 
 def extras() -> dict[str, list[str]]:
-    """The packages of each extra, from ``pyproject.toml`` in a source tree, else from the installed metadata."""
+    """Return the packages of each extra, from ``pyproject.toml`` in a source tree, else from the installed metadata."""
     tree = PACKAGE.parent / "pyproject.toml"
     if tree.exists():
         declared = tomllib.loads(tree.read_text())["project"]["optional-dependencies"]
         return {name: [_name(r) for r in requirements] for name, requirements in declared.items()}
     found: dict[str, list[str]] = {}
     for requirement in metadata.requires("metaattn") or ():
-        if of := re.search(r"extra == ['\"]([\w-]+)['\"]", requirement):
-            found.setdefault(of[1], []).append(_name(requirement))
+        if extra := re.search(r"extra == ['\"]([\w-]+)['\"]", requirement):
+            found.setdefault(extra[1], []).append(_name(requirement))
     return found
 
 
 def _name(requirement: str) -> str:
-    """The package that a requirement is of; of ``metaattn[extra]`` all."""
+    """Return the name of the package that a requirement asks for; ``metaattn[extra]`` keeps its extra."""
     found = re.match(r"[\w.-]+(\[[\w,-]+\])?", requirement)
     assert found is not None, requirement
     return found[0] if found[0].startswith("metaattn") else found[0].split("[")[0]
 
 
 def _installed(packages: list[str]) -> list[str]:
-    own = (p if p.startswith("metaattn[") else f"{p} {version(p) or '- not installed'}" for p in packages)
-    return list(own)
+    return [p if p.startswith("metaattn[") else f"{p} {version(p) or '- not installed'}" for p in packages]
+
+
+def _cache() -> str:
+    try:
+        from ..tasks.cache import directory
+    except ModuleNotFoundError as error:
+        return str(error)
+    return f"{directory()} ({'exists' if directory().is_dir() else 'will be created when needed'})"
 
 
 def _cuda() -> str:
     if torch.version.cuda is None:
-        return "this PyTorch is built without it"
+        return "this PyTorch was built without CUDA"
     driver = collect_env.get_nvidia_driver_version(collect_env.run)
     return f"{torch.version.cuda}, driver {driver or 'not found'}"

@@ -1,4 +1,4 @@
-"""From the command line to a command and an exit code."""
+"""The entry point: parse the command line, run a command, return an exit code."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import metaattn
+
 from . import bench, doctor
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes are told in one line, without the usage."""
+    """A parser that reports a mistake in one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
@@ -22,15 +24,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: Those of the command line; of this process by default.
+        arguments: The arguments; by default those of the process.
 
     Returns:
-        The exit code: 0; 1 if a result is wrong here; 130 after Ctrl-C.
+        The exit code: 0, 1 if a result is wrong on this machine, 130 after Ctrl-C.
 
     Raises:
-        SystemExit: With code 2 for a mistake in the arguments, told in one line before any work; 0 after ``--help``.
+        SystemExit: With code 2 and one line for a mistake in the arguments, before any work; with code 0 after
+            ``--help`` and ``--version``.
     """
-    p = _Parser(prog="metaattn", description="Attention that can be differentiated to any order.")
+    p = _Parser(prog="metaattn", description=metaattn.__doc__)
+    p.add_argument("--version", action="version", version=f"metaattn {metaattn.__version__}")
     commands = p.add_subparsers(dest="command", required=True, metavar="doctor|bench")
     for module in (doctor, bench):
         assert module.__doc__ is not None

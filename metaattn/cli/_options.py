@@ -1,4 +1,4 @@
-"""What an option's text stands for. What it cannot stand for is an error before any work."""
+"""Parsers of the options' values. An invalid value is an error before any work."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float3
 
 
 def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device(text: str) -> torch.device:
-    """A device that is here."""
+    """Parse a device that exists on this machine."""
     try:
         found = torch.device(text)
     except RuntimeError:
@@ -25,26 +25,26 @@ def device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N; got {text!r}")
     count = torch.cuda.device_count()
     if found.type == "cuda" and not (torch.cuda.is_available() and (found.index or 0) < count):
-        raise argparse.ArgumentTypeError(f"{text} is not here: PyTorch sees {count} GPUs; give another, or cpu")
+        raise argparse.ArgumentTypeError(f"{text} does not exist: PyTorch sees {count} GPUs; give another, or cpu")
     return found
 
 
 def dtype(text: str) -> torch.dtype:
-    """A dtype that the operator serves."""
+    """Parse a dtype that the operator supports."""
     if text not in DTYPES:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(DTYPES)}; got {text!r}")
     return DTYPES[text]
 
 
 def count(text: str) -> int:
-    """A positive integer."""
+    """Parse a positive integer."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer; got {text!r}")
     return int(text)
 
 
 def shape(text: str) -> tuple[int, int, int, int]:
-    """Batch, heads, tokens and head size."""
+    """Parse a shape: batch, heads, tokens and head size."""
     try:
         b, h, n, d = (int(part) for part in text.split(","))
     except ValueError:
@@ -57,9 +57,9 @@ def shape(text: str) -> tuple[int, int, int, int]:
 
 
 def new_file(text: str) -> Path:
-    """A file that can be written: its directory is there."""
+    """Parse the path of a file to write, in a directory that exists."""
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
-        what = "it is a directory" if path.is_dir() else f"there is no directory {path.parent}"
-        raise argparse.ArgumentTypeError(f"cannot write {text}: {what}")
+        reason = "it is a directory" if path.is_dir() else f"there is no directory {path.parent}"
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {reason}")
     return path

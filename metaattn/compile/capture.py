@@ -1,93 +1,147 @@
-"""A step captured once as a CUDA graph and replayed: no Python, no launches, no ``torch.func`` at run time.
+"""Steps captured once as a CUDA graph and replayed, without Python, kernel launches or ``torch.func`` at run time.
 
-A meta-step is small operations in great number, so that an eager one waits for the CPU: on an H100 863 ms, where the
-replay of the same operations takes 45 (float32, mixed mode: ``docs/benchmarks/meta.md``). A graph is of fixed
-addresses: what a call brings is copied into buffers, and what it returns is copied out of them.
+A meta-step is a large number of small operations, so that an eager one waits for the CPU: on an H100 it took 863 ms,
+where a replay of the same operations takes 45 (float32, mixed mode: ``docs/benchmarks/meta.md``). A CUDA graph reads
+and writes fixed addresses: the arguments of a call are copied into buffers, and its results are copied out of them.
 
-A replay has as many kernels as the eager step. Fewer of them, and less to read and write, need a compiler: with
+A replay has as many kernels as the eager step. Fewer kernels, which read and write less, need a compiler: with
 ``mode="inductor"`` the inner steps, the outer loss and their derivatives are recorded, each as one graph whatever the
-number of inner steps, and what is between two calls of attention in them is compiled by Inductor, once for all layers.
+number of inner steps. What lies between two calls of attention in them is compiled by Inductor, once for all layers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._inductor import config
 from torch.utils import _pytree as pytree
 
-from ..autodiff import ambient_settings, without_draws
+from ..autodiff import ambient_settings, is_wrapped, tensor_spec, without_draws
 from .compiler import MetaStepCompiler
+from .inductor import has_option
 
 Mode = Literal["graph", "inductor", "none"]
 MODES = ("graph", "inductor", "none")
-_TOGETHER = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
-WARM_UPS = 2  # lazy initialisations (cuBLAS, compiled kernels) happen before the capture
+# Types of which one kernel copies many tensors at once.
+_GROUPED = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
+WARM_UPS = 2  # runs before the capture, in which cuBLAS and compiled kernels are initialised
+_capturing = threading.RLock()  # one graph at a time, in this process
 
 
-class CapturedGraph(NamedTuple):
-    """A captured graph, the buffers that it reads, and what it returns."""
+class CapturedGraph:
+    """A CUDA graph of a step.
 
-    graph: torch.cuda.CUDAGraph
-    inputs: list[Tensor]
-    outputs: list[Any]
-    spec: pytree.TreeSpec
-
-
-class Captured:
-    """What :func:`capture` returns: call it as the step; see there.
-
-    Attributes:
-        reason: Why the last call was no replay; ``None`` if it was one, and on a CPU with ``mode="inductor"``.
+    Args:
+        graph: Reads ``inputs`` and writes ``outputs``.
+        inputs: The leaves of the arguments; its tensors are buffers.
+        outputs: The leaves of what the step returned; its tensors are buffers.
+        spec: The structure of what the step returned.
+        device: Of the graph.
     """
 
     def __init__(
-        self, step: Callable[..., Any], mode: Mode, state: Iterable[Tensor], most: int, options: Mapping[str, Any]
+        self,
+        graph: torch.cuda.CUDAGraph,
+        inputs: list[Any],
+        outputs: list[Any],
+        spec: pytree.TreeSpec,
+        device: torch.device,
+    ) -> None:
+        self._graph, self._outputs, self._spec, self._device = graph, outputs, spec, device
+        self._buffers = [t for t in inputs if isinstance(t, Tensor)]
+        self._results = [t.detach() for t in outputs if isinstance(t, Tensor)]
+        # The buffers are shared by all calls: one at a time uses them, in Python and on the GPU.
+        self._lock = threading.Lock()
+        self._stream = torch.cuda.current_stream(device)
+
+    def replay(self, leaves: list[Any]) -> Any:
+        """Run the graph on the leaves of other arguments, and return copies: the next replay writes the buffers."""
+        with self._lock:
+            stream = torch.cuda.current_stream(self._device)
+            if stream != self._stream:
+                stream.wait_stream(self._stream)
+                self._stream = stream
+            _copy(self._buffers, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+            self._graph.replay()
+            copies = [torch.empty_like(t) for t in self._results]
+            _copy(copies, self._results)
+        tensors = iter(copies)
+        outputs = [next(tensors) if isinstance(t, Tensor) else t for t in self._outputs]
+        return pytree.tree_unflatten(outputs, self._spec)
+
+
+class Captured:
+    """A step as :func:`capture` returns it: called as the step, and replayed where that is possible.
+
+    Two threads may call it at once, except where the step changes state.
+
+    Attributes:
+        reason: Why the last call was not a replay. ``None`` if it was, and with ``mode="inductor"`` on a CPU.
+        compiler: What compiles parts of the step, with ``mode="inductor"``; else ``None``. Its ``reasons`` say which
+            parts run eagerly.
+    """
+
+    def __init__(
+        self, step: Callable[..., Any], mode: Mode, state: Iterable[Tensor], max_graphs: int, options: Mapping[str, Any]
     ) -> None:
         functools.update_wrapper(self, step)
-        self.mode, self.state, self.most = mode, list(state), most
-        self.pieces = MetaStepCompiler(options) if mode == "inductor" else None
-        self.step = step if self.pieces is None else functools.partial(_compiled, self.pieces, step)
+        self.mode, self.state, self.max_graphs = mode, list(state), max_graphs
+        self.compiler = MetaStepCompiler(options) if mode == "inductor" else None
+        self.step = step if self.compiler is None else functools.partial(_run_compiled, self.compiler, step)
         self.reason: str | None = None
-        self._replays: OrderedDict[Any, CapturedGraph | str] = OrderedDict()
-        self._said: set[str] = set()
+        self._graphs: OrderedDict[Any, CapturedGraph | str] = OrderedDict()  # a string says why there is no graph
+        self._lock = threading.Lock()
+        self._warned: set[str] = set()
 
     def __call__(self, *args: Any) -> Any:
-        """One step: a replay if there is a graph for arguments of these shapes, which is captured at the first call."""
+        """Run the step: by a replay if it was captured for arguments of these shapes, which the first call does."""
         leaves, spec = pytree.tree_flatten(args)
-        if self.pieces is not None and not self._on_gpu(leaves):
-            return self.step(*args)  # compiled: on a CPU there is no graph besides
-        self.reason = self._refusal(leaves)
-        if self.reason is None:
-            key = (spec, tuple(map(_described, leaves)), ambient_settings())
-            if key not in self._replays:
-                self._make_room()
-                self._replays[key] = self._capture(leaves, spec)
-            self._replays.move_to_end(key)
-            replay = self._replays[key]
-            if isinstance(replay, CapturedGraph):
-                return _run(replay, leaves)
-            self.reason = replay
-        if self.mode != "none" and self.reason not in self._said:
-            self._said.add(self.reason)
-            how = "eagerly" if self.pieces is None else "without a graph"
-            warnings.warn(f"the step runs {how}: {self.reason}", stacklevel=2)
+        if self.compiler is not None and not self._on_gpu(leaves):
+            return self.step(*args)  # compiled, without a graph
+        self.reason = reason = self._why_not_captured(leaves)
+        if reason is None:
+            key = (spec, tuple(map(_key, leaves)), ambient_settings())
+            graph = self._find(key)
+            if graph is None:
+                with _capturing:
+                    graph = self._find(key)  # another thread may have captured it meanwhile
+                    if graph is None:
+                        self._make_room()
+                        graph = self._graphs[key] = self._capture(leaves, spec)
+            if isinstance(graph, CapturedGraph):
+                return graph.replay(leaves)
+            self.reason = reason = graph
+        if self.mode != "none" and reason not in self._warned:
+            self._warned.add(reason)
+            how = "eagerly" if self.compiler is None else "without a graph"
+            warnings.warn(f"the step runs {how}: {reason}", stacklevel=2)
         return self.step(*args)
 
-    def _refusal(self, leaves: list[Any]) -> str | None:
-        """Why such a call is not captured."""
+    def _find(self, key: Any) -> CapturedGraph | str | None:
+        with self._lock:
+            if key in self._graphs:
+                self._graphs.move_to_end(key)
+            return self._graphs.get(key)
+
+    def _make_room(self) -> None:
+        with self._lock:
+            while len(self._graphs) >= self.max_graphs:
+                self._graphs.popitem(last=False)
+
+    def _why_not_captured(self, leaves: list[Any]) -> str | None:
+        """Return why a call with these leaves is not captured; ``None`` if it is."""
         if self.mode == "none":
             return "mode='none'"
         if not self._on_gpu(leaves):
             return "a CUDA graph needs tensors on a GPU, and none of the arguments is"
-        if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in leaves if isinstance(t, Tensor)):
+        if any(is_wrapped(t) for t in leaves if isinstance(t, Tensor)):
             return "it was called inside a transform of torch.func, which a replay does not see"
         if any(t.requires_grad for t in leaves if isinstance(t, Tensor)) and torch.is_grad_enabled():
             return "an argument requires a gradient, which a replay does not record; detach it, or use torch.no_grad()"
@@ -96,12 +150,8 @@ class Captured:
     def _on_gpu(self, leaves: list[Any]) -> bool:
         return any(isinstance(t, Tensor) and t.is_cuda for t in (*leaves, *self.state))
 
-    def _make_room(self) -> None:
-        while len(self._replays) >= self.most:
-            self._replays.popitem(last=False)
-
     def _capture(self, leaves: list[Any], spec: pytree.TreeSpec) -> CapturedGraph | str:
-        """The graph for such arguments, or why there is none. The state is as it was before."""
+        """Return the graph for such arguments, or why there is none. The state is left as it was."""
         inputs = [t.clone() if isinstance(t, Tensor) else t for t in leaves]
         device = next(t.device for t in (*leaves, *self.state) if isinstance(t, Tensor) and t.is_cuda)
         saved = [t.detach().clone() for t in self.state]
@@ -109,75 +159,61 @@ class Captured:
         try:
             with torch.cuda.device(device):
                 stream.wait_stream(torch.cuda.current_stream())
-                # The backward runs on the stream of its forward: all of it on that of the capture.
+                # A backward runs on the stream of its forward: the whole step runs on the stream of the capture.
                 with torch.cuda.stream(stream):
                     before = torch.cuda.get_rng_state(device)
                     for _ in range(WARM_UPS):
                         self.step(*pytree.tree_unflatten(inputs, spec))
                     draws = not torch.equal(before, torch.cuda.get_rng_state(device))
-                    quiet = contextlib.nullcontext() if draws else without_draws()
-                    with quiet, torch.cuda.graph(graph, stream=stream):
+                    draws_nothing = contextlib.nullcontext() if draws else without_draws()
+                    # Other threads may allocate memory meanwhile, which the default mode forbids all threads.
+                    with draws_nothing, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                         returned = self.step(*pytree.tree_unflatten(inputs, spec))
                 torch.cuda.current_stream().wait_stream(stream)
         except Exception as error:
-            _let_draw_again(device)
+            _reset_generator(device)
             return f"its capture failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         finally:
             with torch.no_grad():
-                for t, was in zip(self.state, saved, strict=True):
-                    t.copy_(was)
+                for t, value in zip(self.state, saved, strict=True):
+                    t.copy_(value)
         outputs, out_spec = pytree.tree_flatten(returned)
-        return CapturedGraph(graph, inputs, outputs, out_spec)
+        return CapturedGraph(graph, inputs, outputs, out_spec, device)
 
 
-def _compiled(pieces: MetaStepCompiler, step: Callable[..., Any], *args: Any) -> Any:
-    with pieces.at_work():
+def _run_compiled(compiler: MetaStepCompiler, step: Callable[..., Any], *args: Any) -> Any:
+    with compiler.activate():
         return step(*args)
 
 
-def _let_draw_again(device: torch.device) -> None:
-    """After a capture that failed: the generator goes on as if in it (PyTorch 2.11), until one that succeeds ends.
+def _reset_generator(device: torch.device) -> None:
+    """End the capturing state in which a capture that failed leaves the device's generator, by one that succeeds.
 
-    Else nothing draws random numbers on the device any more, and no graph is replayed.
+    In that state (PyTorch 2.11) nothing draws random numbers on the device any more, and no graph is replayed.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # the default stream may be another device's
     with contextlib.suppress(RuntimeError), torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
         torch.zeros((), device=device)
 
 
-def _described(leaf: Any) -> Any:
-    """What a graph depends on in an argument: of a tensor all but its numbers, of anything else itself."""
-    if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
-    return leaf
+def _key(leaf: Any) -> Any:
+    """Return what a graph depends on in an argument: all of a tensor except its numbers, or anything else itself."""
+    return tensor_spec(leaf) if isinstance(leaf, Tensor) else leaf
 
 
-def _run(replay: CapturedGraph, leaves: list[Any]) -> Any:
-    buffers = [buffer for buffer in replay.inputs if isinstance(buffer, Tensor)]
-    _copy(buffers, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
-    replay.graph.replay()
-    # Copies: the next replay writes where these lie.
-    found = [t.detach() for t in replay.outputs if isinstance(t, Tensor)]
-    copies = [torch.empty_like(t) for t in found]
-    _copy(copies, found)
-    rest = iter(copies)
-    outputs = [next(rest) if isinstance(t, Tensor) else t for t in replay.outputs]
-    return pytree.tree_unflatten(outputs, replay.spec)
-
-
-def _copy(to: list[Tensor], of: list[Tensor]) -> None:
-    """All of a dtype and device at once: a kernel for each would take as long to launch as a small step itself."""
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy tensors, by one kernel for each dtype and device: one kernel per tensor would launch longer than a step."""
     groups: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
     with torch.no_grad():
-        for a, b in zip(to, of, strict=True):
-            if a.dtype not in _TOGETHER or a.stride() != b.stride():
-                a.copy_(b)  # one that is not as it must be would take all of its group with it
+        for target, source in zip(targets, sources, strict=True):
+            if target.dtype not in _GROUPED or target.stride() != source.stride():
+                target.copy_(source)  # in a group it would make the whole group fall back to one kernel per tensor
                 continue
-            alike = groups.setdefault((a.dtype, a.device), ([], []))
-            alike[0].append(a)
-            alike[1].append(b)
-        for a_s, b_s in groups.values():
-            torch._foreach_copy_(a_s, b_s)
+            group = groups.setdefault((target.dtype, target.device), ([], []))
+            group[0].append(target)
+            group[1].append(source)
+        for group_targets, group_sources in groups.values():
+            torch._foreach_copy_(group_targets, group_sources)
 
 
 def capture(
@@ -185,38 +221,45 @@ def capture(
     *,
     mode: Mode = "graph",
     state: Iterable[Tensor] = (),
-    most: int = 8,
+    max_graphs: int = 8,
     options: Mapping[str, Any] | None = None,
+    most: int | None = None,
 ) -> Captured:
-    """A step that is captured as a CUDA graph at its first call, and replayed from then on.
+    """Return a step that is captured as a CUDA graph when it is first called, and replayed from then on.
 
-    A call whose arguments differ in structure, shape, strides, dtype or device, or in what is no tensor, is captured
-    anew. Where there can be no graph (on a CPU, say) the step runs eagerly, and a warning says once why.
+    A call is captured again if its arguments have another structure, its tensors another shape, stride, dtype or
+    device, or its other arguments another value. Where no graph is possible (on a CPU, for example) the step runs
+    eagerly, and a warning says once why.
 
     Args:
-        step: A function of tensors in any nesting of tuples, lists and dicts, which returns the same. It may take
-            gradients of its own inside (:func:`torch.autograd.grad`, :mod:`torch.func`). It must do the same work in
-            each call, without waiting for the GPU (``.item()``, a branch on a number): what it does besides, such as
-            printing, a replay does not.
-        mode: ``"graph"``; ``"inductor"`` to have what :mod:`metaattn.meta` does in the step (inner steps, outer
-            losses, and their derivatives) compiled besides, on a CPU too, where there is no graph; or ``"none"`` to
-            run eagerly throughout. A loss that cannot be compiled runs as it is, and a warning says once why: one
-            that draws random numbers, branches on numbers, changes in place what it did not make, or closes over a
-            tensor that is differentiated. Tensors and numbers that it closes over may change between calls, but for
-            settings deep in objects and modules. Compiled, ``"reverse"`` recomputes activations as ``"mixed"`` does.
-            Where this process may use four cores or more, half of them (at most eight, or as the environment variable
-            ``METAATTN_COMPILE_PROCESSES`` says, 0 for none) compile for it at first, in processes of their own.
-        state: Tensors, besides the arguments, that the step changes in place (parameters and what an optimizer made
-            with ``capturable=True`` keeps): the trial runs before a capture leave them as they were.
-        most: How many graphs are kept, each with memory of its own; the least recently used goes first.
-        options: Inductor's, by name, as those of :func:`torch.compile`.
+        step: A function of tensors in any nesting of tuples, lists and dicts, which returns such a nesting. It may take
+            gradients inside (:func:`torch.autograd.grad`, :mod:`torch.func`). It must do the same work in each call,
+            without waiting for the GPU (``.item()``, a branch on a number). A replay repeats only the work on the GPU:
+            it does not print, for example.
+        mode: ``"graph"`` captures the step. ``"none"`` always runs it eagerly. ``"inductor"`` captures it, and compiles
+            what :mod:`metaattn.meta` does in it: inner steps, outer losses and their derivatives. On a CPU, where there
+            is no graph, these are compiled too.
+
+            A loss that cannot be compiled runs eagerly, and a warning says once why: one that draws random numbers,
+            branches on numbers, changes in place a tensor that it did not make, or closes over a tensor that is
+            differentiated. Tensors and numbers that it closes over may change between calls, except for settings deep
+            in objects and modules. Compiled, ``"reverse"`` recomputes activations as ``"mixed"`` does.
+
+            Where this process may use four cores or more, half of them, at most eight, compile for it at first, in
+            separate processes. The environment variable ``METAATTN_COMPILE_PROCESSES`` sets another limit, 0 for none.
+        state: Tensors that the step changes in place and that are not among its arguments: parameters, and what an
+            optimizer made with ``capturable=True`` keeps. The trial runs before a capture leave them unchanged.
+        max_graphs: How many graphs are kept, at least 1; each takes memory. The least recently used is dropped first.
+        options: Options of Inductor by their names, like those of :func:`torch.compile`.
+        most: Deprecated name of ``max_graphs``.
 
     Returns:
-        A function called as the step. Its results require no gradients.
+        A function that is called as the step. Its results require no gradients.
 
     Raises:
-        ValueError: Another mode, ``most`` below 1, options where nothing is compiled, or that Inductor does not have.
-        TypeError: A step that cannot be called; state that is no tensors.
+        ValueError: Another mode, ``max_graphs`` below 1, or options without ``mode="inductor"`` or that Inductor does
+            not have.
+        TypeError: A step that is not callable, or state that is not tensors.
 
     Example:
         >>> import torch
@@ -234,11 +277,14 @@ def capture(
     state = list(state)
     if not all(isinstance(t, Tensor) for t in state):
         raise TypeError("state must be tensors that the step changes in place, such as module.parameters()")
-    if most < 1:
-        raise ValueError(f"most must be at least 1; got {most}")
+    if most is not None:
+        warnings.warn("capture(most=…) is deprecated; use max_graphs=…", DeprecationWarning, stacklevel=2)
+        max_graphs = most
+    if max_graphs < 1:
+        raise ValueError(f"max_graphs must be at least 1; got {max_graphs}")
     if options and mode != "inductor":
-        raise ValueError(f"options are Inductor's, for mode='inductor'; got them with mode={mode!r}")
+        raise ValueError(f"options are Inductor's and need mode='inductor'; got mode={mode!r}")
     for name in options or ():
-        if not hasattr(config, name):
+        if not has_option(name):
             raise ValueError(f"Inductor has no option {name!r}; torch._inductor.list_options() names most of them")
-    return Captured(step, mode, state, most, options or {})
+    return Captured(step, mode, state, max_graphs, options or {})

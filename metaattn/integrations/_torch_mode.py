@@ -1,12 +1,11 @@
-"""Which calls into PyTorch are attention, and what becomes of each under :class:`metaattn.replace_sdpa`.
+"""Mode behind :class:`metaattn.replace_sdpa`: it finds attention among the calls into PyTorch and replaces it.
 
-A mode is off inside of a function that it has been shown, so that attention in there would not be seen: where that
-function is Python, or a model's code runs in it, it is called with the mode on.
+PyTorch disables a mode while the mode handles a function, so that attention inside that function would not be seen.
+Therefore functions that are written in Python, or that run a model's code, are called with the mode enabled again.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Hashable
 from typing import Any
 
@@ -16,15 +15,12 @@ from torch._ops import HigherOrderOperator
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..autodiff import BACKWARD, Replacement, called_as, unshown
+from ..autodiff import BACKWARD_FUNCTIONS, Replacement, after_import, callables_of, skip_torch_function
 from ..ops import sdpa
-
-with contextlib.suppress(ImportError):  # not in every version
-    import torch.nn.attention.varlen  # declares its operator
 
 TORCH_SDPA = F.scaled_dot_product_attention
 
-# Fused attention by its own name: a kernel of scaled_dot_product_attention's, or a whole layer in one.
+# Fused operators that can be called directly: kernels of scaled_dot_product_attention, and whole layers.
 _FUSED_NAMES = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -37,48 +33,56 @@ _FUSED_NAMES = (
     "_native_multi_head_attention",
     "_transformer_encoder_layer_fwd",
 )
-_INSTEAD = "call torch.nn.functional.scaled_dot_product_attention, or make this call outside of the block"
+_REMEDY = "call torch.nn.functional.scaled_dot_product_attention, or make this call outside of the block"
 
 
 class Installed:
-    """What :meth:`metaattn.replace_sdpa.install` asked for."""
+    """Settings of :meth:`metaattn.replace_sdpa.install`, for the whole process."""
 
     backend: str | None = None
 
 
 def installed(*args: Any, **kwargs: Any) -> Tensor:
-    """In the place of PyTorch's function where that is replaced by name; modes see its calls like those."""
+    """Replacement of PyTorch's function by name; modes see its calls as they see those of the original."""
     operands = (*args, *kwargs.values())
     if has_torch_function(operands):
         return handle_torch_function(installed, operands, *args, **kwargs)
     return sdpa(*args, **kwargs, backend=Installed.backend)
 
 
-_REPLACED = {TORCH_SDPA, installed, *called_as("scaled_dot_product_attention")}
-# The last is a custom operator: forward mode takes it for constant (tests/boundaries).
-_FUSED = set[Any]().union(*map(called_as, _FUSED_NAMES), called_as("_varlen_attn", torch.ops.torch_attn))
+_REPLACED = {TORCH_SDPA, installed, *callables_of("scaled_dot_product_attention")}
+_FUSED = set[Any]().union(*map(callables_of, _FUSED_NAMES))
 _FLEX = getattr(torch.ops.higher_order, "flex_attention", None)
-_SPECIAL = {*_REPLACED, *_FUSED, *BACKWARD, F.multi_head_attention_forward}
+_SPECIAL = {*_REPLACED, *_FUSED, *BACKWARD_FUNCTIONS, F.multi_head_attention_forward}
+
+
+def _add_varlen() -> None:
+    """Add a custom operator, which forward mode silently treats as a constant (``tests/boundaries``)."""
+    _FUSED.update(callables_of("_varlen_attn", torch.ops.torch_attn))
+    _SPECIAL.update(_FUSED)
+
+
+after_import("torch.nn.attention.varlen", _add_varlen)  # which registers the operator, and imports Dynamo
 
 
 def _check_padding(mask: Tensor, length: int, batch: int) -> None:
     if mask.shape != (batch, length):
-        raise ValueError(f"key_padding_mask must be {[batch, length]}; got {list(mask.shape)}")
+        raise ValueError(f"key_padding_mask must have shape {[batch, length]}; got {list(mask.shape)}")
 
 
-# PyTorch's own without its test for modes, so that it runs with ours on and Dynamo traces it (the original is one node
-# to it). What else Dynamo cannot trace is the formatted message of the check of a mask.
-_multi_head_attention = unshown(F.multi_head_attention_forward, _check_key_padding_mask=_check_padding)
+# A copy of PyTorch's function without its dispatch to modes, so that it runs with the mode enabled and Dynamo traces
+# into it. Dynamo also cannot trace the formatted error message of PyTorch's check of a mask, so that check is replaced.
+_multi_head_attention = skip_torch_function(F.multi_head_attention_forward, _check_key_padding_mask=_check_padding)
 
 
 class Mode(Replacement):
-    """Sees every call into PyTorch from its thread, by whatever name, and replaces attention.
+    """Mode that sees every call into PyTorch from its thread, by whatever name, and replaces attention.
 
     Args:
-        backend: As in :func:`metaattn.sdpa`.
+        backend: Backend of :func:`metaattn.sdpa`, by name; ``None`` for the default.
 
     Raises:
-        NotImplementedError: From a call of attention that cannot be replaced.
+        NotImplementedError: In a call of attention that cannot be replaced.
     """
 
     def __init__(self, backend: str | None) -> None:
@@ -91,10 +95,10 @@ class Mode(Replacement):
         return super().key, self.backend
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Called in the place of ``func``."""
+        """Run in place of ``func``: called by PyTorch for each function."""
         kwargs = kwargs or {}
         if func is Tensor.unflatten:
-            return torch.unflatten(*args, **kwargs)  # the same; under a mode Dynamo cannot trace the method
+            return torch.unflatten(*args, **kwargs)  # equivalent; under a mode, Dynamo cannot trace the method
         if func not in _SPECIAL and not isinstance(func, HigherOrderOperator):
             return func(*args, **kwargs)
         if func in _REPLACED:
@@ -104,12 +108,12 @@ class Mode(Replacement):
                 return _multi_head_attention(*args, **kwargs)
         if func in _FUSED:
             raise NotImplementedError(
-                f"replace_sdpa cannot replace {func.__name__}: it is one fused kernel, without forward mode and second "
-                f"derivatives; {_INSTEAD}"
+                f"replace_sdpa cannot replace {func.__name__}: it is a fused kernel without forward mode and second "
+                f"derivatives; {_REMEDY}"
             )
         if func is _FLEX:
             raise NotImplementedError(
-                "replace_sdpa cannot replace flex_attention: functions change its scores. Pass attn_mask, or window to "
-                f"metaattn.sdpa: {_INSTEAD}"
+                "replace_sdpa cannot replace flex_attention, because Python functions modify its scores; use attn_mask "
+                f"or the window of metaattn.sdpa: {_REMEDY}"
             )
-        return self._run_a_model(func, types, args, kwargs)
+        return self._call_reentered(func, types, args, kwargs)

@@ -1,4 +1,7 @@
-"""Layers of Transformers' models whose derivatives PyTorch has wrong or refuses, replaced in place."""
+"""Replacement, in place, of layers of Transformers' models whose derivatives are wrong or missing in PyTorch.
+
+:mod:`metaattn.integrations.transformers` exports the public functions.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,32 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..autodiff import in_transform
 from ..nn.norm import LayerNorm
 from ..ops import checkpoint
 
 MISSING = (
-    "Transformers 5 is needed; in a clone of the repository: "
+    "metaattn.integrations.transformers needs Transformers 5 or newer; in a clone of the repository: "
     'pip install -r requirements.txt -c requirements-integrations.txt -e ".[transformers]"'
 )
 
 
 def replace_layer_norms(model: nn.Module) -> nn.Module:
-    """Give every ``torch.nn.LayerNorm`` of a model the rule written out, in place; parameters and names stay.
+    """Turn every ``torch.nn.LayerNorm`` of a model into :class:`metaattn.nn.LayerNorm`, in place.
 
-    For models with layer norms (BERT, ViT, GPT-2, …; Llama's kind have RMS norms of their own) wherever a derivative
-    is more than a Hessian product of one input: PyTorch's ``layer_norm`` is silently wrong in meta-gradients under
-    :func:`torch.func.vmap`, in ``grad`` of ``jvp``, ``jvp`` of ``jvp`` and at third order.
+    Parameters and their names do not change. Use it for models with layer norms (BERT, ViT, GPT-2, …; models like Llama
+    have their own RMS norms) wherever a derivative goes beyond a Hessian-vector product with respect to one input.
+    There PyTorch's ``layer_norm`` is silently wrong: in meta-gradients under :func:`torch.func.vmap`, in ``grad`` of
+    ``jvp``, in ``jvp`` of ``jvp`` and at third order.
+
+    Args:
+        model: Any module.
 
     Returns:
-        The model itself.
+        The same model.
+
+    Source:
+        Ba, Kiros and Hinton 2016 (arXiv 1607.06450), eq. 4. The faults: PyTorch's issues 196699, 196700 and 198017.
 
     Example:
         >>> import torch
@@ -40,19 +51,27 @@ def replace_layer_norms(model: nn.Module) -> nn.Module:
 
 
 def checkpoint_layers(model: nn.Module) -> nn.Module:
-    """Let the derivatives of every layer compute its activations anew, in place; parameters and names stay.
+    """Apply :func:`metaattn.meta.checkpoint` to every layer of a model, in place.
 
-    In place of ``model.gradient_checkpointing_enable()``, which :mod:`torch.func` refuses: by
-    :func:`metaattn.meta.checkpoint`, under every transform and to every order. Masks lose their windows on the way, so
-    that sliding-window layers visit all blocks.
+    Derivatives then compute a layer's activations again instead of storing them, under every transform and to every
+    order. Use it instead of ``model.gradient_checkpointing_enable()``, which raises under :mod:`torch.func`. Parameters
+    and their names do not change. Masks lose the attribute with their windows, so that sliding-window layers visit all
+    blocks.
+
+    Args:
+        model: A model of Transformers.
 
     Returns:
-        The model itself.
+        The same model.
 
     Raises:
         ImportError: Transformers is not installed.
-        ValueError: No layer of the model is one of Transformers' ``GradientCheckpointingLayer``. When the model is
-            called: it fills a cache while a derivative can be asked for, which would be filled twice.
+        ValueError: The model has no layer of the class ``GradientCheckpointingLayer`` of Transformers. When the model
+            is
+            called: it fills a cache while derivatives are recorded, which would be filled again by each derivative.
+
+    Source:
+        Chen et al. 2016 (arXiv 1604.06174), section 3.
 
     Example:
         >>> from metaattn.integrations.transformers import checkpoint_layers
@@ -68,8 +87,8 @@ def checkpoint_layers(model: nn.Module) -> nn.Module:
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no layer of the kind that Transformers can checkpoint; wrap its layers in "
-            "metaattn.meta.checkpoint by hand"
+            f"the model must have layers of the class GradientCheckpointingLayer; got {type(model).__name__} without "
+            "any. Wrap its layers in metaattn.meta.checkpoint instead"
         )
     kinds = {kind: _checkpointed(kind) for kind in map(type, layers) if not hasattr(kind, "checkpointed")}
     for layer in layers:
@@ -78,7 +97,7 @@ def checkpoint_layers(model: nn.Module) -> nn.Module:
 
 
 class _Forward(nn.Module):
-    """A layer with another forward: a module, so that ``checkpoint`` sees the layer's parameters."""
+    """Module with a layer and another forward for it, so that ``checkpoint`` finds the layer's parameters."""
 
     def __init__(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()
@@ -89,12 +108,14 @@ class _Forward(nn.Module):
 
 
 def _checkpointed(kind: Any) -> type:
-    """A class of layers whose forward is checkpointed: unlike a forward set on a layer, it is right in its copies."""
+    """Return a subclass of a layer's class with a checkpointed forward.
+
+    A forward that is assigned to a layer would still refer to that layer in copies of it; a class does not.
+    """
     from transformers import Cache
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        if (torch.is_grad_enabled() or transformed) and any(isinstance(a, Cache) for a in (*args, *kwargs.values())):
+        if (torch.is_grad_enabled() or in_transform()) and any(isinstance(a, Cache) for a in (*args, *kwargs.values())):
             raise ValueError(
                 f"{kind.__name__} is checkpointed and would fill its cache again in each derivative; pass "
                 "use_cache=False, or call the model under torch.no_grad()"

@@ -1,7 +1,7 @@
-"""The models of `diffusers <https://github.com/huggingface/diffusers>`_ with every derivative, of any order and mode.
+"""Models of `diffusers <https://github.com/huggingface/diffusers>`_ with derivatives of any order and mode.
 
-Consistency models and MeanFlow take the derivative of a network along its sample and its time, and train through it.
-The attention of a diffusion model has no such derivative, and its layer norm has one whose gradient is silently wrong.
+Consistency models and MeanFlow take the derivative of a network along its sample and its time (a jvp), and train
+through it. PyTorch's attention has no such derivative, and the gradient of that of its layer norm is silently wrong.
 """
 
 from __future__ import annotations
@@ -12,27 +12,31 @@ from typing import Any
 
 from torch import nn
 
-from ..ops import checkpoint as checkpointed
+from ..ops import checkpoint as checkpoint_function
 from .torch_norms import replace_norms
 from .torch_sdpa import replace_sdpa
 
 
 @contextlib.contextmanager
 def differentiable(model: nn.Module, *, backend: str | None = None) -> Iterator[None]:
-    """In this block and this thread, every derivative of a model of diffusers.
+    """Give a model of diffusers every derivative, in this block and this thread.
 
-    :class:`metaattn.replace_sdpa` and :func:`metaattn.integrations.torch_norms.replace_norms`, after a look at the
-    model: its calls of PyTorch's attention, by diffusers' backend ``native`` or by a processor of its own, go to
-    :func:`metaattn.sdpa`, and its norms are written out. A backward pass may come after the block.
+    The block checks the settings of the model, and combines :class:`metaattn.replace_sdpa` and
+    :func:`metaattn.integrations.torch_norms.replace_norms`: PyTorch's attention, called through diffusers' backend
+    ``native`` or by a model's own processor, runs as :func:`metaattn.sdpa`, and norms as their formulas. A backward
+    pass may come after the block.
 
     Args:
-        model: Whose settings are checked first.
-        backend: As in :func:`metaattn.sdpa`.
+        model: A model of diffusers; its settings are checked and not changed.
+        backend: Backend of :func:`metaattn.sdpa`, by name; ``None`` for the default.
+
+    Returns:
+        A context manager.
 
     Raises:
-        ImportError: diffusers is not there.
-        ValueError: The model's attention does not go through PyTorch's, or its activation checkpointing has no
-            ``torch.func`` transforms; no backend has this name.
+        ImportError: diffusers is not installed.
+        ValueError: The model does not use PyTorch's attention; its activation checkpointing does not work under
+            :mod:`torch.func`; there is no backend with this name.
 
     Source:
         Song et al. 2023 (arXiv 2303.01469), section 5: consistency training; Geng et al. 2025 (arXiv 2505.13447),
@@ -55,7 +59,7 @@ def differentiable(model: nn.Module, *, backend: str | None = None) -> Iterator[
         from diffusers import attention_backend
     except ImportError as error:
         raise ImportError(
-            "diffusers is needed; in a clone of the repository: "
+            "metaattn.integrations.diffusers needs diffusers; in a clone of the repository: "
             'pip install -r requirements.txt -c requirements-integrations.txt -e ".[diffusers]"'
         ) from error
     _check(model)
@@ -64,18 +68,24 @@ def differentiable(model: nn.Module, *, backend: str | None = None) -> Iterator[
 
 
 def checkpoint(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A call of a module whose derivatives keep its arguments alone, for diffusers' ``enable_gradient_checkpointing``.
+    """Call a module such that derivatives store its arguments only, for diffusers' ``enable_gradient_checkpointing``.
 
-    PyTorch's activation checkpointing, which diffusers takes if given none, raises under :mod:`torch.func`; this one
+    PyTorch's activation checkpointing, which diffusers uses by default, raises under :mod:`torch.func`; this function
     has every derivative.
 
     Args:
         module: A block of a model.
-        *args: Its arguments.
-        **kwargs: Likewise.
+        *args: Its positional arguments.
+        **kwargs: Its keyword arguments.
+
+    Returns:
+        The module's result.
 
     Raises:
         ValueError: As :func:`metaattn.meta.checkpoint`.
+
+    Source:
+        Chen et al. 2016 (arXiv 1604.06174), section 3.
 
     Example:
         >>> import diffusers
@@ -83,7 +93,7 @@ def checkpoint(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         >>> model = diffusers.DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=4, num_layers=1)
         >>> model.enable_gradient_checkpointing(checkpoint)
     """
-    return checkpointed(module)(*args, **kwargs)
+    return checkpoint_function(module)(*args, **kwargs)
 
 
 def _check(model: nn.Module) -> None:
@@ -92,16 +102,16 @@ def _check(model: nn.Module) -> None:
         chosen = getattr(processor, "_attention_backend", None)
         if chosen is not None and getattr(chosen, "value", chosen) != "native":
             raise ValueError(
-                f"attention must run by diffusers' backend 'native'; {name} has {getattr(chosen, 'value', chosen)!r}; "
+                f"attention must use diffusers' backend 'native'; {name} has {getattr(chosen, 'value', chosen)!r}; "
                 "call model.reset_attention_backend()"
             )
         if getattr(processor, "_parallel_config", None) is not None:
             raise ValueError(
                 f"attention must run on one device; {name} is set up for context parallelism, which calls PyTorch's "
-                "kernels directly; leave out model.enable_parallelism()"
+                "kernels directly; do not call model.enable_parallelism()"
             )
         if getattr(module, "gradient_checkpointing", False) and module._gradient_checkpointing_func is not checkpoint:
             raise ValueError(
-                f"{name or 'the model'} has activation checkpointing that raises under torch.func; "
+                f"activation checkpointing must work under torch.func; that of {name or 'the model'} does not; "
                 "call model.enable_gradient_checkpointing(metaattn.integrations.diffusers.checkpoint)"
             )

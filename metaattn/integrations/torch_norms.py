@@ -1,8 +1,9 @@
-"""PyTorch's norms with the derivatives of their formulas.
+"""Replacement of PyTorch's norms by their formulas in a block of code, so that every derivative is correct.
 
-Of :func:`torch.nn.functional.layer_norm`, ``instance_norm`` and ``batch_norm`` (of a batch's statistics) PyTorch (2.11,
-2.13; held by ``tests/boundaries``) has silently wrong derivatives in ``grad`` of ``jvp``, in ``jvp`` of ``jvp`` and at
-third and higher order, and wrong meta-gradients under :func:`torch.func.vmap`. Models of other libraries have them.
+PyTorch has silently wrong derivatives of :func:`torch.nn.functional.layer_norm`, ``instance_norm`` and ``batch_norm``
+(with statistics of the batch) in 2.11 and 2.13; ``tests/boundaries`` checks this. They are wrong in ``grad`` of
+``jvp``, in ``jvp`` of ``jvp``, at third and higher order, and in meta-gradients under :func:`torch.func.vmap`. The
+models of other libraries call these norms.
 """
 
 from __future__ import annotations
@@ -14,30 +15,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..autodiff import Replacement, called_as
+from ..autodiff import Replacement, callables_of
 from ..nn.norm import standardise
 from ..ops.operators import autocasts
 
 
 def replace_norms() -> Replacement:
-    """In this block and this thread, norms that every derivative is right of.
+    """Return a context manager in which PyTorch's norms have correct derivatives, in its thread.
 
-    ``layer_norm``, ``instance_norm`` and ``batch_norm``, however a model calls them, are written out, with statistics
-    in float32 or wider. ``group_norm``, ``rms_norm`` and ``batch_norm`` in evaluation are right as they are, and stay.
+    ``layer_norm``, ``instance_norm`` and ``batch_norm``, by whatever name a model calls them, are computed in
+    elementary operations, with statistics in float32 or wider. ``group_norm``, ``rms_norm``, and ``batch_norm`` in
+    evaluation have correct derivatives in PyTorch and are not replaced.
 
-    A derivative is that of what ran forward, so that a backward pass may come after the block; what
-    :func:`metaattn.meta.checkpoint` computes again is written out again.
+    A backward pass may come after the block. A function of :func:`metaattn.meta.checkpoint` that was called in the
+    block uses the replacements when it is computed again, too.
 
     Returns:
-        A context manager.
+        The context manager.
 
     Raises:
-        NotImplementedError: In the block: a norm that takes a batch's statistics and trains running ones;
-            PyTorch's ``native_layer_norm`` and ``native_batch_norm``, which return statistics; a higher-order
-            operator (a checkpoint, ``torch.cond``) within one graph of :func:`torch.compile`.
+        NotImplementedError: Inside the block: a norm that uses statistics of the batch and updates running ones;
+            PyTorch's ``native_layer_norm`` and ``native_batch_norm``, which return statistics; a higher-order operator
+            (a checkpoint, ``torch.cond``) within one graph of :func:`torch.compile`.
 
     Source:
-        Ba, Kiros and Hinton 2016 (arXiv 1607.06450), eq. 4. What is wrong: PyTorch's issues 196699, 196700, 198017.
+        Ba, Kiros and Hinton 2016 (arXiv 1607.06450), eq. 4. The faults: PyTorch's issues 196699, 196700 and 198017.
 
     Example:
         >>> import torch
@@ -48,10 +50,10 @@ def replace_norms() -> Replacement:
         >>> along = lambda x: jvp(lambda x: norm(x).sin().sum(), (x,), (t,))[1]
         >>> with replace_norms():
         ...     right = grad(along)(x)
-        >>> bool((grad(along)(x) - right).norm() > 0.01 * right.norm())  # PyTorch's own is not
+        >>> bool((grad(along)(x) - right).norm() > 0.01 * right.norm())  # PyTorch's own is wrong
         True
     """
-    return Replacement(_WRITTEN_OUT, "replace_norms")
+    return Replacement(_REPLACEMENTS, "replace_norms")
 
 
 def _layer_norm(
@@ -65,9 +67,9 @@ def _layer_norm(
     shape = tuple(normalized_shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
         raise ValueError(
-            f"the input's last dimensions must be normalized_shape, {list(shape)}; got {list(input.shape)}"
+            f"the last dimensions of the input must be normalized_shape, {list(shape)}; got {list(input.shape)}"
         )
-    if input.is_cuda and autocasts("cuda"):  # to float32, as PyTorch does it: on GPUs alone
+    if input.is_cuda and autocasts("cuda"):  # autocast runs layer_norm in float32 on GPUs, but not on CPUs
         input = input.to(torch.promote_types(input.dtype, torch.float32))
     return _affine(standardise(input, len(shape), eps), weight, bias)
 
@@ -108,14 +110,14 @@ def _batch_norm(
 def _check(name: str, running_mean: Tensor | None) -> None:
     if running_mean is not None:
         raise NotImplementedError(
-            f"{name} with running statistics in training is not served by replace_norms, for they would have to change "
-            "in place under torch.func; build the module with track_running_stats=False, or call eval() on it"
+            f"replace_norms does not support {name} with running statistics in training, because they would have to "
+            "change in place under torch.func; build the module with track_running_stats=False, or call eval() on it"
         )
 
 
-def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, behind: int = 0) -> Tensor:
-    """``x * weight + bias``, in front of the last ``behind`` dimensions, in the dtype of ``x``."""
-    shape, dtype = (..., *(None,) * behind), x.dtype
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, trailing: int = 0) -> Tensor:
+    """Return ``x * weight + bias`` in the dtype of ``x``, broadcast over the last ``trailing`` dimensions."""
+    shape, dtype = (..., *(None,) * trailing), x.dtype
     x = x if weight is None else x * weight[shape]
     return (x if bias is None else x + bias[shape]).to(dtype)
 
@@ -132,23 +134,23 @@ def _batch_norm_operator(
     return _batch_norm(input, mean, var, weight, bias, *rest[:3])
 
 
-def _refused(name: str, by: str) -> Callable[..., Tensor]:
-    def refuse(*args: Any, **kwargs: Any) -> Tensor:
+def _rejected(name: str, alternative: str) -> Callable[..., Tensor]:
+    def reject(*args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError(
-            f"replace_norms cannot replace {name}, which returns statistics as well and has wrong second derivatives; "
-            f"call torch.nn.functional.{by}"
+            f"replace_norms cannot replace {name}, which also returns statistics and has wrong second derivatives; "
+            f"call torch.nn.functional.{alternative}"
         )
 
-    return refuse
+    return reject
 
 
-_WRITTEN_OUT: dict[Callable[..., Any], Callable[..., Tensor]] = {
+_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
     F.instance_norm: _instance_norm,
     F.batch_norm: _batch_norm,
-    **dict.fromkeys(called_as("layer_norm"), _layer_norm),
-    **dict.fromkeys(called_as("instance_norm"), _instance_norm_operator),
-    **dict.fromkeys(called_as("batch_norm"), _batch_norm_operator),
-    **dict.fromkeys(called_as("native_layer_norm"), _refused("native_layer_norm", "layer_norm")),
-    **dict.fromkeys(called_as("native_batch_norm"), _refused("native_batch_norm", "batch_norm")),
+    **dict.fromkeys(callables_of("layer_norm"), _layer_norm),
+    **dict.fromkeys(callables_of("instance_norm"), _instance_norm_operator),
+    **dict.fromkeys(callables_of("batch_norm"), _batch_norm_operator),
+    **dict.fromkeys(callables_of("native_layer_norm"), _rejected("native_layer_norm", "layer_norm")),
+    **dict.fromkeys(callables_of("native_batch_norm"), _rejected("native_batch_norm", "batch_norm")),
 }

@@ -1,4 +1,4 @@
-"""PyTorch's attention replaced by ours, in a block of code or in the whole process; no change to the model."""
+"""Replacement of PyTorch's attention by :func:`metaattn.sdpa`, in a block of code or in the whole process."""
 
 from __future__ import annotations
 
@@ -20,32 +20,34 @@ R = TypeVar("R")
 
 
 class replace_sdpa:  # noqa: N801 - a context manager, named like those of torch
-    """Context manager and decorator: PyTorch's attention inside is :func:`metaattn.sdpa`.
+    """Context manager and decorator that replaces PyTorch's attention by :func:`metaattn.sdpa`.
 
-    So a model that somebody else wrote gets every derivative, in any mode and under every :mod:`torch.func`
-    transform, without a change. Inside, these are replaced:
+    Any PyTorch model gets every derivative of attention, in any mode and under every :mod:`torch.func` transform,
+    without a change to the model. Inside the block, it replaces:
 
     * :func:`torch.nn.functional.scaled_dot_product_attention`, by whatever name it was imported, and
       ``torch.ops.aten.scaled_dot_product_attention``;
-    * the attention of :class:`torch.nn.MultiheadAttention` with ``need_weights=False``, and so that of
+    * the attention of :class:`torch.nn.MultiheadAttention` with ``need_weights=False``, and with it that of
       :class:`torch.nn.TransformerEncoder`, :class:`torch.nn.TransformerDecoder` and :class:`torch.nn.Transformer`,
-      whose fast paths are off.
+      whose fast paths are disabled.
 
-    A block is of its thread alone; blocks nest, and the innermost says the backend. Derivatives may be taken after the
-    block, except those of :mod:`torch.utils.checkpoint`, which runs the model again. Open a block outside of
-    :func:`torch.compile`'d functions, around their calls: each is compiled once for inside and once for outside.
+    A block affects its own thread only. Blocks nest, and the innermost determines the backend. Derivatives may be taken
+    after the block, except through :mod:`torch.utils.checkpoint`, which runs the model again. Open a block outside of
+    functions compiled by :func:`torch.compile`, around their calls: each function is compiled once for calls inside and
+    once for calls outside.
 
-    Left as they are: attention written out, as is :class:`torch.nn.MultiheadAttention` with ``need_weights=True``, for
-    that has its derivatives; :mod:`torch.jit` scripts, whose calls cannot be seen.
+    It does not replace attention that is written in elementary operations, because that has its derivatives
+    (:class:`torch.nn.MultiheadAttention` with ``need_weights=True``), and calls in :mod:`torch.jit` scripts, which it
+    cannot see.
 
     Args:
-        backend: As in :func:`metaattn.sdpa`.
+        backend: Backend of :func:`metaattn.sdpa`, by name; ``None`` for the default.
 
     Raises:
-        ValueError: No backend has this name; inside, as :func:`metaattn.sdpa`.
-        TypeError: What is decorated is a generator or coroutine function.
-        NotImplementedError: Inside, at a call that cannot be replaced: of one fused kernel by its own name, or of
-            ``flex_attention``; of a higher-order operator within one graph of :func:`torch.compile`.
+        ValueError: There is no backend with this name; inside the block, as :func:`metaattn.sdpa`.
+        TypeError: The decorated function is a generator or coroutine function.
+        NotImplementedError: Inside the block, at a call that cannot be replaced: a direct call of a fused kernel, or of
+            ``flex_attention``; a higher-order operator within one graph of :func:`torch.compile`.
 
     Example:
         >>> import torch, metaattn
@@ -75,11 +77,21 @@ class replace_sdpa:  # noqa: N801 - a context manager, named like those of torch
         _FastPaths.open()
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Decorate a function: each call runs in a block."""
+        """Decorate a function, so that each call runs in a block.
+
+        Args:
+            function: Any function except a generator or coroutine function.
+
+        Returns:
+            A function with the same arguments and result.
+
+        Raises:
+            TypeError: ``function`` is a generator or coroutine function.
+        """
         if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
             raise TypeError(
-                "replace_sdpa decorates functions; a generator or coroutine would leave its block open between steps: "
-                "open one inside, around the model's call"
+                f"replace_sdpa decorates ordinary functions; got the generator or coroutine function {function!r}, "
+                "whose block would stay open between its steps. Open one inside, around the model's call"
             )
 
         @functools.wraps(function)
@@ -93,15 +105,15 @@ class replace_sdpa:  # noqa: N801 - a context manager, named like those of torch
     def install(*, backend: str | None = None) -> None:
         """Replace :func:`torch.nn.functional.scaled_dot_product_attention` in all threads, until :meth:`uninstall`.
 
-        By name: in ``torch.nn.functional`` and in every module loaded by now that has imported it. A reference kept
-        elsewhere (in an object, a closure, a local variable) is not found, nor are ``torch.ops.aten`` calls, and
-        nothing is refused; a block sees all of them. Installing again changes the backend.
+        It replaces the name in ``torch.nn.functional``, and in every module that is loaded and has imported it. Other
+        references (in an object, a closure, a local variable) and calls of ``torch.ops.aten`` are not found, and no
+        call is rejected; a block sees all of them. Installing again changes the backend.
 
         Args:
-            backend: As in :func:`metaattn.sdpa`; that of a block goes first.
+            backend: Backend of :func:`metaattn.sdpa`, by name; that of a block takes precedence.
 
         Raises:
-            ValueError: No backend has this name.
+            ValueError: There is no backend with this name.
         """
         _check(backend)
         Installed.backend = backend
@@ -113,7 +125,7 @@ class replace_sdpa:  # noqa: N801 - a context manager, named like those of torch
 
     @staticmethod
     def uninstall() -> None:
-        """Undo :meth:`install`; without one, do nothing."""
+        """Undo :meth:`install`, if it was called."""
         if _names:
             for names, name in _names:
                 if names.get(name) is installed:
@@ -127,11 +139,11 @@ def _check(backend: str | None) -> None:
         check_backend(backend)
 
 
-_names: list[tuple[dict[str, Any], str]] = []  # where PyTorch's function is replaced: namespaces, and the name in each
+_names: list[tuple[dict[str, Any], str]] = []  # the replaced names of PyTorch's function: a namespace and a name each
 
 
 def _where_imported() -> Iterator[tuple[dict[str, Any], str]]:
-    """The names of PyTorch's function in all modules, but for its own and our record of it."""
+    """Find the names of PyTorch's function in all modules except the original and our own reference to it."""
     for module in list(sys.modules.values()):
         names = vars(module) if isinstance(module, types.ModuleType) else {}
         if module is torch._C._nn or names.get("TORCH_SDPA") is TORCH_SDPA:
@@ -140,9 +152,9 @@ def _where_imported() -> Iterator[tuple[dict[str, Any], str]]:
 
 
 class _FastPaths:
-    """PyTorch's switch of the fast paths of ``torch.nn``, for the whole process: off while anyone needs it off.
+    """Counted lock on the fast paths of ``torch.nn``: they are disabled in the process while any block is open.
 
-    They are single kernels past ``scaled_dot_product_attention``, with no forward mode.
+    The fast paths are fused kernels without forward mode, which do not call ``scaled_dot_product_attention``.
     """
 
     lock = threading.Lock()
@@ -151,7 +163,7 @@ class _FastPaths:
 
     @classmethod
     def close(cls) -> None:
-        if torch.compiler.is_compiling():  # no locks there; the mode refuses the fast paths
+        if torch.compiler.is_compiling():  # Dynamo cannot trace locks; the mode rejects the fast paths
             return
         with cls.lock:
             if not cls.closed:

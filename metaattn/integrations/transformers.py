@@ -1,14 +1,15 @@
 """Hugging Face Transformers on :func:`metaattn.sdpa`: ``attn_implementation="metaattn"``.
 
-Two functions are registered under that name, because Transformers takes a model's attention apart in two. The *mask
-function* says once per forward pass who sees whom (padding, causality, windows, chunks, packed sequences, a cache); an
-implementation without one gets no mask at all, silently. The *attention function* then computes each layer's attention.
+Two functions are registered under that name, because Transformers splits attention into two steps. The *mask function*
+runs once per forward pass and determines which keys a query sees (padding, causality, windows, chunks, packed
+sequences, a cache). An implementation without a mask function silently gets no mask at all. The *attention function*
+then computes the attention of each layer.
 
-Masks are boolean, ``[batch, 1, queries, keys]``, made by Transformers' own ``sdpa_mask``; plain causal and plain
-bidirectional attention need none. A sliding window is a mask as well, which models may slice, copy or ignore like any
-other, and on the diagonal (queries and keys of the same tokens, as in training) it carries its limits with it: the
-attention function hands those to the operator, which skips the blocks outside. With a cache only the mask is used,
-whose rows Transformers aligns to the tokens already seen; the operator's own window is aligned to the top left.
+Masks are boolean, ``[batch, 1, queries, keys]``, and made by ``sdpa_mask`` of Transformers; plain causal and plain
+bidirectional attention need none. A sliding window is a mask too, which models may slice, copy or ignore like any
+other. Where queries and keys are the same tokens, as in training, the mask also carries the limits of its window as an
+attribute. The attention function passes those to the operator, which skips the blocks outside. With a cache, only the
+mask is used: Transformers aligns its rows to the tokens already seen, but the operator's window starts at the top left.
 """
 
 from __future__ import annotations
@@ -20,37 +21,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..autodiff import levels
+from ..autodiff import wrapper_levels
 from ..ops import sdpa
 from ._transformers_layers import MISSING, checkpoint_layers, replace_layer_norms
 
 __all__ = ["attention", "checkpoint_layers", "mask", "register", "replace_layer_norms"]
 
 NAME = "metaattn"
-_WINDOW = "_metaattn_window"  # where a mask carries its own; a copy or a slice has none, and is only a mask
+_WINDOW = "_metaattn_window"  # attribute of a mask with its window; a copy or a slice of the mask does not have it
 
-# What changes the weights of attention and is not served, by the keyword under which a model passes it.
-_UNSERVED = {
+# Unsupported parts of attention that change its weights, by the keyword under which a model passes them.
+_UNSUPPORTED = {
     "softcap": "caps its scores (softcap), which fused attention cannot do",
     "head_mask": "masks whole heads (head_mask)",
-    "indices": "attends to chosen keys only (indices)",
-    "block_indices": "attends to chosen blocks of keys only (block_indices)",
+    "indices": "attends to selected keys only (indices)",
+    "block_indices": "attends to selected blocks of keys only (block_indices)",
     "sinks": "has a sink for each query (sinks)",
     "cache": "reads a paged cache (continuous batching)",
 }
 
 
 class _Window(NamedTuple):
-    """What a mask knows of itself: it shows no key outside ``limits``, and if ``whole`` every key inside."""
+    """Window of a mask: keys outside ``limits`` are hidden and, if ``exact``, all keys inside are visible."""
 
     limits: tuple[int, int]
-    whole: bool
+    exact: bool
 
 
 def register() -> None:
-    """Make ``attn_implementation="metaattn"`` known to Transformers, for every model that uses its attention interface.
+    """Register ``attn_implementation="metaattn"`` for every model that uses the attention interface of Transformers.
 
-    Call it once, before the model is made; a second call changes nothing. A model that exists already takes it by
+    Call it once, before a model is made; a second call changes nothing. An existing model switches by
     ``model.set_attn_implementation("metaattn")``. The backend is that of :class:`metaattn.use_backend`.
 
     Raises:
@@ -93,32 +94,41 @@ def attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """One layer's attention, as Transformers calls it.
+    """Compute the attention of one layer: the attention function that Transformers calls.
 
     Args:
-        module: The layer: its ``training``, and its ``is_causal`` where the call says nothing (True by default).
+        module: The layer. Its ``training`` is used, and its ``is_causal`` if the argument is ``None`` (True if it has
+            none).
         query: ``[batch, heads, queries, head_dim]``.
-        key: ``[batch, kv_heads, keys, head_dim]``; fewer heads than the query's are grouped, not repeated.
+        key: ``[batch, kv_heads, keys, head_dim]``; fewer heads than those of the query are grouped, not repeated.
         value: ``[batch, kv_heads, keys, value_dim]``.
         attention_mask: Broadcastable to ``[batch, heads, queries, keys]``, boolean (True takes part) or additive.
-            Without one a causal layer sees ``keys <= queries``, from the top left; a single query sees all.
-        dropout: Probability with which a weight is dropped, in training only.
+            Without a mask, query ``i`` of a causal layer sees the keys ``j <= i``; a single query sees all keys.
+        dropout: Probability of dropping an attention weight, in training only.
         scaling: Factor on the scores; ``1/sqrt(head_dim)`` by default.
-        is_causal: In place of the module's.
-        position_bias: Added to the scores (T5), differentiable; as broadcastable as the mask.
-        s_aux: ``[heads]``, attention sinks: the score of a key without a value (GPT-OSS), differentiable.
-        **kwargs: What else the model says. What would change the weights is refused.
+        is_causal: Replaces that of the module.
+        position_bias: Added to the scores (T5), broadcastable like the mask; differentiable.
+        s_aux: Attention sinks ``[heads]``: the score of a key without a value (GPT-OSS); differentiable.
+        **kwargs: Further arguments of the model. Those that would change the attention weights are rejected.
 
     Returns:
-        ``[batch, queries, heads, value_dim]``, and ``None`` in place of the weights.
+        The output, ``[batch, queries, heads, value_dim]``, and ``None`` in place of the weights.
 
     Raises:
-        NotImplementedError: A part of attention that is not served: its name and what to do.
+        NotImplementedError: The layer uses an unsupported part of attention; the message says which, and what to do.
         TypeError: As :func:`metaattn.sdpa`.
         ValueError: As :func:`metaattn.sdpa`; ``output_attentions=True``.
 
     Source:
         Sinks: Xiao et al. 2024 (arXiv 2309.17453); as one more key, ``o exp(lse) / (exp(lse) + exp(s_aux))``.
+
+    Example:
+        >>> import torch
+        >>> from metaattn.integrations.transformers import attention
+        >>> query, key, value = torch.randn(2, 8, 5, 16), torch.randn(2, 4, 5, 16), torch.randn(2, 4, 5, 16)
+        >>> out, weights = attention(torch.nn.Module(), query, key, value, attention_mask=None)
+        >>> out.shape, weights
+        (torch.Size([2, 5, 8, 16]), None)
     """
     _check(module, query, key, attention_mask, scaling, kwargs)
     window: tuple[int | None, int | None] | None = None
@@ -126,9 +136,9 @@ def attention(
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if causal and query.shape[-2] > 1:
             window = (None, 0)
-    elif (known := getattr(attention_mask, _WINDOW, None)) is not None:
-        window = known.limits
-        attention_mask = None if known.whole else attention_mask
+    elif (carried := getattr(attention_mask, _WINDOW, None)) is not None:
+        window = carried.limits
+        attention_mask = None if carried.exact else attention_mask
     bias = _with_bias(attention_mask, position_bias)
     out, lse = sdpa(
         query,
@@ -158,40 +168,49 @@ def mask(
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of a forward pass, as Transformers asks for it: ``sdpa_mask``'s, and a window that says so.
+    """Make the mask of a forward pass: the mask function that Transformers calls.
+
+    It is the result of ``sdpa_mask`` of Transformers. A sliding window also carries its limits as an attribute.
 
     Args:
         kv_length: Number of keys.
-        q_length: Number of queries; by ``cache_position`` in the first releases of version 5.
+        q_length: Number of queries. The first releases of version 5 pass ``cache_position`` instead.
         kv_offset: Position of the first key.
-        attention_mask: ``[batch, positions]``, boolean: False is padding.
-        local_size: Size of a window or of a chunk.
-        allow_is_causal_skip: Whether plain causal attention may go without a mask.
-        allow_is_bidirectional_skip: Whether attention to all keys may.
-        config: The model's.
-        **kwargs: The rest of what ``sdpa_mask`` takes.
+        attention_mask: Padding mask ``[batch, positions]``, boolean: False is padding.
+        local_size: Size of a sliding window or of a chunk; ``None`` for neither.
+        allow_is_causal_skip: Return ``None`` for plain causal attention.
+        allow_is_bidirectional_skip: Return ``None`` for attention to all keys.
+        config: The model's config.
+        **kwargs: Further arguments of ``sdpa_mask``.
 
     Returns:
-        ``[batch, 1, queries, keys]``, boolean: True takes part; or ``None``, where the layer's ``is_causal`` says all.
+        ``[batch, 1, queries, keys]``, boolean: True takes part; or ``None`` if the layer's ``is_causal`` is enough.
 
     Raises:
-        NotImplementedError: The model computes its attention by itself, where this mask would be taken for another.
+        NotImplementedError: The model computes its attention itself, where this mask would have another meaning.
+
+    Example:
+        >>> from metaattn.integrations.transformers import mask
+        >>> from transformers import MistralConfig
+        >>> options = dict(batch_size=1, mask_function=lambda batch, head, query, key: key <= query)
+        >>> mask(q_length=4, kv_length=4, config=MistralConfig(), **options) is None  # causal
+        True
     """
     from transformers.masking_utils import sdpa_mask
 
     if config is not None:
         _check_model(type(config))
     causal, bidirectional = allow_is_causal_skip, allow_is_bidirectional_skip
-    mapped = attention_mask is not None and any(batched for _, batched in levels(attention_mask))
-    if mapped:
-        # To go without a mask, one must look at its values, which differ from task to task.
+    under_vmap = attention_mask is not None and any(batched for _, batched in wrapper_levels(attention_mask))
+    if under_vmap:
+        # Leaving the mask out would depend on its values, which may differ from task to task.
         allow_is_causal_skip = allow_is_bidirectional_skip = False
     lengths = {"kv_length": kv_length, "kv_offset": kv_offset}
     if q_length is not None:
         lengths["q_length"] = q_length
     else:
         q_length = kwargs["cache_position"].shape[0]
-    made = sdpa_mask(
+    result = sdpa_mask(
         **lengths,
         attention_mask=attention_mask,
         local_size=local_size,
@@ -200,13 +219,13 @@ def mask(
         config=config,
         **kwargs,
     )
-    # A mask that may not be left out has more in it than the pattern and the padding: a cache, images, packing.
-    if made is None or local_size is None or not (causal or bidirectional) or not _is_window(config, local_size):
-        return made
+    # A mask that must not be left out contains more than pattern and padding: a cache, images or packed sequences.
+    if result is None or local_size is None or not (causal or bidirectional) or not _is_window(config, local_size):
+        return result
     if kv_offset == 0 and kv_length == q_length:
         limits = (local_size - 1, 0) if causal else (local_size, local_size)
-        setattr(made, _WINDOW, _Window(limits, not mapped and _shows_all(attention_mask, kv_length)))
-    return made
+        setattr(result, _WINDOW, _Window(limits, not under_vmap and _shows_all(attention_mask, kv_length)))
+    return result
 
 
 def _check(
@@ -217,58 +236,58 @@ def _check(
     scaling: float | None,
     kwargs: Mapping[str, Any],
 ) -> None:
-    """Raise for what a model asks of its attention beyond what is served; see :func:`attention`."""
+    """Reject unsupported parts of attention; see :func:`attention`."""
     name = type(module).__name__
     if kwargs.get("output_attentions") or _collects_weights():
         raise ValueError(
-            f"attn_implementation={NAME!r} has no attention weights to return, but output_attentions=True asks for "
-            "them; drop it, or load the model with attn_implementation='eager'"
+            f"attn_implementation={NAME!r} computes no attention weights, but output_attentions=True requests them; "
+            "drop it, or load the model with attn_implementation='eager'"
         )
-    for word, what in _UNSERVED.items():
-        if kwargs.get(word) is not None:
-            raise NotImplementedError(f"{name} {what}; load the model with attn_implementation='eager'")
+    for keyword, description in _UNSUPPORTED.items():
+        if kwargs.get(keyword) is not None:
+            raise NotImplementedError(f"{name} {description}; load the model with attn_implementation='eager'")
     if scaling is None and (
         getattr(module, "scale_attn_by_inverse_layer_idx", False) or not getattr(module, "scale_attn_weights", True)
     ):
         # GPT-2 before it passed `scaling`.
         raise NotImplementedError(
-            f"{name} scales its scores by a rule that it tells eager attention only; load the model with "
-            "attn_implementation='eager', or take a newer Transformers"
+            f"{name} scales its scores by a rule that it passes to eager attention only; load the model with "
+            "attn_implementation='eager', or install a newer Transformers"
         )
     packing = kwargs.get("cu_seq_lens_q")
     if packing is not None and len(packing) > 2 and attention_mask is None:
         raise NotImplementedError(
             f"{name} got sequences packed by cu_seq_lens_q, which only flash attention reads; pass position_ids that "
-            "start at 0 with each sequence, and neither attention_mask nor a cache"
+            "start at 0 for each sequence, without attention_mask and cache"
         )
     scores = (*query.shape[:-1], key.shape[-2])
-    for word, thing in kwargs.items():
-        if _may_be_scores(thing, scores):
+    for keyword, value in kwargs.items():
+        if _may_be_scores(value, scores):
             raise NotImplementedError(
-                f"{name} passes {word}, of shape {list(thing.shape)}, to its attention, which may be a part of the "
-                "scores that is not known here; load the model with attn_implementation='eager'"
+                f"{name} passes {keyword}, of shape {list(value.shape)}, to its attention, which may be an unsupported "
+                "part of the scores; load the model with attn_implementation='eager'"
             )
 
 
 def _collects_weights() -> bool:
-    """Whether the model at work gathers attention weights by hooks, for which its layers do not ask."""
+    """Return whether the running model collects attention weights by hooks, without passing that to its layers."""
     collector = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
     if collector is None or torch.compiler.is_compiling():
         return False
     return any(name.endswith("attentions") for name in collector.get() or ())
 
 
-def _may_be_scores(thing: Any, scores: tuple[int, ...]) -> bool:
-    """Whether an argument could be meant for the scores ``[batch, heads, queries, keys]``, or one for each head."""
-    if not isinstance(thing, Tensor) or not thing.is_floating_point():
+def _may_be_scores(value: Any, scores: tuple[int, ...]) -> bool:
+    """Return whether an argument has the shape of scores ``[batch, heads, queries, keys]``, or a number per head."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
         return False
-    if thing.dim() == 1:
-        return len(thing) == scores[1]
-    return thing.dim() == 4 and all(a in (1, b) for a, b in zip(thing.shape, scores, strict=True))
+    if value.dim() == 1:
+        return len(value) == scores[1]
+    return value.dim() == 4 and all(a in (1, b) for a, b in zip(value.shape, scores, strict=True))
 
 
 def _with_bias(attention_mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """One mask of a mask and a bias of positions."""
+    """Combine a mask and a position bias into one mask."""
     if bias is None or attention_mask is None:
         return attention_mask if bias is None else bias
     if attention_mask.dtype == torch.bool:
@@ -277,25 +296,25 @@ def _with_bias(attention_mask: Tensor | None, bias: Tensor | None) -> Tensor | N
 
 
 def _check_model(config: type) -> None:
-    """Raise for a model whose file has attention of its own and does not know of Transformers' interface."""
+    """Reject a model whose file defines attention without Transformers' attention interface."""
     path = config.__module__.replace("configuration_", "modeling_")
     file = vars(sys.modules[path]) if path in sys.modules else {}
     own = [n for n, c in file.items() if isinstance(c, type) and issubclass(c, nn.Module) and "Attention" in n]
     if own and "ALL_ATTENTION_FUNCTIONS" not in file:
         raise NotImplementedError(
-            f"the model of {config.__name__} computes its attention by itself ({', '.join(sorted(own))}), not by "
+            f"the model of {config.__name__} computes its attention itself ({', '.join(sorted(own))}), not by "
             "Transformers' attention interface; load it with attn_implementation='eager'"
         )
 
 
 def _is_window(config: Any, local_size: int) -> bool:
-    """Whether a local mask is a sliding window; of a chunk (Llama 4) nothing else tells it."""
+    """Return whether a local mask is a sliding window; only the config distinguishes it from a chunk (Llama 4)."""
     window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     return local_size == window != chunk
 
 
 def _shows_all(attention_mask: Tensor | None, kv_length: int) -> bool:
-    """Whether no key is padding; False where that cannot be read."""
+    """Return whether no key is padding; False where the values cannot be read."""
     from transformers.utils.import_utils import is_tracing
 
     if attention_mask is None:

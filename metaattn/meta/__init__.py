@@ -1,4 +1,13 @@
-"""Meta-learning by gradients: pure functions over dicts of parameters."""
+"""Meta-learning by gradients: pure functions of dicts of parameters ``{name: tensor}``.
+
+Entry points: the algorithms (:func:`maml`, :func:`anil`, …), which return a :class:`Learner`; :func:`adapt` and
+:func:`trajectory`, the inner loop by itself; :func:`capture`, which compiles a meta-step. The inner loop takes steps of
+an :class:`InnerOptimizer`, and a :class:`Gradient` mode determines how an outer derivative passes through them. Any
+model works that runs by :func:`torch.func.functional_call`; tasks are vectorised by :func:`torch.func.vmap`.
+
+May import :mod:`metaattn.ops`, :mod:`metaattn.autodiff` and :mod:`metaattn.compile`, and is imported by
+:mod:`metaattn.integrations` and the experiments.
+"""
 
 from ..compile.capture import Captured, capture
 from ..ops import checkpoint

@@ -1,4 +1,4 @@
-"""Every error of the arguments of meta-learning, before any work."""
+"""Checks of the arguments of meta-learning, before any work: all of its ``TypeError`` and ``ValueError``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .optim import InnerOptimizer
 
 
 def check_count(name: str, value: Any, least: int) -> None:
-    """A count is an integer of at least ``least``."""
+    """Check that a value is an integer of at least ``least``."""
     if not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer; got {value!r}")
     if value < least:
@@ -21,7 +21,7 @@ def check_count(name: str, value: Any, least: int) -> None:
 
 
 def check_learning_rate(value: Any) -> None:
-    """A learning rate is a finite number that is not negative."""
+    """Check that a learning rate is a finite number of at least 0."""
     if not isinstance(value, Real):
         raise TypeError(f"learning_rate must be a number; got {value!r}")
     if not 0 <= float(value) < math.inf:
@@ -29,7 +29,7 @@ def check_learning_rate(value: Any) -> None:
 
 
 def check_scalar(loss: Any) -> None:
-    """A loss is one number, whose gradient is asked for."""
+    """Check that a loss, which is to be differentiated, is a tensor with one number and no dimensions."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss must return a tensor; got a {type(loss).__name__}")
     if loss.dim():
@@ -39,13 +39,13 @@ def check_scalar(loss: Any) -> None:
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """An inner optimizer is made, neither named nor the function that makes it."""
+    """Check that an inner optimizer is an :class:`InnerOptimizer`, not a name or a function that makes one."""
     if not isinstance(optimizer, InnerOptimizer):
         raise TypeError(f"optimizer must be an InnerOptimizer, such as metaattn.meta.adam(); got {optimizer!r}")
 
 
 def check_params(params: Any) -> None:
-    """Parameters are tensors by name."""
+    """Check that parameters are a dict of tensors, with at least one."""
     if not isinstance(params, Mapping) or not all(isinstance(p, Tensor) for p in params.values()):
         raise TypeError(
             f"params must be a dict of tensors; got a {type(params).__name__}. Of a module, pass "
@@ -56,7 +56,7 @@ def check_params(params: Any) -> None:
 
 
 def check_share(name: str, value: Any) -> None:
-    """A share is a number from 0 to 1."""
+    """Check that a value is a number from 0 to 1."""
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {value!r}")
     if not 0 <= float(value) <= 1:
@@ -64,13 +64,13 @@ def check_share(name: str, value: Any) -> None:
 
 
 def check_embed(embed: Any) -> None:
-    """What gives features is a function."""
+    """Check that the function that computes features is callable."""
     if not callable(embed):
         raise TypeError(f"embed must be a function of params and inputs to features [N, F]; got {embed!r}")
 
 
 def check_meta(meta: Any, groups: Sequence[str]) -> None:
-    """Meta-parameters are those that ``init`` gives, with what this learner learns."""
+    """Check that meta-parameters have each of the groups that the learner learns, such as ``params`` and ``rates``."""
     expected = f"meta must be what this learner's init(params) returns, with {' and '.join(map(repr, groups))}"
     if not isinstance(meta, Mapping) or not all(isinstance(meta.get(g), Mapping) for g in groups):
         got = f"a dict of {list(meta)[:3]}" if isinstance(meta, Mapping) else f"a {type(meta).__name__}"
@@ -81,7 +81,13 @@ def check_meta(meta: Any, groups: Sequence[str]) -> None:
 
 
 def check_tasks(support: Any, query: Any, chunk_size: Any) -> int:
-    """How many tasks are stacked in the first dimension of all tensors of both sets, in chunks of a size."""
+    """Check the support and query sets, and return how many tasks are stacked in the first dimension of their tensors.
+
+    Args:
+        support: Tensors ``[tasks, …]``.
+        query: Tensors ``[tasks, …]``.
+        chunk_size: How many tasks are computed at a time, at least 1; ``None`` for all.
+    """
     for name, part in (("support", support), ("query", query)):
         if isinstance(part, Tensor) or not isinstance(part, Sequence) or not all(isinstance(t, Tensor) for t in part):
             raise TypeError(f"{name} must be a sequence of tensors, (inputs, targets); got a {type(part).__name__}")

@@ -1,4 +1,8 @@
-"""What a loss and an optimizer close over: where they are computed again later, its derivatives would be lost."""
+"""Checks of what a loss and an optimizer close over.
+
+Where they are computed again later, PyTorch does not see the tensors that they close over, and the derivatives with
+respect to these would be lost silently.
+"""
 
 from __future__ import annotations
 
@@ -8,54 +12,61 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..autodiff import CallContext, followed, split_tensors, transformed
+from ..autodiff import CallContext, is_differentiated, split_tensors, transformed_tensors
 from ._inner_loop import Loop, detach
 from .optim import Params, State
 
 
 def check_loop(loop: Loop, adapted: Params, state: State) -> bool:
-    """Refuse a loss or an optimizer that depends, differentiably, on more than its arguments.
+    """Check that the loss and the optimizer of a loop depend, differentiably, on nothing but their arguments.
 
-    Each is called once on constants: if its result can be differentiated nevertheless, then by a tensor that it closes
-    over. Random numbers are left as they were.
+    Each is called once on constants. If its result can be differentiated nevertheless, it closes over a tensor that is
+    differentiated. The states of the random number generators are left as they were.
+
+    Args:
+        loop: The inner loop.
+        adapted: The parameters that it starts from.
+        state: The state of the optimizer that it starts from.
 
     Returns:
-        Whether either draws random numbers.
+        Whether the loss or the optimizer draws random numbers.
 
     Raises:
-        ValueError: One does depend on such a tensor.
+        ValueError: One of them closes over a tensor that is differentiated.
     """
 
     def update(adapted: Params, state: State) -> Any:
-        return loop.optimizer.update(adapted, state, adapted, detach(loop.rates), 0)  # any gradient would do
+        gradient = adapted  # any gradient would do
+        return loop.optimizer.update(gradient, state, adapted, detach(loop.rates), 0)
 
     drew = _check("the optimizer", update, loop.optimizer.update, adapted, state)
     return _check("the loss", loop.objective, loop.loss, adapted, loop.fixed, loop.data) or drew
 
 
 def check_loss(loss: Callable[..., Any], params: Params, batch: Any) -> bool:
-    """The same of a loss on its own."""
+    """Check a single loss in the way of :func:`check_loop`, with the same result and error."""
     return _check("the loss", lambda params, batch: loss(params, *batch), loss, params, tuple(batch))
 
 
-def _check(name: str, function: Callable[..., Any], of: Callable[..., Any], *args: Any) -> bool:
-    # The tensors of modules are left to the call: functional_call replaces them.
-    for where, t in transformed(of, name, modules=False):
-        held = f"a tensor ({where}, {list(t.shape)})"
-        raise ValueError(_message(name, f"{held} that a torch.func transform (vmap, grad, jvp, …) is following"))
-    replay = CallContext(split_tensors(args)[0], random=True)
+def _check(name: str, function: Callable[..., Any], user_function: Callable[..., Any], *args: Any) -> bool:
+    """Run a function on constants, and look through what the user's function inside of it closes over."""
+    # Tensors of modules are found by the call below instead: functional_call replaces them.
+    for path, t in transformed_tensors(user_function, name, modules=False):
+        tensor = f"a tensor ({path}, {list(t.shape)})"
+        raise ValueError(_message(name, f"{tensor} that a torch.func transform (vmap, grad, jvp, …) is following"))
+    context = CallContext(split_tensors(args)[0], random=True)
 
-    def noted(*args: Any) -> tuple[Any, bool]:
-        return function(*args), replay.settle()
+    def run(*args: Any) -> tuple[Any, bool]:
+        return function(*args), context.settle()
 
-    out, drew = replay(noted, *detach(args))
-    if any(followed(t) for t in tree_leaves(out) if isinstance(t, Tensor)):
+    out, drew = context(run, *detach(args))
+    if any(is_differentiated(t) for t in tree_leaves(out) if isinstance(t, Tensor)):
         raise ValueError(_message(name, "a tensor that requires grad"))
     return drew
 
 
-def _message(name: str, what: str) -> str:
+def _message(name: str, tensor: str) -> str:
     return (
-        f"with this gradient, {name} must take all that a derivative may be wanted of as arguments; got one that "
-        f"closes over {what}. Pass it in data, or detach it where it is a constant; or use gradient='reverse'"
+        f"with this gradient, {name} must take all tensors that are differentiated as arguments; got one that closes "
+        f"over {tensor}. Pass it in data, or detach it where it is a constant; or use gradient='reverse'"
     )

@@ -1,4 +1,4 @@
-"""The derivative of a minimum with respect to all that it depends on, by conjugate gradients."""
+"""Derivative of a minimum with respect to everything that it depends on, by conjugate gradients."""
 
 from __future__ import annotations
 
@@ -8,45 +8,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autodiff import put, recompute, split_tensors
-from ._hvp import Vector, gradient_along
+from ..autodiff import recompute, replace_at, split_tensors
+from ._hvp import Vector, hessian_product
 from .optim import Params
 
 
 def minimum(objective: Callable[..., Tensor], found: Params, *args: Any, shift: float, **solver: Any) -> Params:
-    """``found``, as the minimum of ``objective(found, *args)`` and so a function of ``args``.
+    """Return ``found`` as the minimum of ``objective(found, *args)``, and so as a function of ``args``.
 
     Args:
-        objective: A scalar with its minimum there.
+        objective: A scalar that is least there.
         found: The minimum, constants.
-        *args: Trees; what the objective depends on, the data last.
-        shift: Added to the diagonal of the Hessian.
-        **solver: Of :func:`conjugate_gradients`.
+        *args: Trees of tensors that the objective depends on, the data last.
+        shift: Added to the diagonal of the Hessian in the solution, at least 0.
+        **solver: Options of :func:`conjugate_gradients`.
 
-    FunctionKey:
+    Source:
         The implicit function theorem: ``d found / d x = -H^-1 d^2 objective / (d found d x)``.
     """
     _, restore = split_tensors((found, *args))
-    own, still = range(len(found)), len(split_tensors((found, *args[:-1]))[0])
+    of_found, first_data = range(len(found)), len(split_tensors((found, *args[:-1]))[0])
 
-    def pullback(x: Vector, w: Vector, wrt: Sequence[int], of: Sequence[int]) -> Vector:
-        def along(v: Vector, wrt: Sequence[int]) -> Vector:
-            return gradient_along(lambda *here: objective(*restore(here)), x, own, v, wrt, still=still)
+    def pullback(x: Vector, w: Vector, wrt: Sequence[int], outputs: Sequence[int]) -> Vector:
+        def product(v: Vector, wrt: Sequence[int]) -> Vector:
+            return hessian_product(lambda *x: objective(*restore(x)), x, of_found, v, wrt, first_data=first_data)
 
-        def product(v: Vector) -> Vector:
-            return tuple(h + shift * t for h, t in zip(along(v, own), v, strict=True))
+        def shifted_hessian(v: Vector) -> Vector:
+            return tuple(h + shift * t for h, t in zip(product(v, of_found), v, strict=True))
 
-        b = tuple(put([torch.zeros_like(x[i]) for i in own], of, w))
-        return tuple(-m for m in along(conjugate_gradients(product, b, **solver), wrt))
+        b = tuple(replace_at([torch.zeros_like(x[i]) for i in of_found], outputs, w))
+        return tuple(-g for g in product(conjugate_gradients(shifted_hessian, b, **solver), wrt))
 
     def identity(found: Params, *args: Any) -> Params:
         return {k: p.view_as(p) for k, p in found.items()}
 
-    refusal = (
+    unsupported_message = (
         "an implicit gradient has one derivative, in reverse mode; for higher orders and for forward mode use "
         "gradient='mixed' or 'reverse'"
     )
-    return recompute(identity, found, *args, pullback=pullback, refusal=refusal, preserve_rng_state=False)
+    return recompute(
+        identity,
+        found,
+        *args,
+        pullback=pullback,
+        unsupported_message=unsupported_message,
+        preserve_rng_state=False,
+    )
 
 
 def conjugate_gradients(
@@ -54,37 +61,38 @@ def conjugate_gradients(
 ) -> Vector:
     """Solve ``A x = b`` for a positive definite ``A``.
 
-    Nothing depends on the data, so that it runs under vmap: a system that is solved stands still; so does one that
-    meets a direction in which ``A`` is not positive, at what was found before it.
+    Control flow does not depend on numbers, so that it runs under vmap. Each system of a batch therefore goes through
+    all iterations: one that is solved no longer changes, nor does one that meets a direction in which ``A`` is not
+    positive, which keeps what it had found before.
 
     Args:
         product: ``v`` to ``A v``.
-        b: The right-hand side, in parts.
-        guess: Start at so many times ``b``.
-        iterations: At most so many.
-        tolerance: Stop at a residual of this size, relative to ``b``.
+        b: The right-hand side, a tuple of tensors.
+        guess: The start is ``guess * b``.
+        iterations: Number of iterations, each with one product.
+        tolerance: A system is solved when its residual is at most ``tolerance`` times the norm of ``b``.
 
-    FunctionKey:
+    Source:
         Hestenes and Stiefel 1952, section 3; the stop at negative curvature: Steihaug 1983.
     """
-    size = _dot(b, b).sqrt()
-    unit = torch.where(size > 0, size, 1)  # squares of tiny numbers would vanish
+    norm = _dot(b, b).sqrt()
+    unit = torch.where(norm > 0, norm, 1)  # solved for b / |b|: squares of tiny numbers would be zero
     b = tuple(t / unit for t in b)
     x: Vector = tuple(guess * t for t in b)
     r: Vector = tuple(t - a for t, a in zip(b, product(x), strict=True))
     p, rr = r, _dot(r, r)
-    going = rr > tolerance**2
+    active = rr > tolerance**2
     for _ in range(iterations):
         q = product(p)
         curvature = _dot(p, q)
-        going = going & (rr > tolerance**2) & (curvature > 0)
-        step = torch.where(going, rr / torch.where(going, curvature, 1), 0)
+        active = active & (rr > tolerance**2) & (curvature > 0)
+        step = torch.where(active, rr / torch.where(active, curvature, 1), 0)
         x = tuple(a + step * d for a, d in zip(x, p, strict=True))
         r = tuple(a - step * d for a, d in zip(r, q, strict=True))
-        new = _dot(r, r)
-        ratio = torch.where(going, new / torch.where(going, rr, 1), 0)
+        new_rr = _dot(r, r)
+        ratio = torch.where(active, new_rr / torch.where(active, rr, 1), 0)
         p = tuple(a + ratio * d for a, d in zip(r, p, strict=True))
-        rr = new
+        rr = new_rr
     return tuple(unit * t for t in x)
 
 

@@ -1,4 +1,4 @@
-"""The inner loop itself, whichever way it is differentiated."""
+"""The inner loop, apart from how it is differentiated."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ..compile.compiler import MetaStepCompiler
 from ._checks import check_scalar
 from .optim import InnerOptimizer, Params, Rates, State
 
 Loss = Callable[..., Tensor]
-GradientOf = Callable[[Params, Params, tuple[Any, ...]], Params]  # of adapted, fixed, data
-# Of adapted, state, fixed, data, rates and the step's index, to the next adapted and state.
-StepOf = Callable[[Params, State, Params, tuple[Any, ...], Rates, int], tuple[Params, State]]
+GradientFunction = Callable[[Params, Params, tuple[Any, ...]], Params]  # of adapted, fixed, data
+# Of adapted, state, fixed, data, rates and the number of the step, from 0, to the next adapted and state.
+StepFunction = Callable[[Params, State, Params, tuple[Any, ...], Rates, int], tuple[Params, State]]
 
 
 @dataclass(frozen=True)
 class Loop:
-    """What the steps are made of.
+    """The inner loop of one task.
 
     Args:
-        loss: ``loss(params, *data)``.
-        names: Of all parameters, in their order.
-        fixed: Those that do not change.
+        loss: ``loss(params, *data)``, a scalar.
+        names: Names of all parameters, in their order.
+        fixed: The parameters that do not change.
         data: What the loss takes after the parameters.
-        optimizer: Of the steps.
+        optimizer: The inner optimizer.
         rates: Its learning rates.
+        compiler: Compiler of the meta-step, if it is compiled: the one that was active when the loop was made.
     """
 
     loss: Loss
@@ -38,23 +40,45 @@ class Loop:
     data: tuple[Any, ...]
     optimizer: InnerOptimizer
     rates: Rates
+    compiler: MetaStepCompiler | None = None
 
     def join(self, adapted: Params, fixed: Params) -> Params:
-        """All parameters, in their order."""
+        """Return all parameters, in their order."""
         return {k: adapted[k] if k in adapted else fixed[k] for k in self.names}
 
     def objective(self, adapted: Params, fixed: Params, data: tuple[Any, ...]) -> Tensor:
-        """The loss, as a function of all that it depends on."""
+        """Return the loss, as a function of every tensor that it depends on.
+
+        Raises:
+            TypeError: The loss returns no tensor.
+            ValueError: The loss returns a tensor that is not a scalar.
+        """
         loss = self.loss(self.join(adapted, fixed), *data)
         check_scalar(loss)
         return loss
 
     def run(
-        self, gradient: GradientOf, adapted: Params, state: State, first: int, last: int, *, step: StepOf | None = None
+        self,
+        gradient: GradientFunction,
+        adapted: Params,
+        state: State,
+        first: int,
+        last: int,
+        *,
+        step: StepFunction | None = None,
     ) -> tuple[list[Params], State]:
-        """Steps ``first`` to ``last - 1``: what the parameters were after each, and the optimizer's state.
+        """Take the steps ``first`` to ``last - 1``.
 
-        Each is by ``step``, if there is one, else by the ``gradient`` and the optimizer.
+        Args:
+            gradient: The inner gradient, for the optimizer.
+            adapted: The parameters that change.
+            state: The optimizer's.
+            first: Number of the first step.
+            last: Number after that of the last step.
+            step: A whole step, in place of the gradient and the optimizer.
+
+        Returns:
+            The adapted parameters after each step, and the optimizer's state after the last.
         """
         passed = []
         for index in range(first, last):
@@ -67,10 +91,10 @@ class Loop:
         return passed, state
 
     def detached(self) -> Loop:
-        """The same, of constants."""
+        """Return the same loop with constants for its tensors."""
         return replace(self, fixed=detach(self.fixed), data=detach(self.data), rates=detach(self.rates))
 
 
 def detach(tree: Any) -> Any:
-    """A tree of constants."""
+    """Return a tree with all of its tensors detached."""
     return tree_map_only(Tensor, torch.Tensor.detach, tree)

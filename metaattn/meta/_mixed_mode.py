@@ -1,4 +1,4 @@
-"""The inner gradient that keeps nothing: its derivative is forward over reverse."""
+"""Inner gradients that keep no activations: their derivative is computed forward over reverse."""
 
 from __future__ import annotations
 
@@ -10,49 +10,64 @@ from torch import Tensor
 from torch.func import grad
 
 from ..autodiff import recompute, split_tensors
-from ._hvp import Vector, gradient_along
-from ._inner_loop import GradientOf, Loop, StepOf
+from ._hvp import Vector, hessian_product
+from ._inner_loop import GradientFunction, Loop, StepFunction
 from .optim import Params, Rates, State
 
 
-def mixed_gradient(objective: Callable[..., Tensor]) -> GradientOf:
-    """The gradient of ``objective(adapted, fixed, data)`` in its first argument.
+def mixed_gradient(objective: Callable[..., Tensor]) -> GradientFunction:
+    """Return the gradient of ``objective(adapted, fixed, data)`` with respect to its first argument.
 
     With ``w`` the cotangent of the gradient and ``x`` any of the arguments, the symmetry of second derivatives
     gives ``d/dx <w, dL/d adapted> = d/de dL/dx (adapted + e w)``: one jvp of the gradient in all arguments.
+
+    Source:
+        Kemaev et al. 2025, MixFlow-MG (arXiv 2505.00793).
     """
 
     def gradient(adapted: Params, fixed: Params, data: tuple[Any, ...]) -> Params:
         _, restore = split_tensors((adapted, fixed, data))
 
-        def pullback(x: Vector, w: Vector, wrt: Sequence[int], of: Sequence[int]) -> Vector:
-            # The adapted are the first of the tensors: the outputs are their gradients, in their order.
-            still = len(adapted) + len(fixed)
-            return gradient_along(lambda *here: objective(*restore(here)), x, of, w, wrt, still=still)
+        def pullback(x: Vector, w: Vector, wrt: Sequence[int], outputs: Sequence[int]) -> Vector:
+            # The adapted parameters are the first tensors, and the outputs are their gradients, in the same order: the
+            # places of the outputs are those of the parameters that move.
+            first_data = len(adapted) + len(fixed)
+            return hessian_product(lambda *x: objective(*restore(x)), x, outputs, w, wrt, first_data=first_data)
 
         return recompute(grad(objective), adapted, fixed, data, pullback=pullback)
 
     return gradient
 
 
-def segment(
+def run_segment(
     loop: Loop,
-    gradient: GradientOf,
+    gradient: GradientFunction,
     adapted: Params,
     state: State,
     first: int,
     last: int,
     every: bool,
-    step: StepOf | None,
+    step: StepFunction | None,
 ) -> tuple[list[Params], State]:
-    """:meth:`Loop.run`, of which the graph keeps the start alone: its steps are run again for the derivative.
+    """Take steps as :meth:`Loop.run`, of which only the start is kept: the derivative runs them again.
 
-    Of the parameters those after the last step, or after ``every`` step.
+    Args:
+        loop: See :meth:`Loop.run`, as for all arguments but ``every``.
+        gradient: See there.
+        adapted: See there.
+        state: See there.
+        first: See there.
+        last: See there.
+        every: Return the parameters after every step, not only after the last.
+        step: See there.
+
+    Returns:
+        The adapted parameters after each step or after the last, and the optimizer's state after the last.
     """
 
     def steps(adapted: Params, state: State, fixed: Params, data: tuple[Any, ...], rates: Rates) -> Any:
-        again = replace(loop, fixed=fixed, data=data, rates=rates)
-        passed, state = again.run(gradient, adapted, state, first, last, step=step)
+        segment = replace(loop, fixed=fixed, data=data, rates=rates)
+        passed, state = segment.run(gradient, adapted, state, first, last, step=step)
         return passed if every else passed[-1:], state
 
     return recompute(steps, adapted, state, loop.fixed, loop.data, loop.rates)

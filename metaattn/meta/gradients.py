@@ -1,4 +1,9 @@
-"""The inner loop, and the ways to differentiate it."""
+"""Adaptation by gradient steps (:func:`adapt`, :func:`trajectory`) and the modes in which it is differentiated.
+
+A mode is a :class:`Gradient` object, which unrolls the steps for the outer derivative: through every step
+(:class:`Reverse`, :class:`Mixed`), through the last steps only (:class:`Truncated`), with constant inner gradients
+(:class:`FirstOrder`), or as the minimum of a loss (:class:`Implicit`).
+"""
 
 from __future__ import annotations
 
@@ -14,26 +19,62 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
+from ..compile.compiler import active_compiler
 from ._checks import check_count, check_optimizer, check_params
 from ._closure_checks import check_loop
-from ._compiled_step import compiled_step, spread
+from ._compiled_step import compiled_step, expand_per_task
 from ._implicit import minimum
 from ._inner_loop import Loop, Loss, detach
-from ._mixed_mode import mixed_gradient, segment
+from ._mixed_mode import mixed_gradient, run_segment
 from .optim import InnerOptimizer, Params, Rates, State
 
 
 class Gradient(ABC):
-    """How an outer derivative sees the inner loop; by name or, with settings, as an object."""
+    """Base class of the modes in which an outer derivative sees the inner loop.
+
+    Every function with a ``gradient`` argument takes a mode by name (``"reverse"``, ``"mixed"``, ``"first_order"``,
+    ``"truncated"``, ``"implicit"``: default settings), or an object such as ``Truncated(steps=3)``.
+
+    Example:
+        >>> from metaattn.meta import Gradient, Mixed, maml
+        >>> learner = maml(lambda params, x: (params["w"] - x).square().sum(), gradient=Mixed(segments=2), steps=8)
+        >>> isinstance(learner.gradient, Gradient)
+        True
+    """
 
     @abstractmethod
     def unroll(self, loop: Loop, adapted: Params, state: State, steps: int, every: bool) -> list[Params]:
-        """Take steps, at least one; the parameters after ``every`` one of them, or after the last alone."""
+        """Take the inner steps.
+
+        Args:
+            loop: The loss, its data, the optimizer and its rates.
+            adapted: The parameters that change, ``{name: tensor}``, before the first step.
+            state: The optimizer's state before the first step.
+            steps: Number of steps, at least 1.
+            every: Return the parameters after every step. Otherwise only those after the last step need to be in the
+                list, as its last entry.
+
+        Returns:
+            Dicts with the names and shapes of ``adapted``, in the order of the steps.
+        """
 
 
 @dataclass(frozen=True)
 class Reverse(Gradient):
-    """``"reverse"``: back through the unrolled gradient steps. Memory grows by a step's activations with each step."""
+    """Backpropagation through the unrolled gradient steps: ``"reverse"``.
+
+    It supports every order and mode. Memory grows with the number of steps, by the activations of one step each.
+
+    Example:
+        >>> import torch
+        >>> from metaattn.meta import Reverse, adapt, sgd
+        >>> def loss(params, x):
+        ...     return (params["w"] - x).square()
+        >>> w, data = torch.tensor(0.0, requires_grad=True), (torch.tensor(1.0),)
+        >>> adapted = adapt(loss, {"w": w}, data, optimizer=sgd(), rates=0.25, steps=2, gradient=Reverse())
+        >>> torch.autograd.grad(adapted["w"], w)[0].item()  # (1 - 0.25 * 2)^2
+        0.25
+    """
 
     def unroll(self, loop: Loop, adapted: Params, state: State, steps: int, every: bool) -> list[Params]:
         """See :class:`Gradient`."""
@@ -43,11 +84,24 @@ class Reverse(Gradient):
 
 @dataclass(frozen=True)
 class FirstOrder(Gradient):
-    """``"first_order"``: the inner gradients are constants.
+    """Inner gradients treated as constants: ``"first_order"``.
 
-    FunctionKey:
+    The derivative with respect to the initial parameters is then the gradient at the adapted ones. Learning rates keep
+    their derivatives.
+
+    Source:
         Finn, Abbeel and Levine 2017 (arXiv 1703.03400), section 5.2; Nichol, Achiam and Schulman 2018 (arXiv
         1803.02999), section 2.
+
+    Example:
+        >>> import torch
+        >>> from metaattn.meta import FirstOrder, adapt, sgd
+        >>> def loss(params, x):
+        ...     return (params["w"] - x).square()
+        >>> w, data = torch.tensor(0.0, requires_grad=True), (torch.tensor(1.0),)
+        >>> adapted = adapt(loss, {"w": w}, data, optimizer=sgd(), rates=0.25, steps=2, gradient=FirstOrder())
+        >>> torch.autograd.grad(adapted["w"], w)[0].item()
+        1.0
     """
 
     def unroll(self, loop: Loop, adapted: Params, state: State, steps: int, every: bool) -> list[Params]:
@@ -58,27 +112,38 @@ class FirstOrder(Gradient):
 
 @dataclass(frozen=True)
 class Mixed(Gradient):
-    """``"mixed"``: the derivative of ``"reverse"``, exactly, in the memory of one step's activations.
+    """Exact derivative of ``"reverse"`` in the activation memory of one step: ``"mixed"``.
 
-    Each inner gradient keeps its parameters and its data alone; the outer derivative computes it again, forward
-    over reverse. The activations kept do not grow with the steps: parameters and the optimizer's state do, at each
-    step or, with ``segments``, at the start of each. All orders and modes are right, and random numbers (dropout)
-    are drawn again as they were.
+    Each inner gradient stores only its parameters and its data. The outer derivative computes it again, in forward mode
+    over reverse mode. The stored activations therefore do not grow with the number of steps. What grows is the stored
+    parameters and the optimizer's state: one copy for each step or, with ``segments``, one for each segment. All orders
+    and modes are supported, and random numbers (dropout) are drawn again as in the first pass.
 
-    The loss must take all that a derivative may be wanted of as ``params`` or ``data``. One that closes over
-    such a tensor raises: that is found by one more call of the loss on constants before the first step. What PyTorch
-    cannot differentiate forward over reverse raises too (2.13: ``huber_loss``).
+    The loss must receive every tensor that is to be differentiated in ``params`` or ``data``. A loss that closes over
+    such a tensor raises an error; this is checked by one extra call of the loss on constants before the first step.
+    Functions that PyTorch cannot differentiate in forward mode over reverse mode (``huber_loss`` in 2.13) raise too.
 
     Args:
-        segments: Cut the steps into so many stretches; each is run again when it is differentiated, which takes
-            one more inner gradient a step. About the root of the number of steps needs the least memory.
+        segments: Divide the steps into this many segments, and run each segment again when it is differentiated. That
+            costs one more inner gradient per step. The square root of the number of steps needs about the least memory.
+            ``None``: store the parameters of every step.
 
     Raises:
-        TypeError: Segments that are no integer.
-        ValueError: Segments below 1.
+        TypeError: ``segments`` is not an integer.
+        ValueError: ``segments`` is below 1.
 
-    FunctionKey:
+    Source:
         Kemaev et al. 2025, MixFlow-MG (arXiv 2505.00793); segments: Chen et al. 2016 (arXiv 1604.06174).
+
+    Example:
+        >>> import torch
+        >>> from metaattn.meta import Mixed, adapt, sgd
+        >>> def loss(params, x):
+        ...     return (params["w"] - x).square()
+        >>> w, data = torch.tensor(0.0, requires_grad=True), (torch.tensor(1.0),)
+        >>> adapted = adapt(loss, {"w": w}, data, optimizer=sgd(), rates=0.25, steps=4, gradient=Mixed(segments=2))
+        >>> torch.autograd.grad(adapted["w"], w)[0].item()  # (1 - 0.25 * 2)^4, as with "reverse"
+        0.0625
     """
 
     segments: int | None = None
@@ -99,28 +164,39 @@ class Mixed(Gradient):
         bounds = [steps * i // count for i in range(count + 1)]
         passed: list[Params] = []
         for first, last in pairwise(bounds):
-            stretch, state = segment(loop, gradient, adapted, state, first, last, every, step)
-            adapted = stretch[-1]
-            passed += stretch
+            part, state = run_segment(loop, gradient, adapted, state, first, last, every, step)
+            adapted = part[-1]
+            passed += part
         return passed
 
 
 @dataclass(frozen=True)
 class Truncated(Gradient):
-    """``"truncated"``: the last steps alone are differentiated; what they start from is a constant.
+    """Derivative through the last steps only, from constant parameters: ``"truncated"``.
 
-    If more steps are taken than are differentiated, initial values of adapted parameters get no derivative: use it to
-    learn rates, losses or data.
+    When more steps are taken than are differentiated, the initial values of adapted parameters get no derivative. Use
+    this mode to learn learning rates, losses or data.
 
     Args:
-        steps: How many of them are differentiated.
+        steps: Number of steps, counted from the end, that are differentiated.
 
     Raises:
-        TypeError: Steps that are no integer.
-        ValueError: Steps below 1.
+        TypeError: ``steps`` is not an integer.
+        ValueError: ``steps`` is below 1.
 
-    FunctionKey:
+    Source:
         Shaban et al. 2019 (arXiv 1810.10667), truncated back-propagation.
+
+    Example:
+        >>> import torch
+        >>> from metaattn.meta import Truncated, adapt, sgd
+        >>> def loss(params, x):
+        ...     return (params["w"] - x).square()
+        >>> rate, data = torch.tensor(0.25, requires_grad=True), (torch.tensor(1.0),)
+        >>> start = {"w": torch.tensor(0.0)}
+        >>> adapted = adapt(loss, start, data, optimizer=sgd(), rates=rate, steps=2, gradient=Truncated(steps=1))
+        >>> torch.autograd.grad(adapted["w"], rate)[0].item()  # minus the second step's gradient, taken at w = 0.5
+        1.0
     """
 
     steps: int = 1
@@ -135,9 +211,9 @@ class Truncated(Gradient):
         if start:
             constant = loop.detached()
             with torch.no_grad():
-                still = compiled_step(constant, detach(adapted), detach(state), "first_order")
+                step = compiled_step(constant, detach(adapted), detach(state), "first_order")
                 passed, state = constant.run(
-                    grad(constant.objective), detach(adapted), detach(state), 0, start, step=still
+                    grad(constant.objective), detach(adapted), detach(state), 0, start, step=step
                 )
             passed, state = detach(passed), detach(state)
             adapted = passed[-1]
@@ -147,28 +223,43 @@ class Truncated(Gradient):
 
 @dataclass(frozen=True)
 class Implicit(Gradient):
-    """``"implicit"``: that of the minimum of the loss near the initial parameters, whatever the way there.
+    """Derivative of a minimum of the loss near the initial parameters: ``"implicit"``.
 
-    The steps are taken on ``loss + proximal / 2 * |params - initial|^2`` and nothing of them is kept. With ``H``
-    the Hessian of the loss at their end, taken for the minimum, the derivative of the initial parameters
-    from a cotangent ``w`` is ``proximal * (H + proximal)^-1 w``; that of anything else ``x`` in the loss is
-    ``-d^2 loss/dx d params (H + proximal)^-1 w``. Learning rates have none. It is as exact as the end is close to the
-    minimum. Conjugate gradients start at ``w / (proximal + damping)``, the first-order gradient, and stop where
-    ``H + proximal + damping`` is found not to be positive definite: there it is no minimum, and ``proximal`` too small.
-    One derivative in reverse mode; all others raise.
+    The steps minimise ``loss + proximal / 2 * |params - initial|^2`` and store nothing. Their result is treated as the
+    minimum, whichever steps led to it; the derivative is as accurate as the result is close to the minimum. With ``H``
+    the Hessian of the loss there and ``w`` a cotangent of the adapted parameters, the derivative is
+
+    * ``proximal * (H + proximal)^-1 w`` with respect to the initial parameters,
+    * ``-d^2 loss/dx d params (H + proximal)^-1 w`` with respect to any other argument ``x`` of the loss,
+    * zero with respect to learning rates.
+
+    The linear system is solved by conjugate gradients, which start at ``w / (proximal + damping)``, the first-order
+    gradient. They stop where ``H + proximal + damping`` turns out not to be positive definite: the result is then
+    no minimum, and ``proximal`` is too small. This mode has one derivative, in reverse mode; other derivatives raise.
 
     Args:
-        proximal: The strength of the pull to the initial parameters, positive.
-        damping: Added to the Hessian's diagonal in the solution alone, at least 0.
-        iterations: Of conjugate gradients, at most; each is one Hessian product.
-        tolerance: The residual, relative to ``w``, at which they stop.
+        proximal: Strength of the pull towards the initial parameters, positive.
+        damping: Added to the diagonal of the Hessian in the linear system only, at least 0.
+        iterations: Maximum number of conjugate-gradient iterations; each takes one Hessian-vector product.
+        tolerance: Residual, relative to the norm of ``w``, at which the iterations stop, at least 0.
 
     Raises:
-        TypeError: A setting that is no number.
-        ValueError: A setting outside its range.
+        TypeError: A setting is not a number, or ``iterations`` is not an integer.
+        ValueError: A setting is outside its range.
 
-    FunctionKey:
+    Source:
         Rajeswaran et al. 2019, iMAML (arXiv 1909.04630), lemma 1 and algorithm 2.
+
+    Example:
+        >>> import torch
+        >>> from metaattn.meta import Implicit, adapt, sgd
+        >>> def loss(params, x):
+        ...     return (params["w"] - x).square()
+        >>> w, data = torch.tensor(0.0, requires_grad=True), (torch.tensor(1.0),)
+        >>> mode = Implicit(proximal=2.0)
+        >>> adapted = adapt(loss, {"w": w}, data, optimizer=sgd(), rates=0.25, steps=1, gradient=mode)
+        >>> adapted["w"].item(), torch.autograd.grad(adapted["w"], w)[0].item()  # 2 / (2 + 2)
+        (0.5, 0.5)
     """
 
     proximal: float = 1.0
@@ -183,8 +274,8 @@ class Implicit(Gradient):
             if not isinstance(value, Real):
                 raise TypeError(f"{name} must be a number; got {value!r}")
             if not 0 <= float(value) < math.inf or (name == "proximal" and value == 0):
-                least = "positive" if name == "proximal" else "at least 0"
-                raise ValueError(f"{name} must be {least} and finite; got {value}")
+                bound = "positive" if name == "proximal" else "at least 0"
+                raise ValueError(f"{name} must be {bound} and finite; got {value}")
 
     def unroll(self, loop: Loop, adapted: Params, state: State, steps: int, every: bool) -> list[Params]:
         """See :class:`Gradient`."""
@@ -214,7 +305,7 @@ class Implicit(Gradient):
         return [*passed[:-1], end]
 
 
-# The names of what needs no settings.
+# The modes by name, with default settings.
 GRADIENTS: dict[str, Gradient] = {
     "reverse": Reverse(),
     "mixed": Mixed(),
@@ -225,7 +316,11 @@ GRADIENTS: dict[str, Gradient] = {
 
 
 def check_gradient(gradient: Any) -> Gradient:
-    """The way of differentiating that a name or an object says."""
+    """Return the mode for a name or an object.
+
+    Raises:
+        ValueError: There is no such mode.
+    """
     if isinstance(gradient, Gradient):
         return gradient
     if not isinstance(gradient, str) or gradient not in GRADIENTS:
@@ -247,33 +342,50 @@ def trajectory(
     adapts: Sequence[str] | None = None,
     gradient: str | Gradient = "reverse",
 ) -> list[Params]:
-    """Adapt parameters by gradient steps on a loss; all that the steps went through.
+    """Adapt parameters by gradient steps on a loss, and return the parameters before, between and after the steps.
 
-    Meta-parameters are whatever is differentiated afterwards: initial parameters, learning rates, and
-    any tensor in ``data`` (targets, weights of samples, the parameters of a learned loss).
+    Every tensor argument can be a meta-parameter: the initial parameters, the learning rates, and any tensor in
+    ``data`` (targets, weights of samples, the parameters of a learned loss).
+
+    The loss is that of one task. Several tasks are adapted by :func:`torch.func.vmap` over this function, or by a
+    :class:`Learner`. Without it, a dimension of tasks in ``data`` is whatever the loss makes of it: an average over it
+    adapts one set of parameters to all tasks.
 
     Args:
-        loss: ``loss(params, *data)``, a scalar.
-        params: Where to start.
-        data: What the loss takes after the parameters: a task's support set; trees of tensors.
-        optimizer: The inner optimizer.
-        rates: Its learning rates, see :func:`metaattn.meta.rate`.
-        steps: How many steps, at least 0.
-        adapts: Names of the parameters that change; all by default. The others are as they were throughout.
+        loss: ``loss(params, *data)`` returns a scalar tensor.
+        params: Initial parameters, ``{name: tensor}`` of any shapes.
+        data: The further arguments of the loss: pytrees of tensors, usually one task's support set, such as inputs
+            ``[shots, tokens, width]`` and targets ``[shots]``.
+        optimizer: The inner optimizer, such as ``sgd()``.
+        rates: Its learning rates: a number, a tensor ``[]`` or ``[steps]``, or a dict of tensors; see
+            :func:`metaattn.meta.rate`.
+        steps: Number of steps, at least 0.
+        adapts: Names of the parameters that change; ``None`` for all. The others keep their initial values.
         gradient: How an outer derivative sees the steps: ``"reverse"`` (:class:`Reverse`), ``"mixed"``
             (:class:`Mixed`), ``"first_order"`` (:class:`FirstOrder`), ``"truncated"`` (:class:`Truncated`),
-            ``"implicit"`` (:class:`Implicit`), or one of these with settings.
+            ``"implicit"`` (:class:`Implicit`), or one of these classes with settings.
 
     Returns:
-        ``steps + 1`` dicts of parameters, the first of which is ``params``.
+        A list of ``steps + 1`` dicts with the names and shapes of ``params``; the first is ``params``.
 
     Raises:
-        ValueError: A negative number of steps, an unknown way of differentiating, an unknown parameter, a
-            parameter without a learning rate; a loss that closes over a tensor whose derivative would be lost.
-        TypeError: Parameters that are no dict of tensors, an optimizer that is none, steps that are no integer.
-        NotImplementedError: With ``"mixed"``, a loss that draws random numbers under ``make_fx``, or under a
-            :func:`torch.func.vmap` with other numbers for each entry that maps neither parameters nor data; a second
-            derivative, or forward mode, of ``"implicit"``.
+        ValueError: ``steps`` is negative; the mode or a parameter's name is unknown; a parameter has no learning rate;
+            the loss is not a scalar, or closes over a tensor whose derivative would be lost.
+        TypeError: ``params`` is not a dict of tensors, ``optimizer`` is not an :class:`InnerOptimizer`, or ``steps`` is
+            not an integer.
+        NotImplementedError: With ``"mixed"``, the loss draws random numbers under ``make_fx``, or under a
+            :func:`torch.func.vmap` with ``randomness="different"`` that maps neither parameters nor data. With
+            ``"implicit"``, a second derivative or forward mode is requested.
+
+    Example:
+        >>> import torch
+        >>> from metaattn.meta import sgd, trajectory
+        >>> def loss(params, x, y):
+        ...     return (x @ params["w"] - y).square().mean()
+        >>> params, x, y = {"w": torch.zeros(3)}, torch.randn(5, 3), torch.randn(5)
+        >>> passed = trajectory(loss, params, (x, y), optimizer=sgd(), rates=0.1, steps=4)
+        >>> len(passed), passed[-1]["w"].shape
+        (5, torch.Size([3]))
     """
     return _unroll(loss, params, data, optimizer, rates, steps, adapts, gradient, every=True)
 
@@ -290,18 +402,19 @@ def _unroll(
     every: bool,
 ) -> list[Params]:
     check_count("steps", steps, 0)
-    how = check_gradient(gradient)
+    mode = check_gradient(gradient)
     check_optimizer(optimizer)
     check_params(params)
     names = list(params) if adapts is None else list(adapts)
     if unknown := sorted(set(names) - set(params)):
-        raise ValueError(f"no parameter is named {unknown}; there are {sorted(params)}")
+        raise ValueError(f"no parameter is named {unknown}; the parameters are {sorted(params)}")
     if steps == 0:
         return [params]
-    adapted = spread({k: params[k] for k in names}, data)
+    compiler = active_compiler()  # once: all steps and their derivatives run as the first does
+    adapted = expand_per_task({k: params[k] for k in names}, data, compiler)
     fixed = {k: p for k, p in params.items() if k not in adapted}
-    loop = Loop(loss, tuple(params), fixed, tuple(data), optimizer, rates)
-    return [params, *(loop.join(p, fixed) for p in how.unroll(loop, adapted, optimizer.init(adapted), steps, every))]
+    loop = Loop(loss, tuple(params), fixed, tuple(data), optimizer, rates, compiler)
+    return [params, *(loop.join(p, fixed) for p in mode.unroll(loop, adapted, optimizer.init(adapted), steps, every))]
 
 
 def adapt(
@@ -315,7 +428,31 @@ def adapt(
     adapts: Sequence[str] | None = None,
     gradient: str | Gradient = "reverse",
 ) -> Params:
-    """The last entry of :func:`trajectory`, which describes the arguments.
+    """Adapt parameters by gradient steps on a loss, and return the parameters after the last step.
+
+    It is the last entry of :func:`trajectory`, in less memory where the mode can do so, with the same arguments and
+    errors.
+
+    Args:
+        loss: ``loss(params, *data)`` returns a scalar tensor.
+        params: Initial parameters, ``{name: tensor}`` of any shapes.
+        data: The further arguments of the loss: pytrees of tensors, usually one task's support set, such as inputs
+            ``[shots, tokens, width]`` and targets ``[shots]``. For many tasks use :func:`torch.func.vmap`, or a
+            :class:`Learner`.
+        optimizer: The inner optimizer, such as ``sgd()``.
+        rates: Its learning rates: a number, a tensor ``[]`` or ``[steps]``, or a dict of tensors; see
+            :func:`metaattn.meta.rate`.
+        steps: Number of steps, at least 0.
+        adapts: Names of the parameters that change; ``None`` for all.
+        gradient: How an outer derivative sees the steps, by name or as an object; see :func:`trajectory`.
+
+    Returns:
+        A dict with the names and shapes of ``params``.
+
+    Raises:
+        ValueError: As :func:`trajectory`.
+        TypeError: As :func:`trajectory`.
+        NotImplementedError: As :func:`trajectory`.
 
     Example:
         >>> import torch

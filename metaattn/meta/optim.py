@@ -1,9 +1,9 @@
-"""Inner optimizers: pure functions of dicts of tensors, differentiable in all that they touch.
+"""Inner optimizers: pure functions of dicts of tensors, differentiable in every tensor argument.
 
-An optimizer is a pair of functions. ``init(params)`` gives its state; ``update(grads, state, params, rates,
-step)`` gives the next parameters and state. The learning rate is an argument and not a part of the
-optimizer, so that it can be a meta-parameter. The step, from 0, is an integer; in a compiled meta-step
-(:func:`metaattn.meta.capture`) an integer tensor, so that one graph serves all steps.
+An optimizer is a pair of functions: ``init(params)`` returns its state, and ``update(grads, state, params, rates,
+step)`` returns the next parameters and the next state. The learning rate is an argument rather than part of the
+optimizer, so that it can be a meta-parameter. The step counts from 0. It is a Python integer, except in a compiled
+meta-step (:func:`metaattn.meta.capture`), where it is an integer tensor so that every step can use the same graph.
 """
 
 from __future__ import annotations
@@ -21,27 +21,57 @@ Step = int | Tensor
 
 
 class InnerOptimizer(NamedTuple):
-    """A pair of pure functions, see the module; ``step`` counts from 0."""
+    """A pair of pure functions that together define an optimizer.
+
+    :func:`sgd`, :func:`momentum` and :func:`adam` return one. Any other pair of functions with these signatures is an
+    inner optimizer too.
+
+    Args:
+        init: ``init(params)`` returns the initial state for parameters ``{name: tensor}``: a dict of dicts
+            ``{quantity: {name: tensor}}``, empty for an optimizer without state.
+        update: ``update(grads, state, params, rates, step)`` returns the next parameters and the next state. ``grads``
+            has the names and shapes of ``params``; ``rates`` are learning rates to be read with :func:`rate`; ``step``
+            counts from 0. It must not change its arguments in place.
+
+    Example:
+        >>> import torch
+        >>> from metaattn.meta import InnerOptimizer, rate
+        >>> def update(grads, state, params, rates, step):  # sign descent
+        ...     return {k: p - rate(rates, k, step) * grads[k].sign() for k, p in params.items()}, state
+        >>> optimizer = InnerOptimizer(init=lambda params: {}, update=update)
+        >>> params = {"w": torch.tensor([1.0, 2.0])}
+        >>> params, state = optimizer.update({"w": torch.tensor([5.0, -5.0])}, {}, params, 0.1, 0)
+        >>> params["w"]
+        tensor([0.9000, 2.1000])
+    """
 
     init: Callable[[Params], State]
     update: Callable[[Params, State, Params, Rates, Step], tuple[Params, State]]
 
 
 def rate(rates: Rates, name: str, step: Step) -> float | Tensor:
-    """The learning rate of a parameter at a step.
+    """Return the learning rate of one parameter at one step.
 
     Args:
-        rates: A number or a scalar tensor, for all; a tensor ``[steps]``; or a dict with, for each
-            parameter, a scalar, ``[steps]`` or ``[steps, *shape of the parameter]``. Where a dimension of
-            steps is shorter than the steps taken, its last entry goes on: of length 1 it is for all steps.
-        name: The parameter's.
-        step: Counted from 0.
+        rates: A number or a scalar tensor, for all parameters and steps; a tensor ``[steps]``, for all parameters; or
+            a dict with a tensor for each parameter, of shape ``[]``, ``[steps]`` or ``[steps, *parameter.shape]``.
+            After the last entry of a ``steps`` dimension, that entry is used again: a dimension of length 1 is one
+            rate for all steps.
+        name: The parameter's name.
+        step: The step, counted from 0; an integer or a scalar integer tensor.
 
     Returns:
         A number, a scalar tensor, or a tensor of the parameter's shape.
 
     Raises:
-        ValueError: A dict without an entry for the parameter.
+        ValueError: ``rates`` is a dict without an entry for the parameter.
+
+    Example:
+        >>> import torch
+        >>> from metaattn.meta import rate
+        >>> rates = {"w": torch.tensor([0.5, 0.25])}  # one for each of two steps
+        >>> [rate(rates, "w", step).item() for step in range(3)]
+        [0.5, 0.25, 0.25]
     """
     if isinstance(rates, dict) and name not in rates:
         raise ValueError(f"rates has no entry for {name!r}; it has {sorted(rates)}")
@@ -55,15 +85,22 @@ def rate(rates: Rates, name: str, step: Step) -> float | Tensor:
 
 
 def _correction(beta: float, step: Step, like: Tensor) -> float | Tensor:
-    """``1 - beta^(step + 1)``, in float64: what a mean of ``step + 1`` values that began at zero is short of."""
+    """Return ``1 - beta^(step + 1)``, the bias correction of a running mean that started at zero.
+
+    It is computed in float64, because ``beta^(step + 1)`` is close to 1 at first.
+    """
     if not isinstance(step, Tensor):
         return 1 - beta ** (step + 1)
     share = 1 - torch.pow(beta, (step + 1).double())
-    return share if like.dim() else share.to(like.dtype)  # among tensors without dimensions the wider dtype wins
+    # A float64 scalar would promote a scalar parameter, though no tensor with dimensions.
+    return share if like.dim() else share.to(like.dtype)
 
 
 def sgd() -> InnerOptimizer:
-    """Gradient descent: ``p - rate * g``.
+    """Return plain gradient descent: ``p - rate * g``.
+
+    Returns:
+        The optimizer; it has no state.
 
     Example:
         >>> import torch
@@ -84,14 +121,20 @@ def sgd() -> InnerOptimizer:
 
 
 def momentum(beta: float = 0.9, *, nesterov: bool = False) -> InnerOptimizer:
-    """Gradient descent with momentum, as :class:`torch.optim.SGD` has it: ``m = beta m + g; p - rate * m``.
+    """Return gradient descent with momentum, as in :class:`torch.optim.SGD`: ``m = beta m + g; p - rate * m``.
 
     Args:
-        beta: How much of the momentum stays, in ``[0, 1)``.
-        nesterov: Whether to step by ``g + beta m`` instead.
+        beta: Decay of the momentum per step, in ``[0, 1)``.
+        nesterov: Take the step ``rate * (g + beta m)`` instead of ``rate * m``.
+
+    Returns:
+        The optimizer; its state has the momentum of each parameter, initially zero.
 
     Raises:
-        ValueError: ``beta`` outside ``[0, 1)``.
+        ValueError: ``beta`` is outside ``[0, 1)``.
+
+    Source:
+        Polyak 1964; Nesterov's variant: Sutskever et al. 2013, equations 3 and 4.
 
     Example:
         >>> import torch
@@ -119,22 +162,25 @@ def momentum(beta: float = 0.9, *, nesterov: bool = False) -> InnerOptimizer:
 
 
 def adam(beta1: float = 0.9, beta2: float = 0.999, *, eps: float = 1e-8, eps_root: float = 1e-8) -> InnerOptimizer:
-    """Adam, as :class:`torch.optim.Adam` has it but for ``eps_root``, which a derivative through it needs.
+    """Return Adam, as in :class:`torch.optim.Adam` except for ``eps_root``, which derivatives through the step need.
 
-    The step is ``rate * m / (sqrt(v + eps_root) + eps)``, ``m`` and ``v`` corrected for their bias. At a
-    gradient of exactly zero (behind a layer that starts at zero, say) ``v = 0``, where the square root has
-    no derivative: with ``eps_root=0`` meta-gradients there are NaN.
+    The step is ``rate * m / (sqrt(v + eps_root) + eps)``, with bias-corrected means ``m`` of the gradients and ``v`` of
+    their squares. Where a gradient is exactly zero (behind a layer that is initialised to zero, for example), ``v`` is
+    zero and the square root has no derivative: with ``eps_root=0`` the meta-gradient there is NaN.
 
     Args:
-        beta1: Decay of the mean of gradients, in ``[0, 1)``.
-        beta2: Decay of the mean of their squares, in ``[0, 1)``.
-        eps: Added outside the root.
-        eps_root: Added inside the root.
+        beta1: Decay of the mean of the gradients per step, in ``[0, 1)``.
+        beta2: Decay of the mean of their squares per step, in ``[0, 1)``.
+        eps: Added to the square root.
+        eps_root: Added inside the square root.
+
+    Returns:
+        The optimizer; its state has both means of each parameter, initially zero.
 
     Raises:
-        ValueError: A decay outside ``[0, 1)``.
+        ValueError: ``beta1`` or ``beta2`` is outside ``[0, 1)``.
 
-    FunctionKey:
+    Source:
         Kingma and Ba 2015 (arXiv 1412.6980), algorithm 1.
 
     Example:
@@ -142,7 +188,7 @@ def adam(beta1: float = 0.9, beta2: float = 0.999, *, eps: float = 1e-8, eps_roo
         >>> from metaattn.meta import adam
         >>> params, gradient = {"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([2.0, -20.0])}
         >>> optimizer = adam()
-        >>> optimizer.update(gradient, optimizer.init(params), params, 0.1, 0)[0]["w"]  # by the rate, at first
+        >>> optimizer.update(gradient, optimizer.init(params), params, 0.1, 0)[0]["w"]  # at first: the rate
         tensor([0.9000, 1.1000])
     """
     for name, beta in (("beta1", beta1), ("beta2", beta2)):

@@ -1,4 +1,7 @@
-"""What a call may be: every error that the operator raises, before any work, and the canonical operands."""
+"""Check a call of the operator, and bring its tensors to the form that the rules and backends take.
+
+Every error about arguments is raised here, before any computation.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import check_name, current_backend, refuses
+from ..backends import check_name, current_backend, unsupported_reason
 from ..backends.base import Operands
 from .operators import Call, autocasts
 
@@ -19,7 +22,7 @@ Window = tuple[int | None, int | None]
 
 
 class Prepared(NamedTuple):
-    """A checked call: its static part, its operands, and the shape that its output takes."""
+    """A checked call: its static part, its operands, and the shape of its output."""
 
     call: Call
     x: Operands
@@ -38,10 +41,10 @@ def prepare(
     window: Window | None,
     backend: str | None,
 ) -> Prepared:
-    """Check a call and bring its tensors to the form of :class:`Operands`; for what it raises, see ``sdpa``."""
+    """Check a call and bring its tensors to the form of :class:`Operands`. It raises the errors listed at ``sdpa``."""
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        # Sizes are tensors in it, and what it records would have none of our rules.
-        raise NotImplementedError("torch.jit.trace is not served; use torch.compile or make_fx")
+        # There sizes are tensors, and the recorded graph would lack the derivative rules.
+        raise NotImplementedError("torch.jit.trace is not supported; use torch.compile or make_fx")
     name = current_backend() if backend is None else check_name(backend)
     given = query
     query, key, value = _check_tensors(query=query, key=key, value=value)
@@ -79,10 +82,10 @@ def prepare(
 
     call = Call(float(scale), left, right, float(dropout_p), name)
     x = Operands(query, key, value, bias, mask)
-    if (reason := refuses(name, call.problem, x)) is not None:
+    if (reason := unsupported_reason(name, call.problem, x)) is not None:
         raise NotImplementedError(reason)
     if dropout_p > 0.0:
-        # Drawn with PyTorch's generator, so that torch.manual_seed and vmap's `randomness` govern it.
+        # From PyTorch's generator, so that torch.manual_seed and the `randomness` of vmap apply.
         seeds = torch.randint(2**62, (*query.shape[:-2], 1, 1), dtype=torch.int64, device=query.device)
         x = x._replace(seeds=seeds)
     return Prepared(call, x, out_shape)
@@ -124,7 +127,7 @@ def _check_lengths(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_mask(mask: Tensor, dtypes: tuple[torch.dtype, torch.dtype], query: Tensor, is_causal: bool) -> None:
-    """``dtypes``: the query's, as given and as autocast has it."""
+    """Check the mask; ``dtypes`` are those of the query as it was given, and after autocast."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask must be a tensor, got {type(mask).__name__}")
     if is_causal:
@@ -139,7 +142,7 @@ def _check_mask(mask: Tensor, dtypes: tuple[torch.dtype, torch.dtype], query: Te
 
 
 def check_window(window: object) -> Window:
-    """The limits left and right of the diagonal that ``window`` names; raises as :func:`sdpa`."""
+    """Return the limits left and right of the diagonal that ``window`` sets; raises as :func:`sdpa`."""
     if window is None:
         window = (None, None)
     if not isinstance(window, Sequence) or len(window) != 2:
@@ -154,7 +157,7 @@ def check_window(window: object) -> Window:
 
 
 def _cast(*tensors: Tensor) -> Sequence[Tensor]:
-    """Under autocast, the inputs in its dtype, as for PyTorch's attention; float64 stays."""
+    """Under autocast, cast the inputs to its dtype as PyTorch's attention does, except float64."""
     device = tensors[0].device.type
     floats = all(t.is_floating_point() and t.dtype != torch.float64 for t in tensors)
     if floats and autocasts(device):
@@ -163,12 +166,12 @@ def _cast(*tensors: Tensor) -> Sequence[Tensor]:
 
 
 def _pad(t: Tensor, rank: int) -> Tensor:
-    """Leading dimensions of size 1 up to ``rank``."""
+    """Add leading dimensions of size 1 up to ``rank``."""
     return t[(None,) * (rank - t.dim())] if t.dim() < rank else t
 
 
 def _heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, int]:
-    """The numbers of query heads and of key and value heads, after broadcasting."""
+    """Return the number of query heads, and of key and value heads, after broadcasting."""
     q, k, v = (t.shape[-3] for t in (query, key, value))
     if enable_gqa:
         if k == 0 or v == 0 or q % k or q % v:
@@ -186,7 +189,7 @@ def _heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple
 
 
 def _broadcast(query: Tensor, key: Tensor, value: Tensor, heads: tuple[int, int]) -> Sequence[Tensor]:
-    """One batch shape for all; heads expanded, or repeated where key and value differ under GQA."""
+    """Broadcast to one batch shape; expand heads, or repeat them if those of key and value differ under GQA."""
     shapes = [t.shape[:-3] for t in (query, key, value)]
     batch = shapes[0]
     try:
@@ -202,14 +205,16 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, heads: tuple[int, int]
 
 
 def _expand(t: Tensor, shape: Sequence[int]) -> Tensor:
-    """``t`` broadcast to ``shape``, its heads repeated in groups if there are fewer."""
+    """Broadcast ``t`` to ``shape``; repeat its heads in groups if there are fewer."""
     if t.shape[-3] not in (1, shape[-3]):
         t = t.repeat_interleave(shape[-3] // t.shape[-3], -3)
-    return t if t.shape == shape else t.expand(shape)  # a view would cost a node at every level of torch.func
+    return (
+        t if t.shape == shape else t.expand(shape)
+    )  # an expand that changes nothing would add a node at each level of torch.func
 
 
-def same_form(name: str, primal: Tensor | None, tangent: Tensor | None, operand: Tensor | None) -> Tensor | None:
-    """A tangent of a primal as one of the operand that :func:`prepare` made of it."""
+def shape_tangent(name: str, primal: Tensor | None, tangent: Tensor | None, operand: Tensor | None) -> Tensor | None:
+    """Turn a tangent of a primal into one of the operand that :func:`prepare` made of that primal."""
     if tangent is None:
         return None
     if not isinstance(tangent, Tensor):
@@ -218,13 +223,13 @@ def same_form(name: str, primal: Tensor | None, tangent: Tensor | None, operand:
         raise ValueError(f"{name} has no tangent here: it is boolean or absent")
     if tangent.shape != primal.shape:
         raise ValueError(f"the tangent of {name} must have its shape, {list(primal.shape)}; got {list(tangent.shape)}")
-    if tangent.dtype not in (primal.dtype, operand.dtype):  # which differ under autocast alone
+    if tangent.dtype not in (primal.dtype, operand.dtype):  # the two differ under autocast only
         raise TypeError(f"the tangent of {name} must have its dtype, {primal.dtype}; got {tangent.dtype}: convert it")
     return _expand(_pad(tangent, operand.dim()), operand.shape).to(operand.dtype)
 
 
-def adjoint(grad: Tensor, primal: Tensor) -> Tensor:
-    """The gradient of a primal from that of its operand: summed over all that was broadcast or repeated."""
+def reduce_gradient(grad: Tensor, primal: Tensor) -> Tensor:
+    """Turn the gradient of an operand into that of its primal: sum over what was broadcast or repeated."""
     shape = (*(1,) * (grad.dim() - primal.dim()), *primal.shape)
     if shape[-3] not in (1, grad.shape[-3]):
         grad = grad.unflatten(-3, (shape[-3], -1)).sum(-3)

@@ -1,7 +1,8 @@
-"""The differentiation rules, written once above every backend.
+"""The differentiation rules of attention, written once for all backends.
 
-Two families of functions close the calculus at every order (``x`` the operands, ``w`` a cotangent of
-``(out, lse)``, ``t1 … tn`` tangents of ``x``, ``a`` a cotangent and ``u`` a tangent of ``x``)::
+Two families of functions are closed under differentiation (``x`` are the operands, ``w`` a cotangent of ``(out, lse)``,
+``t1 … tn`` tangents of ``x``, ``a`` a cotangent and ``u`` a tangent of ``x``; F, B, T and S are the primitives in the
+notation of ``docs/mathematics.md``)::
 
     D_n(x; t1 … tn)     the n-th directional derivative of (out, lse)          D_0 = F, D_1 = T
     G_n(x; w; t1 … tn)  the gradient in x of <w, D_n(x; t1 … tn)>              G_0 = B, G_1 = S
@@ -17,388 +18,458 @@ G_n     x: G_{n+1}(w; t, a)   w: D_{n+1}(t, a)      G_{n+1}(w; t, u) + G_n(w'; t
         ti: G_n(w; t with ti -> a)                  + sum_i G_n(w; t with ti -> ti')
 ======  ==========================================  ==================================================
 
-``out`` and ``lse`` enter as residuals: nothing is differentiated through them, for G accounts for their
-dependence on ``x``; their *tangents*, which forward mode supplies, are the residuals of S. The tangent
-``w'`` that a cotangent has along ``t1`` rides in the same call (``G_n(w, w'; t) = G_n(w; t1 … tn) +
-G_{n-1}(w'; t2 … tn)``), at a third of the price of a call of its own.
+In the code, ``forward`` is D_0, ``forward_jvp`` is D_n for ``n >= 1``, ``backward`` is G_0 and ``backward_jvp`` is G_n
+for ``n >= 1``.
 
-Trap (PyTorch 2.11 to 2.13, held by ``tests/boundaries``): in a ``jvp`` rule forward mode is off, at the
-levels below as well, so that an ordinary tensor operation there silently loses the tangents of every
-outer ``torch.func.jvp``. Another Function turns it on again for those levels: our jvp rules return what
-Functions return and constants, and add with :class:`Sum`.
+``out`` and ``lse`` are residuals of the gradients. Nothing is differentiated through them, because G accounts for their
+dependence on ``x``; but their *tangents*, which forward mode supplies, are residuals of S. The tangent ``w'`` that a
+cotangent has along ``t1`` goes into the same call (``G_n(w, w'; t) = G_n(w; t1 … tn) + G_{n-1}(w'; t2 … tn)``), at a
+third of the cost of a separate call.
+
+Trap (PyTorch 2.11 to 2.13, held by ``tests/boundaries``): inside a ``jvp`` rule, forward mode is off, at the levels
+below as well. An ordinary tensor operation there silently loses the tangents of every outer ``torch.func.jvp``. Another
+custom function turns forward mode on again for those levels. So our jvp rules return only constants and what custom
+functions return, and add with :func:`metaattn.autodiff.add_terms`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from ..autodiff import (
     CustomFunction,
     PrecomputedResult,
     PresenceMask,
+    add_terms,
+    allow_in_graph,
     current_tangents,
     reverse_over_forward,
-    total,
+    unwrap_dead_wrappers,
 )
 from ..backends.base import Operands, Rows, Tangent, Values
 from . import operators
-from .operators import Call, unflatten
+from .operators import (
+    BackwardTensors,
+    Call,
+    ForwardJvpTensors,
+    ForwardWithJvpTensors,
+    flatten_tangents,
+    split_call,
+)
 
 ZERO = Rows()
 
 
-def flat(tangents: Sequence[Tangent]) -> tuple[Tensor | None, ...]:
-    return tuple(part for t in tangents for part in t)
-
-
-def replace(tangents: list[Tangent], i: int, by: Tangent) -> list[Tangent]:
-    return [*tangents[:i], by, *tangents[i + 1 :]]
-
-
 def forward(call: Call, x: Operands) -> Values:
-    """F."""
+    """Return out and lse."""
     return Values(*_forward(*call.flat, *x))
 
 
 def forward_with_jvp(call: Call, x: Operands, tangent: Tangent) -> tuple[Values, Rows]:
-    """F and ``D_1`` at once; the latter zero (absent) if the tangent is."""
+    """Return out and lse, and their tangents along one tangent, which are absent if it is zero."""
     if tangent.is_zero:
         return forward(call, x), ZERO
-    parts = _forward_tangent(*call.flat, *x, *tangent)
+    parts = _forward_with_jvp(*call.flat, *x, *tangent)
     return Values(*parts[:2]), Rows(*parts[2:])
 
 
-def directional(call: Call, x: Operands, values: Values, tangents: Sequence[Tangent]) -> Rows:
-    """``D_n`` for ``n >= 1``; zero (absent) if any of the tangents is."""
+def forward_jvp(call: Call, x: Operands, values: Values, tangents: Sequence[Tangent]) -> Rows:
+    """Return ``D_n`` for one tangent or more; absent (zero) if any of the tangents is zero."""
     if any(t.is_zero for t in tangents):
         return ZERO
-    return Rows(*_directional(*call.flat, *x, *values, *flat(tangents)))
+    return Rows(*_forward_jvp(*call.flat, *x, *values, *flatten_tangents(tangents)))
 
 
-def gradient(
+def backward(
     call: Call,
     x: Operands,
     values: Values,
-    w: Rows,
+    cotangent: Rows,
     tangents: Sequence[Tangent] = (),
     *,
-    w_tangent: Rows = ZERO,
+    cotangent_tangent: Rows = ZERO,
     values_tangent: Rows = ZERO,
     bias_grad: bool,
 ) -> Tangent:
-    """``G_n(w, w'; t)``, where ``w'`` is the tangent of ``w`` along the first of the tangents.
+    """Return ``G_n``; parts of it that are zero are absent.
 
-    ``values_tangent`` is ``D_1`` along the only tangent, if at hand. Absent parts of the result are zero.
+    Args:
+        call: The static part of the call.
+        x: The operands.
+        values: What :func:`forward` returns for them.
+        cotangent: Cotangent ``w`` of out and lse.
+        tangents: Tangents ``t1 … tn`` of the operands.
+        cotangent_tangent: The tangent ``w'`` of the cotangent along the first of the tangents.
+        values_tangent: If there is one tangent: what :func:`forward_jvp` returns for it, or absent to compute it here.
+        bias_grad: Compute the gradient of the bias.
     """
-    if w.is_zero or any(t.is_zero for t in tangents):
-        return gradient(call, x, values, w_tangent, tangents[1:], bias_grad=bias_grad) if tangents else Tangent()
-    if len(tangents) != 1:
+    if cotangent.is_zero or any(t.is_zero for t in tangents):
+        if not tangents:
+            return Tangent()
+        return backward(call, x, values, cotangent_tangent, tangents[1:], bias_grad=bias_grad)
+    if not tangents:
+        return Tangent(*_backward(*call.flat, bias_grad, *x, *values, *cotangent))
+    if len(tangents) > 1:
         values_tangent = ZERO
     elif None in values_tangent:
-        values_tangent = directional(call, x, values, tangents)
-    rows = (*values, *values_tangent, *w, *w_tangent)
-    return Tangent(*_gradient(*call.flat, bias_grad, *x, *rows, *flat(tangents)))
+        values_tangent = forward_jvp(call, x, values, tangents)
+    rows = (*cotangent, *values_tangent, *cotangent_tangent)
+    return Tangent(*_backward_jvp(*call.flat, bias_grad, *x, *values, *rows, *flatten_tangents(tangents)))
 
 
-# torch.compile puts these calls into its graph as they are and runs the rules when it traces that graph,
-# with the transforms active. Left to itself it would inline a Function's forward and drop its rules.
+# torch.compile puts the calls of these functions into its graph unchanged, and runs the rules when it traces that
+# graph, with the transforms active. By default it would inline the forward of a custom function and drop the rules.
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    return _Forward.of(Call(*args[:5]), *args[5:])
+    call, tensors = split_call(args)
+    return _Forward.invoke(call, *tensors)
 
 
-@torch.compiler.allow_in_graph
-def _forward_tangent(*args: Any) -> tuple[Tensor, ...]:
-    return _ForwardTangent.of(Call(*args[:5]), *args[5:])
+@allow_in_graph
+def _forward_with_jvp(*args: Any) -> tuple[Tensor, ...]:
+    call, tensors = split_call(args)
+    return _ForwardWithJvp.invoke(call, *tensors)
 
 
-@torch.compiler.allow_in_graph
-def _directional(*args: Any) -> tuple[Tensor, ...]:
-    return _Directional.of(Call(*args[:5]), *args[5:])
+@allow_in_graph
+def _forward_jvp(*args: Any) -> tuple[Tensor, ...]:
+    call, tensors = split_call(args)
+    return _ForwardJvp.invoke(call, *tensors)
 
 
-@torch.compiler.allow_in_graph
-def _gradient(*args: Any) -> tuple[Tensor, ...]:
-    return _Gradient.of((Call(*args[:5]), args[5]), *args[6:])
+@allow_in_graph
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    call, (bias_grad, *tensors) = split_call(args)
+    return _Backward.invoke((call, bias_grad), *tensors)
+
+
+@allow_in_graph
+def _backward_jvp(*args: Any) -> tuple[Tensor, ...]:
+    call, (bias_grad, *tensors) = split_call(args)
+    return _BackwardJvp.invoke((call, bias_grad), *tensors)
 
 
 class _Forward(CustomFunction):
-    """out and lse. Tensors: x (6)."""
+    """``D_0``: out and lse. Tensors: :class:`Operands`."""
 
     @classmethod
-    def call(cls, form: PresenceMask, *there: Any) -> Any:
-        """In forward mode the tangents are at hand, so that F and T are one function, and one kernel.
+    def call(cls, mask: PresenceMask, *tensors: Any) -> Any:
+        """Call the function; in forward mode, compute values and tangents by one function, and one kernel.
 
-        A rule could only run T after F. What it returns has its tangents attached by ``make_dual``, as
-        :func:`torch.func.jvp` itself does it.
+        There the tangents are known before the function runs, while its jvp rule could only run T after F. The results
+        get their tangents by ``make_dual``, as in :func:`torch.func.jvp` itself.
         """
         if reverse_over_forward():
-            return PrecomputedResult.results(cls, form, there)
-        tangents = current_tangents(there)
+            return PrecomputedResult.results(cls, mask, tensors)
+        tangents = current_tangents(tensors)
         if not any(t is not None for t in tangents):
-            return cls.apply(form, *there)
-        primals = [forward_ad.unpack_dual(t).primal for t in there]
-        parts = _ForwardTangent.of(form.static, *form.fill(primals), *form.fill(tangents)[:4])
+            return cls.apply(mask, *tensors)
+        primals = [forward_ad.unpack_dual(t).primal for t in tensors]
+        tangent = _tangent_of(Operands(*mask.expand(tangents)))
+        parts = _ForwardWithJvp.invoke(mask.static, *mask.expand(primals), *tangent)
         return tuple(forward_ad.make_dual(p, t) for p, t in zip(parts[:2], parts[2:], strict=True))
 
     @staticmethod
-    def forward(form: PresenceMask, *there: Any) -> Any:
-        return operators.forward(*form.static.flat, *form.fill(there))
+    def forward(mask: PresenceMask, *tensors: Any) -> Any:
+        return operators.forward(*mask.static.flat, *mask.expand(tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        CustomFunction.keep(ctx, inputs[0], inputs[1:], output)
+        CustomFunction.save(ctx, inputs[0], inputs[1:], output)
 
     @staticmethod
-    def backward(ctx: Any, *w: Tensor | None) -> Any:
-        (x, values), need = CustomFunction.kept(ctx), CustomFunction.needed(ctx)
-        grads = gradient(ctx.form.static, Operands(*x), Values(*values), Rows(*w), bias_grad=need[3])
-        return None, *ctx.form.pick((*grads, None, None))
+    def backward(ctx: Any, *cotangent: Tensor | None) -> Any:
+        (x, values), needs = CustomFunction.saved(ctx), Operands._make(CustomFunction.needs_grad(ctx))
+        grads = backward(ctx.mask.static, Operands(*x), Values(*values), Rows(*cotangent), bias_grad=bool(needs.bias))
+        return None, *ctx.mask.compress(Operands(*grads))  # type: ignore[arg-type]
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *moved: Tensor | None) -> Any:
-        x, values = CustomFunction.kept(ctx)
-        u = Tangent(*ctx.form.fill(moved)[:4])
-        return total([directional(ctx.form.static, Operands(*x), Values(*values), [u])], values)
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        x, values = CustomFunction.saved(ctx)
+        u = _tangent_of(Operands(*ctx.mask.expand(tangents)))
+        return add_terms([forward_jvp(ctx.mask.static, Operands(*x), Values(*values), [u])], values)
 
 
-class _ForwardTangent(CustomFunction):
-    """out and lse, and their tangents along one direction. Tensors: x (6), t (4)."""
+class _ForwardWithJvp(CustomFunction):
+    """``D_0`` and ``D_1``: out and lse, and their tangents. Tensors: :class:`ForwardWithJvpTensors`."""
 
     @staticmethod
-    def forward(form: PresenceMask, *there: Any) -> Any:
-        return operators.forward_with_jvp(*form.static.flat, *form.fill(there))
+    def forward(mask: PresenceMask, *tensors: Any) -> Any:
+        return operators.forward_with_jvp(*mask.static.flat, *mask.expand(tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        CustomFunction.keep(ctx, inputs[0], inputs[1:], output)
+        CustomFunction.save(ctx, inputs[0], inputs[1:], output)
 
     @staticmethod
     def restore(ctx: Any) -> tuple[Operands, Tangent, Values, Rows]:
-        """x, its tangent, values, their tangent."""
-        inputs, outputs = CustomFunction.kept(ctx)
-        return Operands(*inputs[:6]), Tangent(*inputs[6:]), Values(*outputs[:2]), Rows(*outputs[2:])
+        """Return x, its tangent, the values and their tangent."""
+        inputs, outputs = CustomFunction.saved(ctx)
+        return *ForwardWithJvpTensors.unflatten(inputs), Values(*outputs[:2]), Rows(*outputs[2:])
 
     @staticmethod
-    def backward(ctx: Any, *parts: Tensor | None) -> Any:
-        x, t, values, values_t = _ForwardTangent.restore(ctx)
-        call, w, wt, need = ctx.form.static, Rows(*parts[:2]), Rows(*parts[2:]), CustomFunction.needed(ctx)
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        x, t, values, values_t = _ForwardWithJvp.restore(ctx)
+        call, w, w_of_t = ctx.mask.static, Rows(*cotangents[:2]), Rows(*cotangents[2:])
+        needs = ForwardWithJvpTensors.unflatten(CustomFunction.needs_grad(ctx))
         grads, t_grads = Tangent(), Tangent()
-        if any(need[:4]):
-            # <w, D_0> + <wt, D_1(t)>: that w is the tangent of wt along t.
-            grads = gradient(call, x, values, wt, [t], w_tangent=w, values_tangent=values_t, bias_grad=need[3])
-        if any(need[6:]):
-            t_grads = gradient(call, x, values, wt, bias_grad=need[9])
-        return None, *ctx.form.pick((*grads, None, None, *t_grads))
+        if any(needs.x):
+            # <w, D_0> + <w_of_t, D_1(t)>: it is as if w were the tangent of w_of_t along t.
+            grads = backward(
+                call,
+                x,
+                values,
+                w_of_t,
+                [t],
+                cotangent_tangent=w,
+                values_tangent=values_t,
+                bias_grad=bool(needs.x.bias),
+            )
+        if any(needs.tangent):
+            t_grads = backward(call, x, values, w_of_t, bias_grad=bool(needs.tangent.bias))
+        all_grads = ForwardWithJvpTensors(Operands(*grads), t_grads)  # type: ignore[arg-type]
+        return None, *ctx.mask.compress(all_grads.flatten())
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *args: Tensor | None) -> Any:
-        x, t, values, values_t = _ForwardTangent.restore(ctx)
-        call, moved = ctx.form.static, ctx.form.fill(args)
-        u, t_moved = Tangent(*moved[:4]), Tangent(*moved[6:])
-        along_u = directional(call, x, values, [u])
-        terms = [directional(call, x, values, [t, u]), directional(call, x, values, [t_moved])]
-        return *total([along_u], values), *total(terms, values_t)
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        x, t, values, values_t = _ForwardWithJvp.restore(ctx)
+        call, u = ctx.mask.static, ForwardWithJvpTensors.unflatten(ctx.mask.expand(tangents))
+        along_u = forward_jvp(call, x, values, [_tangent_of(u.x)])
+        terms = [forward_jvp(call, x, values, [t, _tangent_of(u.x)]), forward_jvp(call, x, values, [u.tangent])]
+        return *add_terms([along_u], values), *add_terms(terms, values_t)
 
 
-class _Directional(CustomFunction):
-    """``D_n``. Tensors: x (6), out, lse, n tangents (4 each)."""
+class _ForwardJvp(CustomFunction):
+    """``D_n`` for one tangent or more. Tensors: :class:`ForwardJvpTensors`."""
 
     @staticmethod
-    def forward(form: PresenceMask, *there: Any) -> Any:
-        args = form.fill(there)
-        return operators.any_directional(*form.static.flat, *args[:8], tangents=args[8:])
+    def forward(mask: PresenceMask, *tensors: Any) -> Any:
+        return operators.forward_jvp_any_order(mask.static, ForwardJvpTensors.unflatten(mask.expand(tensors)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        CustomFunction.keep(ctx, inputs[0], inputs[1:], output)
+        CustomFunction.save(ctx, inputs[0], inputs[1:], output)
 
     @staticmethod
-    def restore(ctx: Any) -> tuple[Rows, Operands, Values, list[Tangent]]:
-        """What the function returned, and its arguments."""
-        s, output = CustomFunction.kept(ctx)
-        return Rows(*output), Operands(*s[:6]), Values(*s[6:8]), unflatten(s[8:])
-
-    @staticmethod
-    def backward(ctx: Any, *w_parts: Tensor | None) -> Any:
-        result, x, values, tangents = _Directional.restore(ctx)
-        call, w, need = ctx.form.static, Rows(*w_parts), CustomFunction.needed(ctx)
+    def backward(ctx: Any, *cotangent: Tensor | None) -> Any:
+        saved, result = CustomFunction.saved(ctx)
+        x, values, tangents = ForwardJvpTensors.unflatten(saved)
+        call, w = ctx.mask.static, Rows(*cotangent)
+        needs = ForwardJvpTensors.unflatten(CustomFunction.needs_grad(ctx))
         grads = Tangent()
-        if any(need[:4]):
-            grads = gradient(call, x, values, w, tangents, values_tangent=result, bias_grad=need[3])
-        t_grads: list[Tensor | None] = []
-        for i in range(len(tangents)):
-            others, wanted = [*tangents[:i], *tangents[i + 1 :]], need[8 + 4 * i : 12 + 4 * i]
-            t_grads += gradient(call, x, values, w, others, bias_grad=wanted[3]) if any(wanted) else Tangent()
-        return None, *ctx.form.pick((*grads, None, None, None, None, *t_grads))
+        if any(needs.x):
+            grads = backward(call, x, values, w, tangents, values_tangent=Rows(*result), bias_grad=bool(needs.x.bias))
+        t_grads = [Tangent()] * len(tangents)
+        for i, requested in enumerate(needs.tangents):
+            if any(requested):
+                others = [*tangents[:i], *tangents[i + 1 :]]
+                t_grads[i] = backward(call, x, values, w, others, bias_grad=bool(requested.bias))
+        all_grads = ForwardJvpTensors(Operands(*grads), Values(None, None), t_grads)  # type: ignore[arg-type]
+        return None, *ctx.mask.compress(all_grads.flatten())
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *args: Tensor | None) -> Any:
-        result, x, values, tangents = _Directional.restore(ctx)
-        call, moved = ctx.form.static, ctx.form.fill(args)
-        u, t_moved = Tangent(*moved[:4]), unflatten(moved[8:])
-        terms = [directional(call, x, values, [*tangents, u])]
-        terms += [directional(call, x, values, replace(tangents, i, m)) for i, m in enumerate(t_moved)]
-        return total(terms, result)
+    def jvp(ctx: Any, _: None, *u_parts: Tensor | None) -> Any:
+        saved, result = CustomFunction.saved(ctx)
+        x, values, tangents = ForwardJvpTensors.unflatten(saved)
+        call, u = ctx.mask.static, ForwardJvpTensors.unflatten(ctx.mask.expand(u_parts))
+        terms = [forward_jvp(call, x, values, [*tangents, _tangent_of(u.x)])]
+        terms += [forward_jvp(call, x, values, _replace(tangents, i, t)) for i, t in enumerate(u.tangents)]
+        return add_terms(terms, result)
 
 
-class _Gradient(CustomFunction):
-    """``G_n``. Tensors: x (6), out, lse, their tangents, w (2), w' (2), n tangents (4 each)."""
+class _Backward(CustomFunction):
+    """``G_0``: the gradients. Constants: the call and ``bias_grad``. Tensors: :class:`BackwardTensors`, no tangents."""
 
     @classmethod
-    def call(cls, form: PresenceMask, *there: Any) -> Any:
-        """In forward mode B and S are one function, as F and T are: see :class:`_Forward`."""
-        if len(form.there) > 14:
-            return cls.apply(form, *there)
-        there = unwrap_dead_wrappers(there)  # the backward of torch.func.vjp runs after its level has ended
+    def call(cls, mask: PresenceMask, *tensors: Any) -> Any:
+        """Call the function; in forward mode, compute B and S by one function, as :class:`_Forward` does F and T."""
+        tensors = unwrap_dead_wrappers(tensors)  # the backward of torch.func.vjp runs after its level has ended
         if reverse_over_forward():
-            return PrecomputedResult.results(cls, form, there)
-        tangents = form.fill(current_tangents(there))
-        t, values_t, w_t = Tangent(*tangents[:4]), Rows(*tangents[6:8]), Rows(*tangents[10:12])
+            return PrecomputedResult.results(cls, mask, tensors)
+        tangents = BackwardTensors.unflatten(mask.expand(current_tangents(tensors)))
+        t, values_t = _tangent_of(tangents.x), Rows(*tangents.values)
         if t.is_zero:
-            return cls.apply(form, *there)
-        s = form.fill([forward_ad.unpack_dual(part).primal for part in there])
+            return cls.apply(mask, *tensors)
+        primals = mask.expand([forward_ad.unpack_dual(part).primal for part in tensors])
+        args = BackwardTensors.unflatten(primals)
         if None in values_t:
-            values_t = directional(form.static[0], Operands(*s[:6]), Values(*s[6:8]), [t])
-        parts = _GradientTangent.of(form.static, *s[:8], *values_t, *s[10:12], *w_t, *t)
+            values_t = forward_jvp(mask.static[0], args.x, args.values, [t])
+        args = BackwardTensors(args.x, args.values, args.cotangent, values_t, tangents.cotangent, [t])
+        parts = _BackwardWithJvp.invoke(mask.static, *args.flatten())
         n = len(parts) // 2
         return tuple(forward_ad.make_dual(p, t) for p, t in zip(parts[:n], parts[n:], strict=True))
 
     @staticmethod
-    def forward(form: PresenceMask, *there: Any) -> Any:
-        (call, bias_grad), args = form.static, form.fill(there)
-        grads = operators.any_gradient(*call.flat, *args[:6], bias_grad, *args[6:14], tangents=args[14:])
+    def forward(mask: PresenceMask, *tensors: Any) -> Any:
+        call, bias_grad = mask.static
+        grads = operators.backward(*call.flat, bias_grad, *mask.expand(tensors))
         return grads if bias_grad else grads[:3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        CustomFunction.keep(ctx, inputs[0], inputs[1:])
+        CustomFunction.save(ctx, inputs[0], inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, *a_parts: Tensor | None) -> Any:
-        state = _State.of(CustomFunction.kept(ctx)[0])
-        return None, *ctx.form.pick(state.pulled(ctx.form.static[0], Tangent(*a_parts), CustomFunction.needed(ctx)))
+    def backward(ctx: Any, *cotangent: Tensor | None) -> Any:
+        args = BackwardTensors.unflatten(CustomFunction.saved(ctx)[0])
+        needs = BackwardTensors.unflatten(CustomFunction.needs_grad(ctx))
+        grads = _vjp_of_backward(ctx.mask.static[0], args, Tangent(*cotangent), needs)
+        return None, *ctx.mask.compress(grads.flatten())
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *args: Tensor | None) -> Any:
-        call, bias_grad = ctx.form.static
-        return _State.of(CustomFunction.kept(ctx)[0]).pushed(call, bias_grad, ctx.form.fill(args))
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        args = BackwardTensors.unflatten(CustomFunction.saved(ctx)[0])
+        call, bias_grad = ctx.mask.static
+        return _jvp_of_backward(call, bias_grad, args, BackwardTensors.unflatten(ctx.mask.expand(tangents)))
 
 
-class _GradientTangent(CustomFunction):
-    """B and S at once. Tensors: x (6), out, lse, their tangents, w (2), w' (2), t (4)."""
+class _BackwardJvp(CustomFunction):
+    """``G_n`` for one tangent or more. Constants and tensors as of :class:`_Backward`, with the tangents."""
 
     @staticmethod
-    def forward(form: PresenceMask, *there: Any) -> Any:
-        (call, bias_grad), args = form.static, form.fill(there)
-        parts = operators.gradient_tangent(*call.flat, *args[:6], bias_grad, *args[6:])
+    def forward(mask: PresenceMask, *tensors: Any) -> Any:
+        call, bias_grad = mask.static
+        args = BackwardTensors.unflatten(mask.expand(tensors))
+        grads = operators.backward_jvp_any_order(call, bias_grad, args)
+        return grads if bias_grad else grads[:3]
+
+    setup_context = _Backward.setup_context
+    backward = _Backward.backward
+    jvp = _Backward.jvp
+
+
+class _BackwardWithJvp(CustomFunction):
+    """``G_0`` and ``G_1``. Constants and tensors as of :class:`_BackwardJvp`, with one tangent."""
+
+    @staticmethod
+    def forward(mask: PresenceMask, *tensors: Any) -> Any:
+        call, bias_grad = mask.static
+        parts = operators.backward_with_jvp(*call.flat, bias_grad, *mask.expand(tensors))
         return parts if bias_grad else (*parts[:3], *parts[4:7])
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        CustomFunction.keep(ctx, inputs[0], inputs[1:])
+    setup_context = _Backward.setup_context
 
     @staticmethod
-    def backward(ctx: Any, *parts: Tensor | None) -> Any:
-        call, need, n = ctx.form.static[0], CustomFunction.needed(ctx), len(parts) // 2
-        second = _State.of(CustomFunction.kept(ctx)[0])
-        of_first = second.first().pulled(call, Tangent(*parts[:n]), (*need[:12], False, False))  # B has no w'
-        of_second = second.pulled(call, Tangent(*parts[n:]), need)
-        both = zip((*of_first, *(None,) * 4), of_second, strict=True)
-        return None, *ctx.form.pick([b if a is None else a if b is None else a + b for a, b in both])
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        call, n = ctx.mask.static[0], len(cotangents) // 2
+        args = BackwardTensors.unflatten(CustomFunction.saved(ctx)[0])
+        needs = BackwardTensors.unflatten(CustomFunction.needs_grad(ctx))
+        first = _vjp_of_backward(call, args.of_backward, Tangent(*cotangents[:n]), needs.of_backward)
+        first = first._replace(tangents=[Tangent()])  # in the layout of the other, with zeros for its further tensors
+        second = _vjp_of_backward(call, args, Tangent(*cotangents[n:]), needs)
+        both = zip(first.flatten(), second.flatten(), strict=True)
+        return None, *ctx.mask.compress([b if a is None else a if b is None else a + b for a, b in both])
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *args: Tensor | None) -> Any:
-        (call, bias_grad), moved = ctx.form.static, ctx.form.fill(args)
-        second = _State.of(CustomFunction.kept(ctx)[0])
-        return *second.first().pushed(call, bias_grad, moved[:14]), *second.pushed(call, bias_grad, moved)
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        args = BackwardTensors.unflatten(CustomFunction.saved(ctx)[0])
+        u = BackwardTensors.unflatten(ctx.mask.expand(tangents))
+        call, bias_grad = ctx.mask.static
+        first = _jvp_of_backward(call, bias_grad, args.of_backward, u.of_backward)
+        return *first, *_jvp_of_backward(call, bias_grad, args, u)
 
 
-class _State(NamedTuple):
-    """The arguments of ``G_n``, and its derivatives by them."""
+def _vjp_of_backward(call: Call, args: BackwardTensors, a: Tangent, needs: BackwardTensors) -> BackwardTensors:
+    """Return the cotangents of all arguments of ``G_n`` from one, ``a``, of its result.
 
-    x: Operands
-    values: Values
-    values_t: Rows
-    w: Rows
-    wt: Rows
-    tangents: list[Tangent]
-
-    @classmethod
-    def of(cls, s: Sequence[Any]) -> _State:
-        """From the tensors of a :class:`_Gradient`."""
-        return cls(
-            Operands(*s[:6]), Values(*s[6:8]), Rows(*s[8:10]), Rows(*s[10:12]), Rows(*s[12:14]), unflatten(s[14:])
-        )
-
-    def first(self) -> _State:
-        """The arguments of B among those of S."""
-        return self._replace(values_t=ZERO, wt=ZERO, tangents=[])
-
-    def pulled(self, call: Call, a: Tangent, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        """The cotangents of all arguments from one, ``a``, of the result."""
-        x, values, _, w, wt, tangents = self
-        if a.is_zero:
-            return (None,) * len(need)
-        # D_1(a) is the cotangent of w in B and of w' in S, and what S(a) needs: computed once.
-        along_a = directional(call, x, values, [a]) if len(tangents) < 2 else ZERO
-        grads, w_grad, wt_grad = Tangent(), ZERO, ZERO
-        if any(need[:4]):
-            grads = gradient(
-                call, x, values, w, [*tangents, a], w_tangent=wt, values_tangent=along_a, bias_grad=need[3]
+    Args:
+        call: The static part of the call.
+        args: The arguments.
+        a: The cotangent of the result.
+        needs: For each of the arguments, whether its cotangent is requested.
+    """
+    x, values, w, _, w_t, tangents = args
+    grads, w_grad, w_t_grad, t_grads = Tangent(), ZERO, ZERO, [Tangent()] * len(tangents)
+    if not a.is_zero:
+        # D_1(a) is the cotangent of w in B and of w' in S, and a residual of S(a): computed once.
+        along_a = forward_jvp(call, x, values, [a]) if len(tangents) < 2 else ZERO
+        if any(needs.x):
+            grads = backward(
+                call,
+                x,
+                values,
+                w,
+                [*tangents, a],
+                cotangent_tangent=w_t,
+                values_tangent=along_a,
+                bias_grad=bool(needs.x.bias),
             )
-        if any(need[10:12]):
-            w_grad = directional(call, x, values, [*tangents, a]) if tangents else along_a
-        if any(need[12:14]):
-            wt_grad = directional(call, x, values, [*tangents[1:], a]) if tangents[1:] else along_a
-        t_grads: list[Tensor | None] = []
-        for i in range(len(tangents)):
-            wanted = need[14 + 4 * i : 18 + 4 * i]
-            t_grads += self.along(call, i, a, wanted[3], along_a) if any(wanted) else Tangent()
-        return *grads, *(None,) * 6, *w_grad, *wt_grad, *t_grads
+        if any(needs.cotangent):
+            w_grad = forward_jvp(call, x, values, [*tangents, a]) if tangents else along_a
+        if any(needs.cotangent_tangent):
+            w_t_grad = forward_jvp(call, x, values, [*tangents[1:], a]) if tangents[1:] else along_a
+        for i, requested in enumerate(needs.tangents):
+            if any(requested):
+                t_grads[i] = _along(call, args, i, a, bool(requested.bias), along_a)
+    absent: Any = Values(None, None)  # type: ignore[arg-type]
+    return BackwardTensors(Operands(*grads), absent, w_grad, ZERO, w_t_grad, t_grads)  # type: ignore[arg-type]
 
-    def pushed(self, call: Call, bias_grad: bool, moved: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """The tangents of the result from those of all arguments."""
-        x, values, values_t, w, wt, tangents = self
-        u, w_moved, wt_moved = Tangent(*moved[:4]), Rows(*moved[10:12]), Rows(*moved[12:14])
-        if not tangents:
-            along_u = Rows(*moved[6:8])  # the tangents of out and lse, which forward mode carried here
-            terms = [gradient(call, x, values, w, [u], w_tangent=w_moved, values_tangent=along_u, bias_grad=bias_grad)]
-        else:
-            terms = [
-                gradient(call, x, values, w, [*tangents, u], w_tangent=wt, bias_grad=bias_grad),
-                gradient(
-                    call,
-                    x,
-                    values,
-                    w_moved,
-                    tangents,
-                    w_tangent=wt_moved,
-                    values_tangent=values_t,
-                    bias_grad=bias_grad,
-                ),
-                *(self.along(call, i, m, bias_grad) for i, m in enumerate(unflatten(moved[14:]))),
-            ]
-        return total(terms, x if bias_grad else x[:3])
 
-    def along(self, call: Call, i: int, by: Tangent, bias_grad: bool, values_tangent: Rows = ZERO) -> Tangent:
-        """The part linear in tangent ``i``, with ``by`` in its place; ``w'`` goes with the first alone."""
-        x, values, _, w, wt, tangents = self
-        return gradient(
-            call,
-            x,
-            values,
-            w,
-            replace(tangents, i, by),
-            w_tangent=wt if i else ZERO,
-            values_tangent=values_tangent,
-            bias_grad=bias_grad,
-        )
+def _jvp_of_backward(call: Call, bias_grad: bool, args: BackwardTensors, u: BackwardTensors) -> tuple[Tensor, ...]:
+    """Return the tangents of the result of ``G_n`` from those of all its arguments, ``u``."""
+    x, values, w, values_t, w_t, tangents = args
+    along = _tangent_of(u.x)
+    if not tangents:
+        terms = [
+            backward(
+                call,
+                x,
+                values,
+                w,
+                [along],
+                cotangent_tangent=u.cotangent,
+                values_tangent=Rows(*u.values),  # the tangents of out and lse, which forward mode brought here
+                bias_grad=bias_grad,
+            )
+        ]
+    else:
+        terms = [
+            backward(call, x, values, w, [*tangents, along], cotangent_tangent=w_t, bias_grad=bias_grad),
+            backward(
+                call,
+                x,
+                values,
+                u.cotangent,
+                tangents,
+                cotangent_tangent=u.cotangent_tangent,
+                values_tangent=values_t,
+                bias_grad=bias_grad,
+            ),
+            *(_along(call, args, i, t, bias_grad) for i, t in enumerate(u.tangents)),
+        ]
+    return add_terms(terms, x if bias_grad else x[:3])
+
+
+def _along(
+    call: Call, args: BackwardTensors, i: int, tangent: Tangent, bias_grad: bool, values_tangent: Rows = ZERO
+) -> Tangent:
+    """Return the part of ``G_n`` that is linear in tangent ``i``, with another tangent in its place.
+
+    The tangent ``w'`` of the cotangent is along the first tangent, so it belongs to that part for ``i = 0`` only.
+    """
+    x, values, w, _, w_t, tangents = args
+    return backward(
+        call,
+        x,
+        values,
+        w,
+        _replace(tangents, i, tangent),
+        cotangent_tangent=w_t if i else ZERO,
+        values_tangent=values_tangent,
+        bias_grad=bias_grad,
+    )
+
+
+def _replace(tangents: Sequence[Tangent], i: int, tangent: Tangent) -> list[Tangent]:
+    return [*tangents[:i], tangent, *tangents[i + 1 :]]
+
+
+def _tangent_of(x: Operands) -> Tangent:
+    """Return the entries of the differentiable operands."""
+    return Tangent(x.query, x.key, x.value, x.bias)

@@ -1,4 +1,9 @@
-"""The operator: scaled dot-product attention, differentiable to any order in any mode."""
+"""The public operator: scaled dot-product attention, differentiable to any order in any mode.
+
+:func:`sdpa` checks its arguments (``_checks``), applies a custom function with the derivative rules (``_rules``), which
+runs an operator of :mod:`torch.library` (``operators``), which runs a backend. The other functions give derivatives
+explicitly, in one call.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ from torch import Tensor
 
 from ..backends.base import Rows, Tangent, Values, accumulator
 from . import _rules as rules
-from ._checks import Prepared, Window, adjoint, prepare, same_form
+from ._checks import Prepared, Window, prepare, reduce_gradient, shape_tangent
 from .operators import autocasts
 
 
@@ -61,43 +66,42 @@ def sdpa(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Scaled dot-product attention, ``softmax(scale * query key^T + attn_mask) value``.
+    r"""Compute scaled dot-product attention, ``softmax(scale * query key^T + attn_mask) value``.
 
-    A drop-in for :func:`torch.nn.functional.scaled_dot_product_attention` (the first eight parameters
-    mean what they mean there) that can be differentiated to any order: in reverse and forward mode,
-    nested in any way, under every :mod:`torch.func` transform, by double backward and by
-    :mod:`torch.autograd.forward_ad`.
+    This replaces :func:`torch.nn.functional.scaled_dot_product_attention` (the first eight parameters mean the same) by
+    a function that can be differentiated to any order: in reverse and forward mode, nested in any way, under every
+    :mod:`torch.func` transform, by double backward, and by :mod:`torch.autograd.forward_ad`.
 
     Args:
-        query: ``[..., Hq, Nq, D]``, float16, bfloat16, float32 or float64. Two dimensions or more.
-        key: ``[..., Hkv, Nk, D]``. Leading dimensions broadcast against the query's.
+        query: ``[..., Hq, Nq, D]``, float16, bfloat16, float32 or float64, of two dimensions or more.
+        key: ``[..., Hkv, Nk, D]``. Leading dimensions broadcast against those of the query.
         value: ``[..., Hkv, Nk, Dv]``.
-        attn_mask: Broadcastable to ``[..., Hq, Nq, Nk]``. Boolean: True takes part. Otherwise added to
-            the scores, and differentiable.
-        dropout_p: Probability with which an attention weight is dropped, in ``[0, 1)``; the others are
-            divided by ``1 - dropout_p``. One call drops the same weights in its output and in all its
-            derivatives. Applied whenever it is positive. Random numbers come from PyTorch's default
-            generator; under :func:`torch.func.vmap` its ``randomness`` says whether they differ.
-        is_causal: Row ``i`` sees keys ``j <= i``, aligned to the top left where ``Nq != Nk``. Excludes
-            ``attn_mask``.
-        scale: Factor on the scores; ``1/sqrt(D)`` by default.
-        enable_gqa: Grouped-query attention: ``Hkv`` may be a divisor of ``Hq``, and query head ``h``
-            uses key head ``h // (Hq // Hkv)``.
-        window: ``(left, right)``: row ``i`` sees keys ``i - left <= j <= i + right``; ``None`` is no
-            limit. Combines with ``is_causal`` and with ``attn_mask``.
-        return_lse: Also return the log-sum-exp of each row, differentiable like the output.
-        backend: ``"reference"``, ``"blockwise"``, ``"triton"``, ``"vendor"`` or ``"auto"``; by default that of
-            :class:`metaattn.use_backend`, else ``"auto"``. One that is asked for serves the call or raises.
+        attn_mask: Broadcastable to ``[..., Hq, Nq, Nk]``. A boolean mask is True where a key takes part in a row. Any
+            other mask is added to the scores, and is differentiable.
+        dropout_p: Probability with which an attention weight is dropped, in ``[0, 1)``; the others are divided by
+            ``1 - dropout_p``. It applies whenever it is positive. One call drops the same weights in its output and in
+            all its derivatives. Random numbers come from PyTorch's default generator; under :func:`torch.func.vmap`,
+            its ``randomness`` decides whether they differ between entries.
+        is_causal: Row ``i`` sees keys ``j <= i``, aligned to the top left if ``Nq != Nk``. Excludes ``attn_mask``.
+        scale: Factor of the scores; ``1/sqrt(D)`` by default.
+        enable_gqa: Grouped-query attention: ``Hkv`` may be a divisor of ``Hq``, and query head ``h`` uses key head
+            ``h // (Hq // Hkv)``.
+        window: ``(left, right)``: row ``i`` sees keys ``i - left <= j <= i + right``; ``None`` is no limit. It can be
+            combined with ``is_causal`` and with ``attn_mask``.
+        return_lse: Also return the log-sum-exp of the scores of each row, which is differentiable like the output.
+        backend: ``"reference"``, ``"blockwise"``, ``"triton"``, ``"vendor"`` or ``"auto"``; by default that of the
+            :class:`metaattn.use_backend` block around the call, or ``"auto"``. A backend that is named either supports
+            the call or raises an error: there is no fallback.
 
     Returns:
-        ``[..., Hq, Nq, Dv]`` in the inputs' dtype; with ``return_lse`` also ``[..., Hq, Nq]``, in float32
-        (float64 for float64 inputs). A row whose keys are all masked gives output 0, lse ``-inf`` and
-        zero derivatives of every order.
+        The output, ``[..., Hq, Nq, Dv]``, in the dtype of the inputs; with ``return_lse`` a pair of it and the
+        log-sum-exp, ``[..., Hq, Nq]``, in float32 (float64 for float64 inputs). A row whose keys are all masked has
+        output 0, log-sum-exp ``-inf``, and zero derivatives of every order.
 
     Raises:
-        TypeError: A dtype or a type that is not served.
-        ValueError: Shapes, devices or values that do not go together; an unknown backend.
-        NotImplementedError: The backend asked for cannot serve this call; a call under :func:`torch.jit.trace`.
+        TypeError: A dtype or a type is not supported.
+        ValueError: Shapes, devices or values do not fit together, or no backend has this name.
+        NotImplementedError: The named backend does not support this call, or it runs under :func:`torch.jit.trace`.
 
     Source:
         Vaswani et al. 2017 (arXiv 1706.03762), eq. 1. The rules: ``docs/mathematics.md``.
@@ -120,7 +124,14 @@ def _reshaped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 class Gradients(NamedTuple):
-    """Gradients of the primals, or their tangents: each in its primal's shape; ``attn_mask`` if that is additive."""
+    """Gradients of the primals, or tangents of these gradients, each of the shape and dtype of its primal.
+
+    Attributes:
+        query: ``[..., Hq, Nq, D]``.
+        key: ``[..., Hkv, Nk, D]``.
+        value: ``[..., Hkv, Nk, Dv]``.
+        attn_mask: Of the shape of the mask; ``None`` if that is boolean or absent.
+    """
 
     query: Tensor
     key: Tensor
@@ -129,7 +140,14 @@ class Gradients(NamedTuple):
 
 
 class Jvp(NamedTuple):
-    """What :func:`sdpa_jvp` returns."""
+    """Attention and its directional derivative, as :func:`sdpa_jvp` returns them.
+
+    Attributes:
+        out: Output, ``[..., Hq, Nq, Dv]``.
+        lse: Log-sum-exp of the scores of each row, ``[..., Hq, Nq]``.
+        out_tangent: Tangent of ``out``, of its shape and dtype.
+        lse_tangent: Tangent of ``lse``, of its shape and dtype.
+    """
 
     out: Tensor
     lse: Tensor
@@ -138,7 +156,13 @@ class Jvp(NamedTuple):
 
 
 class Vjp(NamedTuple):
-    """What :func:`sdpa_vjp` returns."""
+    """Attention and its gradients, as :func:`sdpa_vjp` returns them.
+
+    Attributes:
+        out: Output, ``[..., Hq, Nq, Dv]``.
+        lse: Log-sum-exp of the scores of each row, ``[..., Hq, Nq]``.
+        gradients: Gradients of the primals.
+    """
 
     out: Tensor
     lse: Tensor
@@ -146,7 +170,15 @@ class Vjp(NamedTuple):
 
 
 class Hvp(NamedTuple):
-    """What :func:`sdpa_hvp` returns."""
+    """Attention, its directional derivative and a Hessian-vector product, as :func:`sdpa_hvp` returns them.
+
+    Attributes:
+        out: Output, ``[..., Hq, Nq, Dv]``.
+        lse: Log-sum-exp of the scores of each row, ``[..., Hq, Nq]``.
+        out_tangent: Tangent of ``out``, of its shape and dtype.
+        lse_tangent: Tangent of ``lse``, of its shape and dtype.
+        product: The Hessian-vector product, in parts of the shapes of the primals.
+    """
 
     out: Tensor
     lse: Tensor
@@ -160,25 +192,30 @@ Cotangent = Tensor | Sequence[Tensor | None]
 
 
 def sdpa_jvp(primals: Primals, tangents: Sequence[Tensor | None], **options: Any) -> Jvp:
-    """Attention and its directional derivative (Jacobian-vector product, pushforward) in one call.
+    """Compute attention and its directional derivative (Jacobian-vector product, pushforward) in one call.
 
-    A JVP maps a tangent of the inputs to a tangent of the output; it is not a VJP, which maps a cotangent
-    of the output to gradients of the inputs. They are adjoint: ``<w, jvp(t)> == <vjp(w), t>``.
+    A JVP maps a tangent of the inputs to a tangent of the output. It is not a VJP, which maps a cotangent of the output
+    to gradients of the inputs. The two are adjoint: ``<w, jvp(t)> == <vjp(w), t>``.
 
     Args:
-        primals: ``(query, key, value)`` or ``(query, key, value, attn_mask)``, as for :func:`sdpa`.
-        tangents: One for each primal, of its shape and dtype; ``None`` is zero.
+        primals: ``(query, key, value)`` or ``(query, key, value, attn_mask)``: ``[..., Hq, Nq, D]``,
+            ``[..., Hkv, Nk, D]``, ``[..., Hkv, Nk, Dv]`` and a mask broadcastable to ``[..., Hq, Nq, Nk]``, as for
+            :func:`sdpa`.
+        tangents: One for each primal, of its shape and dtype; ``None`` stands for zero.
         **options: ``dropout_p``, ``is_causal``, ``scale``, ``enable_gqa``, ``window``, ``backend`` of :func:`sdpa`.
 
     Returns:
-        ``out``, ``lse`` and their tangents; all differentiable.
+        ``out`` ``[..., Hq, Nq, Dv]``, ``lse`` ``[..., Hq, Nq]`` and their tangents; all are differentiable.
 
     Raises:
-        TypeError: As :func:`sdpa`; primals in one tensor; a tangent that is no tensor, or of another dtype than its
-            primal; an option that is none of the above.
-        ValueError: As :func:`sdpa`; not as many tangents as primals; a tangent of another shape than its primal, or
-            of a mask that is boolean or absent; no tangent at all.
+        TypeError: As :func:`sdpa`; or the primals are one tensor, a tangent is not a tensor or not of the dtype of its
+            primal, or an option is unknown.
+        ValueError: As :func:`sdpa`; or the number of tangents differs from that of primals, a tangent is not of the
+            shape of its primal or belongs to a mask that is boolean or absent, or all tangents are ``None``.
         NotImplementedError: As :func:`sdpa`.
+
+    Source:
+        The formulas: ``docs/mathematics.md``, primitive T.
 
     Example:
         >>> import torch, metaattn
@@ -192,22 +229,28 @@ def sdpa_jvp(primals: Primals, tangents: Sequence[Tensor | None], **options: Any
 
 
 def sdpa_vjp(primals: Primals, cotangent: Cotangent, **options: Any) -> Vjp:
-    """Attention and the gradients of ``<cotangent, output>`` (vector-Jacobian product, pullback) in one call.
+    """Compute attention and the gradients of ``<cotangent, output>`` (vector-Jacobian product, pullback) in one call.
 
     Args:
-        primals: ``(query, key, value)`` or ``(query, key, value, attn_mask)``, as for :func:`sdpa`.
-        cotangent: Of the output, ``[..., Hq, Nq, Dv]``; or a pair of it and one of the lse,
-            ``[..., Hq, Nq]``, either of which may be ``None`` (zero). Each in the dtype of what it is of.
+        primals: ``(query, key, value)`` or ``(query, key, value, attn_mask)``, as for :func:`sdpa_jvp`.
+        cotangent: A cotangent of the output, ``[..., Hq, Nq, Dv]``; or a pair of that and a cotangent of the
+            log-sum-exp, ``[..., Hq, Nq]``, either of which may be ``None`` (zero). Each has the dtype of the output or
+            of the log-sum-exp.
         **options: ``dropout_p``, ``is_causal``, ``scale``, ``enable_gqa``, ``window``, ``backend`` of :func:`sdpa`.
 
     Returns:
-        ``out``, ``lse`` and the gradients of the primals; all differentiable.
+        ``out`` ``[..., Hq, Nq, Dv]``, ``lse`` ``[..., Hq, Nq]`` and the gradients of the primals, of their shapes; all
+        are differentiable.
 
     Raises:
-        TypeError: As :func:`sdpa`; primals in one tensor; a cotangent that is neither a tensor nor a pair, or of
-            another dtype than the output or the lse; an option that is none of the above.
-        ValueError: As :func:`sdpa`; a cotangent of another shape than the output or the lse; no cotangent at all.
+        TypeError: As :func:`sdpa`; or the primals are one tensor, a cotangent is neither a tensor nor a pair or has
+            another dtype than the output or the log-sum-exp, or an option is unknown.
+        ValueError: As :func:`sdpa`; or a cotangent has another shape than the output or the log-sum-exp, or both are
+            ``None``.
         NotImplementedError: As :func:`sdpa`.
+
+    Source:
+        The formulas: ``docs/mathematics.md``, primitive B.
 
     Example:
         >>> import torch, metaattn
@@ -218,31 +261,33 @@ def sdpa_vjp(primals: Primals, cotangent: Cotangent, **options: Any) -> Vjp:
     p = _prepare(primals, options)
     w = _prepare_cotangent(p, cotangent)
     values = rules.forward(p.call, p.x)
-    grads = rules.gradient(p.call, p.x, values, w, bias_grad=p.x.bias is not None)
+    grads = rules.backward(p.call, p.x, values, w, bias_grad=p.x.bias is not None)
     return Vjp(*_rows(p, values), _gradients(primals, grads))
 
 
 def sdpa_hvp(primals: Primals, tangents: Sequence[Tensor | None], cotangent: Cotangent, **options: Any) -> Hvp:
-    """The Hessian of ``<cotangent, output>`` with respect to the primals, times ``tangents``.
+    """Compute the Hessian of ``<cotangent, output>`` with respect to the primals, times ``tangents``, in one call.
 
-    That is the derivative of the gradients that :func:`sdpa_vjp` gives along ``tangents``, at a fixed cotangent.
+    That is the directional derivative along ``tangents`` of the gradients that :func:`sdpa_vjp` returns, at a fixed
+    cotangent.
 
     Args:
-        primals: ``(query, key, value)`` or ``(query, key, value, attn_mask)``, as for :func:`sdpa`.
-        tangents: One for each primal, of its shape and dtype; ``None`` is zero.
+        primals: ``(query, key, value)`` or ``(query, key, value, attn_mask)``, as for :func:`sdpa_jvp`.
+        tangents: One for each primal, of its shape and dtype; ``None`` stands for zero.
         cotangent: As for :func:`sdpa_vjp`.
         **options: ``dropout_p``, ``is_causal``, ``scale``, ``enable_gqa``, ``window``, ``backend`` of :func:`sdpa`.
 
     Returns:
-        ``out``, ``lse``, their tangents (a by-product) and the Hessian-vector product; all differentiable.
+        ``out`` ``[..., Hq, Nq, Dv]``, ``lse`` ``[..., Hq, Nq]``, their tangents (a by-product) and the Hessian-vector
+        product, in parts of the shapes of the primals; all are differentiable.
 
     Raises:
         TypeError: As :func:`sdpa_jvp` and :func:`sdpa_vjp`.
-        ValueError: Likewise.
-        NotImplementedError: Likewise.
+        ValueError: As :func:`sdpa_jvp` and :func:`sdpa_vjp`.
+        NotImplementedError: As :func:`sdpa`.
 
     Source:
-        Pearlmutter 1994, Fast exact multiplication by the Hessian; the formulas: ``docs/mathematics.md``.
+        Pearlmutter 1994, Fast exact multiplication by the Hessian; the formulas: ``docs/mathematics.md``, primitive S.
 
     Example:
         >>> import torch, metaattn
@@ -253,7 +298,7 @@ def sdpa_hvp(primals: Primals, tangents: Sequence[Tensor | None], cotangent: Cot
     p, tangent = _prepare_tangents(primals, tangents, options)
     w = _prepare_cotangent(p, cotangent)
     values, rows = rules.forward_with_jvp(p.call, p.x, tangent)
-    product = rules.gradient(p.call, p.x, values, w, [tangent], values_tangent=rows, bias_grad=p.x.bias is not None)
+    product = rules.backward(p.call, p.x, values, w, [tangent], values_tangent=rows, bias_grad=p.x.bias is not None)
     return Hvp(*_rows(p, values), *_rows(p, rows), _gradients(primals, product))
 
 
@@ -287,7 +332,9 @@ def _prepare_tangents(
         raise ValueError(f"expected one tangent for each of the {len(primals)} primals; got {len(tangents)}")
     names = ("query", "key", "value", "attn_mask")
     targets = (p.x.query, p.x.key, p.x.value, p.x.bias)
-    tangent = Tangent(*(same_form(n, t, d, x) for n, t, d, x in zip(names, primals, tangents, targets, strict=False)))
+    tangent = Tangent(
+        *(shape_tangent(n, t, d, x) for n, t, d, x in zip(names, primals, tangents, targets, strict=False))
+    )
     if tangent.is_zero:
         raise ValueError("all tangents are None; give at least one")
     return p, tangent
@@ -322,4 +369,4 @@ def _rows(p: Prepared, rows: Rows | Values) -> tuple[Tensor, Tensor]:
 
 def _gradients(primals: Primals, grads: Tangent) -> Gradients:
     parts = (*primals, None)[:4]
-    return Gradients(*(None if g is None else adjoint(g, t) for g, t in zip(grads, parts, strict=True)))  # type: ignore
+    return Gradients(*(None if g is None else reduce_gradient(g, t) for g, t in zip(grads, parts, strict=True)))  # type: ignore

@@ -1,4 +1,8 @@
-"""Files written whole or not at all, and arrays kept between runs in them."""
+"""Cache of arrays on disk, and files that are written completely or not at all.
+
+Used by the task families that decode or render images. :mod:`metaattn.cli` and the experiments use :func:`directory`
+and :func:`replacing`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def directory() -> Path:
-    """Where caches are: ``$METAATTN_CACHE``, else ``metaattn`` in the user's cache directory."""
+    """Return the cache directory: ``$METAATTN_CACHE``, or else ``metaattn`` in the user's cache directory."""
     if path := os.environ.get("METAATTN_CACHE"):
         return Path(path)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaattn"
@@ -42,7 +46,13 @@ def _read(path: Path) -> Arrays:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of ``path`` when the block ends: a kill leaves the old or the new, whole."""
+    """Open a temporary file for writing, which replaces ``path`` when the block ends.
+
+    A process that is killed leaves the old file or the new one, never a part of it.
+
+    Args:
+        path: The file to replace; its directory must exist.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -51,7 +61,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp's files are the owner's alone
+        os.chmod(name, 0o666 & ~mask)  # mkstemp makes files that only the owner can read
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -59,16 +69,19 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def cached(name: str, key: str, build: Callable[[], Arrays], *, where: Path | None = None) -> Arrays:
-    """What ``build`` gives, read from a file if it was built before with this key.
+    """Return the arrays of ``build()``, from a file if they were built before with the same key.
 
-    A file that cannot be read is named in a warning and built again. A directory that cannot be written
-    costs only the time to build again.
+    A file that cannot be read is reported in a warning and built again. A directory that cannot be written costs a
+    warning, and the time to build again in the next run.
 
     Args:
-        name: The file's, before its key.
-        key: All that the arrays depend on.
-        build: Makes the arrays.
-        where: The directory; :func:`directory` by default.
+        name: Start of the file's name.
+        key: A description of everything that the arrays depend on.
+        build: Function that makes the arrays, by name.
+        where: The cache directory; ``None`` for :func:`directory`.
+
+    Returns:
+        The arrays, by name.
     """
     path = (where or directory()) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
     if path.exists():

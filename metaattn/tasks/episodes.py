@@ -1,4 +1,4 @@
-"""N-way K-shot episodes over labelled data, each a pure function of the seed and its index."""
+"""N-way K-shot episodes from labelled data; each is a pure function of the seed and its index."""
 
 from __future__ import annotations
 
@@ -16,56 +16,86 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class Batch(NamedTuple):
-    """Inputs and targets; the first dimension counts samples (behind one of tasks, once stacked)."""
+    """Inputs and targets of the samples in a support or query set.
+
+    Args:
+        inputs: ``[samples, ...]``, or ``[tasks, samples, ...]`` for stacked episodes.
+        targets: ``[samples]`` integers in classification, ``[samples, ...]`` numbers in regression; after a dimension
+            of tasks for stacked episodes.
+
+    Example:
+        >>> import torch
+        >>> from metaattn.tasks import Batch
+        >>> inputs, targets = Batch(torch.randn(5, 1), torch.randn(5, 1))
+    """
 
     inputs: Tensor
     targets: Tensor
 
 
 class Episode(NamedTuple):
-    """One task: the support set that it is learned from and the query set that tells how well."""
+    """Support set and query set of one task, or of several stacked tasks.
+
+    Args:
+        support: The samples from which the task is learned.
+        query: The samples on which the result is evaluated.
+
+    Example:
+        >>> from metaattn.tasks import Sinusoids
+        >>> (x, y), (x_query, y_query) = Sinusoids(shot=5, queries=10)[0]
+        >>> x.shape, y_query.shape
+        (torch.Size([5, 1]), torch.Size([10, 1]))
+    """
 
     support: Batch
     query: Batch
 
 
 class Indexed(Protocol):
-    """What gives the episode of an index."""
+    """Protocol of an object that returns an episode for an index."""
 
     def __getitem__(self, index: int) -> Episode: ...
 
 
 def generator(seed: int, index: int) -> torch.Generator:
-    """Random numbers of their own for each seed and index, well apart even for neighbouring ones."""
+    """Return a generator of random numbers for a seed and an index, independent even between neighbouring indices."""
     state = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(state)
 
 
 def checked_index(index: int, length: int) -> int:
-    """The index of an episode, if it is one of ``length``."""
+    """Return the index of an episode as an integer from 0 to ``length - 1``.
+
+    Raises:
+        TypeError: The index is not an integer.
+        IndexError: The index is out of range.
+    """
     try:
         index = operator.index(index)
     except TypeError as error:
-        raise TypeError(f"an episode has one integer for index; got {index!r}. For several, use stack") from error
+        raise TypeError(
+            f"the index of an episode must be an integer; got {index!r}. For several episodes, use metaattn.tasks.stack"
+        ) from error
     if not 0 <= index < length:
-        raise IndexError(f"episodes have indices 0 to {length - 1}; got {index}")
+        raise IndexError(f"the index of an episode must be from 0 to {length - 1}; got {index}")
     return index
 
 
 def stack(episodes: Indexed, start: int, count: int) -> Episode:
-    """Episodes ``start … start + count - 1``, stacked in the first dimension: a batch of tasks.
+    """Stack the episodes ``start, …, start + count - 1`` in a new first dimension: a batch of tasks.
 
     Args:
-        episodes: What has an episode for each index, all of one shape.
-        start: The index of the first.
-        count: How many.
+        episodes: An object with an episode for each index, such as :class:`Episodes`; all episodes of one shape.
+        start: Index of the first episode.
+        count: Number of episodes, at least 1.
 
     Returns:
-        An episode whose tensors are ``[count, …]``: inputs ``[count, samples, …]``.
+        An episode with inputs ``[count, samples, ...]`` and targets ``[count, samples]`` or ``[count, samples, ...]``,
+        in both sets.
 
     Raises:
-        ValueError: A count below 1.
-        IndexError: An index that there is not.
+        ValueError: ``count`` is below 1.
+        IndexError: An episode has no such index.
 
     Example:
         >>> from metaattn.tasks import Sinusoids, stack
@@ -81,15 +111,18 @@ def stack(episodes: Indexed, start: int, count: int) -> Episode:
 
 
 def split_classes(classes: Sequence[int], fractions: Sequence[float], *, seed: int = 0) -> list[list[int]]:
-    """Disjoint parts of the classes, shuffled by the seed: for meta-training, validation and test.
+    """Split classes at random into disjoint lists, for example for meta-training, validation and test.
 
     Args:
         classes: The classes, each once.
-        fractions: The size of each part; they sum to 1.
-        seed: Of the shuffle.
+        fractions: Size of each list as a fraction of all classes; at least 0, with sum 1.
+        seed: Seed of the shuffle.
+
+    Returns:
+        A list of classes for each fraction.
 
     Raises:
-        ValueError: Fractions that are negative or do not sum to 1; a class that comes twice.
+        ValueError: Fractions are negative or do not sum to 1; a class appears twice.
 
     Example:
         >>> from metaattn.tasks import split_classes
@@ -99,37 +132,40 @@ def split_classes(classes: Sequence[int], fractions: Sequence[float], *, seed: i
     if any(f < 0 for f in fractions) or abs(sum(fractions) - 1) > 1e-9:
         raise ValueError(f"fractions must be at least 0 and sum to 1; got {list(fractions)}")
     if len(set(classes)) != len(classes):
-        raise ValueError("each class may come once")
+        raise ValueError(f"each class must appear once; got {list(classes)}")
     order = np.random.default_rng(seed).permutation(len(classes))
     ends = np.rint(np.cumsum(fractions) * len(classes)).astype(int)
     return [[classes[i] for i in sorted(part)] for part in np.split(order, ends[:-1])]
 
 
 class Episodes(Dataset[Episode]):
-    """N-way K-shot classification episodes.
+    """Dataset of N-way K-shot classification episodes.
 
-    Episode ``i`` depends on the seed and on ``i`` alone: the same in any order, process and worker. Its
-    classes are drawn from ``classes`` without repetition, its samples from each class likewise, so that
-    support and query set share none. Targets are ``0 … way - 1`` in an order of its own.
+    Episode ``i`` depends only on the seed and on ``i``: it is the same in any order, process and data-loader worker.
+    Its classes are drawn from ``classes`` without replacement, and so are the samples of each class, so that support
+    and query set are disjoint. The classes of an episode have targets ``0, …, way - 1`` in random order.
+
+    ``episodes[i]`` returns an :class:`Episode`: support inputs ``[way * shot, ...]`` with targets ``[way * shot]``, and
+    query inputs ``[way * queries, ...]`` with targets ``[way * queries]``, both ordered by class.
 
     Args:
-        data: A tensor or NumPy array ``[samples, …]``, or a map-style dataset of ``(input, label)`` tuples.
-        labels: The class of each sample, an integer. By default the dataset's ``targets``; failing that, the dataset
-            is read through once.
-        way: Classes in an episode.
-        shot: Samples of each class in the support set.
-        queries: Samples of each class in the query set.
-        classes: The classes to draw from; all by default. Disjoint lists (:func:`split_classes`) make
-            disjoint families of tasks.
-        seed: Which sequence of episodes.
-        length: How many there are.
-        augment: ``augment(inputs, generator)`` changes all inputs of an episode, ``[samples, …]``, drawing
-            random numbers from the generator alone.
+        data: A tensor or NumPy array ``[samples, ...]``, or a map-style dataset of ``(input, label)`` tuples.
+        labels: The class of each sample, integers ``[samples]``. By default the dataset's ``targets``; without those
+            the labels are read from the samples, once.
+        way: Number of classes in an episode.
+        shot: Number of samples of each class in the support set.
+        queries: Number of samples of each class in the query set.
+        classes: The classes to draw from; ``None`` for all. Disjoint lists (:func:`split_classes`) make disjoint
+            families of tasks.
+        seed: Seed of the sequence of episodes.
+        length: Number of episodes.
+        augment: ``augment(inputs, generator)`` returns the changed inputs of an episode, ``[samples, ...]``. It draws
+            random numbers from the generator only.
 
     Raises:
-        ValueError: Too few classes or samples; a class that comes twice; labels that do not match the data.
-        TypeError: Samples that are no pairs; labels or an index that are no integers.
-        IndexError: An index that is not below ``length``.
+        ValueError: There are too few classes or samples; a class appears twice; labels do not match the data.
+        TypeError: Samples are not pairs; labels or an index are not integers.
+        IndexError: An index is not below ``length``.
 
     Source:
         Vinyals et al. 2016 (arXiv 1606.04080), section 4.
@@ -164,9 +200,11 @@ class Episodes(Dataset[Episode]):
         members = _members(data, labels)
         self.classes = sorted(members) if classes is None else list(classes)
         if len(set(self.classes)) != len(self.classes):
-            raise ValueError(f"each class may come once; got {self.classes}")
+            raise ValueError(f"each class must appear once; got {self.classes}")
         if unknown := sorted(set(self.classes) - set(members)):
-            raise ValueError(f"no sample has the label {unknown[0]}; there are {len(members)} labels in the data")
+            raise ValueError(
+                f"classes must be labels of the data; got {unknown[0]}, which is none of its {len(members)} labels"
+            )
         if len(self.classes) < way:
             raise ValueError(f"{way}-way episodes need at least {way} classes; got {len(self.classes)}")
         self.members = [members[c] for c in self.classes]
@@ -209,21 +247,21 @@ def _pair(data: Any, i: int) -> tuple[Any, Any]:
         got = type(item).__name__ + (f" of {len(item)}" if isinstance(item, tuple) else "")
         raise TypeError(
             f"data must be a tensor, a NumPy array or a dataset of (input, label) tuples; its sample {i} is a {got}. "
-            "Of a list of tensors make one: torch.stack(data)"
+            "Stack a list of tensors: torch.stack(data)"
         )
     return item
 
 
 def _members(data: Any, labels: Any) -> dict[int, Tensor]:
-    """The samples of each class."""
-    size, whole = len(data), isinstance(data, Tensor | np.ndarray)
-    if size and not whole:
+    """Return the indices of the samples of each class."""
+    size, is_array = len(data), isinstance(data, Tensor | np.ndarray)
+    if size and not is_array:
         _pair(data, 0)
     if labels is None:
         labels = getattr(data, "targets", None)
     if labels is None:
-        if whole:
-            raise ValueError("a tensor or an array needs labels: pass one for each sample")
+        if is_array:
+            raise ValueError("a tensor or an array needs labels; got labels=None. Pass an integer for each sample")
         labels = [_pair(data, i)[1] for i in tqdm(range(size), desc="reading labels", leave=False)]
     try:
         labels = torch.as_tensor(labels)

@@ -1,4 +1,4 @@
-"""Omniglot, read from a folder in torchvision's layout."""
+"""Omniglot, read from a folder in the layout of torchvision."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from ._extra import required
 from .cache import Arrays, cached
 from .episodes import Episodes, split_classes
 
@@ -19,44 +19,55 @@ PARTS = ("images_background", "images_evaluation")
 SPLITS = {"train": 1100 / 1623, "validation": 100 / 1623, "test": 423 / 1623}
 SPLIT_SEED = 0
 
-_HOW = (
-    "Expected <root>/omniglot-py/images_background/<alphabet>/<character>/*.png (and images_evaluation likewise). "
-    "With torchvision installed, torchvision.datasets.Omniglot(root, background=background, download=True), once "
-    "with background True and once False, makes it"
+_EXPECTED = (
+    "Expected the files <root>/omniglot-py/images_background/<alphabet>/<character>/*.png, and the same for "
+    "images_evaluation. With torchvision installed, call torchvision.datasets.Omniglot(root, background=background, "
+    "download=True) for background=True and for background=False"
 )
 
 
 def _folders(root: Path) -> list[Path]:
-    """The folders of characters, sorted."""
+    """Return the folders of characters, sorted."""
     base = root / "omniglot-py" if (root / "omniglot-py").is_dir() else root
     found = [c for part in PARTS for c in sorted((base / part).glob("*/*")) if c.is_dir()]
     if not found:
-        raise FileNotFoundError(f"no Omniglot in {root}. {_HOW}")
+        raise FileNotFoundError(f"no Omniglot in {root}. {_EXPECTED}")
     return found
 
 
 def _read(path: Path) -> np.ndarray:
-    """A drawing as ``[28, 28]`` uint8, ink bright."""
+    """Read a drawing as ``[28, 28]`` uint8, with bright ink."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with Image.open(path) as image:
             small = image.convert("L").resize((SIZE, SIZE), Image.Resampling.BOX)
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(
-            f"{path} is not a readable image ({error}); delete the folder and get Omniglot again"
+            f"{path} is not a readable image ({error}); delete the folder and download Omniglot again"
         ) from error
     return 255 - np.asarray(small)
 
 
 def load(root: Path, cache: Path | None = None) -> Arrays:
-    """``images`` ``[samples, 28, 28]`` uint8 and ``labels`` ``[samples]``, read once and then from the cache.
+    """Return all drawings, read once and then from the cache.
+
+    Args:
+        root: The folder that holds ``omniglot-py``.
+        cache: The cache directory.
+
+    Returns:
+        ``images`` ``[samples, 28, 28]`` uint8 and ``labels`` ``[samples]``.
 
     Raises:
-        FileNotFoundError: No Omniglot there.
-        ValueError: An image that cannot be read, by name.
+        FileNotFoundError: ``root`` does not hold Omniglot.
+        ValueError: An image cannot be read; the message names it.
+        ImportError: Pillow is not installed, and the images are not in the cache.
     """
     files = [(label, f) for label, folder in enumerate(_folders(root)) for f in sorted(folder.glob("*.png"))]
 
     def build() -> Arrays:
+        required("omniglot", "PIL")
         images = [_read(f) for _, f in tqdm(files, desc="reading Omniglot", leave=False)]
         return {"images": np.stack(images), "labels": np.array([label for label, _ in files])}
 
@@ -65,7 +76,7 @@ def load(root: Path, cache: Path | None = None) -> Arrays:
 
 
 def _turn(images: Tensor, labels: Tensor, classes: list[int], total: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Each class turned by 90, 180 and 270 degrees as three further classes."""
+    """Add each class rotated by 90, 180 and 270 degrees as three more classes."""
     turned = torch.cat([images.rot90(k, (-2, -1)) for k in range(4)])
     return turned, torch.cat([labels + k * total for k in range(4)]), [c + k * total for k in range(4) for c in classes]
 
@@ -82,26 +93,37 @@ def omniglot(
     rotations: bool = True,
     cache: Path | None = None,
 ) -> Episodes:
-    """Episodes of hand-drawn characters, ``[samples, 28, 28]`` in ``[0, 1]``.
+    """Episodes of hand-drawn characters: images ``[samples, 28, 28]`` with values in ``[0, 1]`` and bright ink.
 
     Args:
-        split: ``"train"`` (1100 of the 1623 characters), ``"validation"`` (100) or ``"test"`` (423): shuffled
-            by one seed for all runs.
+        split: ``"train"`` (1100 of the 1623 characters), ``"validation"`` (100) or ``"test"`` (423). The split is
+            random, and the same for all seeds.
         root: The folder that holds ``omniglot-py``, as torchvision makes it.
-        way: Characters in an episode.
-        shot: Drawings of each in the support set; ``shot + queries`` is at most 20.
-        queries: Drawings of each in the query set.
-        seed: Which sequence of episodes.
-        length: How many there are.
-        rotations: Whether meta-training has each character also turned by quarters, as classes of their own.
-        cache: Where the decoded images are kept; by default ``$METAATTN_CACHE`` or the user's cache directory.
+        way: Number of characters in an episode.
+        shot: Number of drawings of each character in the support set; ``shot + queries`` is at most 20.
+        queries: Number of drawings of each character in the query set.
+        seed: Seed of the sequence of episodes.
+        length: Number of episodes.
+        rotations: In ``"train"``, add each character rotated by 90, 180 and 270 degrees as further classes.
+        cache: Directory of the decoded images; ``None`` for ``$METAATTN_CACHE`` or the user's cache directory.
+
+    Returns:
+        The episodes. Those of one index: support inputs ``[way * shot, 28, 28]``, query inputs ``[way * queries, 28,
+        28]``, and a target for each; see :class:`Episodes`.
 
     Raises:
-        FileNotFoundError: No Omniglot in ``root``; says how to get it.
-        ValueError: An unknown split; an image that cannot be read, by name.
+        FileNotFoundError: ``root`` does not hold Omniglot; the message says how to get it.
+        ValueError: The split is unknown; an image cannot be read, and the message names it.
+        ImportError: Pillow is not installed, and the images are not in the cache.
 
     Source:
         Lake et al. 2015; the protocol: Vinyals et al. 2016 (arXiv 1606.04080), Santoro et al. 2016.
+
+    Example:
+        >>> from metaattn.tasks import omniglot
+        >>> episodes = omniglot("test", "data", way=5, shot=1, queries=5)  # doctest: +SKIP
+        >>> episodes[0].query.inputs.shape  # doctest: +SKIP
+        torch.Size([25, 28, 28])
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(map(repr, SPLITS))}; got {split!r}")

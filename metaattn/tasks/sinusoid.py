@@ -1,4 +1,4 @@
-"""Sinusoid regression: the first task of MAML."""
+"""Sinusoid regression, the first experiment of the MAML paper."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from .episodes import Batch, Episode, checked_index, generator
 
 
 class Sinusoids(Dataset[Episode]):
-    """Regression to ``y = amplitude * sin(x + phase)`` from a few points.
+    """Dataset of regression tasks ``y = amplitude * sin(x + phase)``, from a few points each.
 
-    Amplitudes are uniform in ``[0.1, 5]``, phases in ``[0, π]``, inputs in ``[-5, 5]``. Episode ``i``
-    depends on the seed and on ``i`` alone. Inputs and targets are ``[samples, 1]``.
+    Amplitudes are uniform in ``[0.1, 5]``, phases in ``[0, π]``, inputs in ``[-5, 5]``. Episode ``i`` depends only on
+    the seed and on ``i``. ``sinusoids[i]`` returns an :class:`Episode`: support inputs and targets ``[shot, 1]``, query
+    inputs and targets ``[queries, 1]``.
 
     Args:
-        shot: Points in the support set.
-        queries: Points in the query set.
-        seed: Which sequence of episodes.
-        length: How many there are.
+        shot: Number of points in the support set, at least 1.
+        queries: Number of points in the query set, at least 1.
+        seed: Seed of the sequence of episodes.
+        length: Number of episodes, at least 1.
 
     Raises:
-        ValueError: A number below 1.
-        IndexError: An index that is not below ``length``.
-        TypeError: An index that is no integer.
+        ValueError: A number is below 1.
+        IndexError: An index is not below ``length``.
+        TypeError: An index is not an integer.
 
     Source:
         Finn, Abbeel and Levine 2017 (arXiv 1703.03400), section 5.1.

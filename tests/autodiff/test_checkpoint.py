@@ -1,4 +1,4 @@
-"""Rematerialisation: every nesting of derivatives against the function itself, and what it must refuse."""
+"""Checkpointed functions against the functions themselves in every nesting of derivatives, and their errors."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def smooth(x, w, b):
 
 
 def mixed(x, w, b):
-    """Attention within: rules of our own inside of a function with rules of its own."""
+    """Attention inside of a checkpoint: custom functions inside of a custom function."""
     q = (x @ w)[None, None]
     return sdpa(q, x[None, None], q.sin() + b, backend="reference", return_lse=True)
 
@@ -53,7 +53,7 @@ def _seeded(f):
 def _nestings():
     for name in FUNCTIONS:
         for nesting in (*nestings.FIRST, *nestings.SECOND, *nestings.THIRD):
-            # The vmap of is_grads_batched serves no random operation, see test_random_numbers_under_batched_gradients.
+            # The vmap of is_grads_batched has no random operations, see test_random_numbers_under_batched_gradients.
             if name == "random" and nesting in (*nestings.NOT_RANDOM, nestings.eager_batched):
                 continue
             yield pytest.param(name, nesting, id=f"{name}-{nesting.__name__}")
@@ -134,7 +134,8 @@ class TestArguments:
         assert checkpoint(lambda n, s: (n + 1, s))(1, s="a") == (2, "a")
 
     def test_not_callable(self):
-        with pytest.raises(TypeError, match=r"takes a function or a module, and its result the arguments; got tensor"):
+        message = r"takes a function or a module, and the function that it returns takes the arguments; got tensor"
+        with pytest.raises(TypeError, match=message):
             checkpoint(torch.ones(2))
 
 
@@ -191,8 +192,8 @@ class TestModules:
         assert_close(got, grads)
 
 
-class TestStrangers:
-    """A tensor that the function closes over and whose derivative would be lost."""
+class TestCapturedTensors:
+    """Tensors that a function captures, whose derivative would be lost."""
 
     x, c = torch.arange(3.0), torch.ones(3)
 
@@ -217,7 +218,7 @@ class TestStrangers:
             transform(lambda c: checkpoint(lambda x: x * c)(self.x), self.c)
 
     def test_within_a_transform_of_its_own(self):
-        """Where wrappers of two transforms are of one level and cannot be told apart by it."""
+        """Wrappers of two transforms are of one level, by which they cannot be distinguished."""
         inner = lambda c: checkpoint(lambda x: grad(lambda x: (x * c).sin().sum())(x))(self.x).sum()
         with pytest.raises(ValueError, match=r"the function\.c"):
             grad(inner)(self.c)
@@ -276,7 +277,7 @@ class TestStrangers:
             c = forward_ad.make_dual(self.c, self.x)
             with pytest.raises(ValueError, match="uses a tensor that it is not given"):
                 f(self.x, self.x)
-            # Along with tangents that it is given, its own is not lost.
+            # Together with tangents of the arguments, that of the captured tensor is not lost.
             x = forward_ad.make_dual(self.x, self.c)
             got = forward_ad.unpack_dual(f(x, self.x)).tangent
         assert_close(got, self.x.sum() + self.x.pow(3).sum(), torch.float32)
@@ -306,7 +307,7 @@ OUTSIDE = {}
 
 
 class TestRandomNumbers:
-    """The same numbers again, and for the value the numbers of the plain function."""
+    """A recomputed function draws the same numbers, and its first run those of the plain function."""
 
     @pytest.mark.parametrize("randomness", ["same", "different"])
     def test_under_vmap(self, randomness):
@@ -322,7 +323,7 @@ class TestRandomNumbers:
         assert torch.equal(g[0], g[1]) == (randomness == "same")
 
     def test_a_vmap_that_came_later_draws_nothing_anew(self):
-        """The Jacobian is of one draw, and each row of it knows which."""
+        """The whole Jacobian is that of one draw."""
         torch.manual_seed(0)
         jacobian = jacrev(checkpoint(lambda x: F.dropout(x, 0.5)))(torch.ones(50, **F64))
         kept = jacobian.diagonal()
@@ -358,7 +359,7 @@ class TestRandomNumbers:
         assert_close(jvp(grad(checkpoint(f)), (q,), (q,)), want)
 
     def test_without_their_state_they_differ(self):
-        """What the option is for."""
+        """Without ``preserve_rng_state``, the numbers differ."""
         x = torch.ones(100, requires_grad=True)
         out = checkpoint(lambda x: F.dropout(x, 0.5), preserve_rng_state=False)(x)
         out.sum().backward()

@@ -1,4 +1,4 @@
-"""Functions that a block replaces: in every pass that belongs to it, and no further."""
+"""Functions are replaced in every pass that belongs to the block, and nowhere else."""
 
 import threading
 
@@ -17,7 +17,7 @@ X = torch.linspace(0.1, 1.2, 6, dtype=torch.float64)
 
 
 def replaced():
-    """sin for exp, of which each derivative tells which of the two ran."""
+    """A block with sin in place of exp: each derivative shows which of the two ran."""
     return Replacement({torch.exp: torch.sin}, "replaced")
 
 
@@ -29,9 +29,9 @@ def want(x):
     return 2 * x.sin() * x.cos()
 
 
-@pytest.mark.parametrize("remat", [lambda f: f, checkpoint])
-def test_transforms(remat):
-    f = remat(function)
+@pytest.mark.parametrize("wrap", [lambda f: f, checkpoint])
+def test_transforms(wrap):
+    f = wrap(function)
     with replaced():
         by_grad, by_vmap = grad(lambda x: f(x).sum())(X), vmap(grad(f))(X)
         second = jvp(grad(lambda x: f(x).sum()), (X,), (torch.ones_like(X),))[1]
@@ -54,7 +54,7 @@ def test_what_is_computed_again_is_replaced_again(inside):
 
 
 def test_torch_checkpoint_within_the_block():
-    """PyTorch takes a mode off while a backward pass runs, and so for what that computes again."""
+    """PyTorch disables a mode while a backward pass runs, and so while that recomputes a function."""
     x = X.clone().requires_grad_()
     with replaced():
         torch_checkpoint(function, x, use_reentrant=False).sum().backward()
@@ -72,7 +72,7 @@ def test_other_threads_are_not_touched():
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_in_a_branch_of_a_higher_order_operator(shown):
-    """PyTorch takes a mode off for the operator's time, and so for what its branches call."""
+    """PyTorch disables a mode while the operator runs, and so while its branches run."""
     x = X.clone().requires_grad_()
     with replaced():
         cond = torch.ops.higher_order.cond
@@ -88,8 +88,8 @@ def test_a_higher_order_operator_in_one_compiled_graph_is_an_error():
         torch.compile(f, fullgraph=True, backend="aot_eager")(X)
 
 
-def test_other_modes_are_not_shown_what_is_called_unshown():
-    """A function is shown to the innermost mode alone: what it calls in its turn goes through all of them, once."""
+def test_other_modes_do_not_receive_the_function_again():
+    """Only the innermost mode receives a function; those that it calls go through all modes, once."""
     shown = []
 
     class Outer(TorchFunctionMode):
@@ -112,8 +112,8 @@ def test_compiled_equals_eager():
         torch.testing.assert_close(f(X), want(X) * X)
 
 
-def test_surroundings_are_those_of_what_is_replaced():
-    """By these a compiled or captured step is found again."""
+def test_ambient_settings_include_what_is_replaced():
+    """They are part of the key of a compiled or captured step."""
     outside = ambient_settings()
     seen = []
     for block in (metaattn.replace_sdpa(), metaattn.replace_sdpa(), metaattn.replace_sdpa(backend="reference")):

@@ -1,4 +1,4 @@
-"""The exactness suite on a GPU: every nesting, on the fused backends, in their dtypes."""
+"""The exactness suite on a GPU: every nesting, on the fused backends, in the dtypes that they support."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.ops.nestings import FIRST, LARGE, NOT_EMPTY, SECOND, THIRD, eager_dou
 pytestmark = pytest.mark.gpu
 
 EVERY_DTYPE = ("causal", "gqa_uneven", "mask", "bias", "window_causal", "value_size")
-# The sine of a sum over all gradients, which in 16 bits is off by as much as the sum itself.
+# These take the sine of a sum over all gradients. In 16 bits the error of the sum is as large as the sum.
 NOT_ROUNDED = [grad_grad, eager_double, vmap_grad_grad]
 
 CALLS = [
@@ -22,7 +22,7 @@ CALLS = [
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     for nesting in FIRST + SECOND + THIRD
     for name, case in CASES.items()
-    # The oracle's dropout is drawn on the CPU; test_triton compares the primitives' own.
+    # The oracle draws dropout on the CPU; test_triton compares dropout of the primitives.
     if "dropout_p" not in case.options
     if not (nesting in NOT_EMPTY and name == "empty")
     if not (nesting in LARGE + THIRD and name not in EVERY_DTYPE[:2])
@@ -38,7 +38,7 @@ def test_nesting(backend, dtype, nesting, case):
     ts = [tuple(t.to(dtype) for t in case.like(seed)) for seed in (10, 11, 12)]
     want = as_vector(nesting(case.oracle(), tuple(t.double() for t in x), [tuple(t.double() for t in u) for u in ts]))
     got = nesting(case.attention(backend), tuple(t.cuda() for t in x), [tuple(t.cuda() for t in u) for u in ts])
-    # What the formula itself loses in this dtype; the dense one overflows in 16 bits.
+    # The error of the formula itself in this dtype. The dense formula overflows in 16 bits.
     formula = case.oracle() if dtype == torch.float32 else case.attention("reference")
     factor = 4.0 * max(1.0, error(as_vector(nesting(formula, x, ts)), want) / TOLERANCE[dtype])
     assert_close(as_vector(got).cpu(), want, dtype, factor)
@@ -47,7 +47,7 @@ def test_nesting(backend, dtype, nesting, case):
 @pytest.mark.parametrize("backend", ["vendor", "auto", "triton"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_grouped_queries(backend, causal):
-    """cuDNN serves them as our kernels do: value, gradient and Hessian product."""
+    """cuDNN and our kernels agree: value, gradient and Hessian product."""
     shapes = [(2, 8, 320, 64), (2, 2, 320, 64), (2, 2, 320, 64)]
     x, t = ([torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes] for _ in range(2))
 
@@ -63,14 +63,14 @@ def test_grouped_queries(backend, causal):
     assert_close(as_vector(got[0][0]), as_vector(want[0][0]), torch.bfloat16, factor=4)
 
 
-# Arithmetic of the products: dtype, precision of float32, and the relative error that a result may have.
+# Arithmetic of the products: dtype, precision of float32, and the largest relative error of a result.
 ARITHMETIC = {
     "float16": (torch.float16, "highest", 2e-3),
     "bfloat16": (torch.bfloat16, "highest", 1e-2),
     "tf32": (torch.float32, "high", 2e-3),
     "float32": (torch.float32, "highest", 4e-6),
 }
-# What a problem has beside query, key and value, all of which the kernels are compiled anew for.
+# Options of a call in addition to query, key and value. The kernels are compiled separately for each.
 KINDS = {
     "full": {},
     "causal": {"is_causal": True},
@@ -84,26 +84,27 @@ TABLE = ("full", "causal", "window")
 
 @pytest.mark.parametrize(
     ("head_size", "kind"),
-    # A mask, a bias and dropout have the same blocks; at head size 256 their kernels compile for minutes.
+    # A mask, a bias and dropout use the same block sizes; at head size 256 their kernels take minutes to compile.
     [(size, kind) for size in (16, 32, 64, 128, 256) for kind in KINDS if size in (64, 128) or kind in TABLE],
 )
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
 def test_all_block_sizes(arithmetic, head_size, kind, precision):
-    """Every row of the table, at a length of many blocks that divide it and at one that none does.
+    """Every row of the table of block sizes, at a length that all blocks divide and at one that none divides.
 
-    Where registers are short ptxas may take a wrong value for an address, by the block sizes and what divides the
-    lengths (docs/benchmarks).
+    If a kernel needs too many registers, ptxas may compute a wrong address, depending on the block sizes and on what
+    divides the lengths (docs/benchmarks).
     """
     dtype, name, bound = ARITHMETIC[arithmetic]
     precision(name)
     for length in (1024, 777):
         errors = _errors(dtype, (1, 2, length, head_size), kind)
-        assert all(error < bound for error in errors.values()), (length, errors)  # of NaN there is no maximum
+        # Not max(errors.values()) < bound: max() may ignore a NaN.
+        assert all(error < bound for error in errors.values()), (length, errors)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so(wrong, precision):
-    """tf32's rounding is an instruction of its own: of a value that is not finite it makes none that is."""
+    """Rounding to tf32 is a separate instruction. It must not turn a value that is not finite into a finite one."""
     precision("high")
     q, k, v, w = torch.randn(4, 1, 1, 128, 64, device="cuda").unbind()
     v[..., 100, 3] = wrong
@@ -115,7 +116,7 @@ def test_what_is_not_finite_stays_so(wrong, precision):
 
 
 def _errors(dtype, shape, kind):
-    """Relative errors of the kernels in all rules, against float64."""
+    """Return the relative errors of the kernels in all rules, against float64."""
     g = torch.Generator("cuda").manual_seed(0)
     length = shape[-2]
 
@@ -131,7 +132,7 @@ def _errors(dtype, shape, kind):
         def attention(query, key, value, bias=mask):
             return metaattn.sdpa(query, key, value, bias, **KINDS[kind], backend=backend)
 
-        torch.manual_seed(0)  # of dropout
+        torch.manual_seed(0)  # for dropout
         return derivative(rule, attention, x, t, w)()
 
     wide = [[a.double() for a in x], [a.double() for a in t], w.double()]

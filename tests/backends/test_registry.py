@@ -11,7 +11,7 @@ from metaattn.backends.base import Operands, Problem
 from metaattn.ops import operators
 
 
-def test_default():
+def test_the_default_is_auto():
     assert current_backend() == "auto"
 
 
@@ -42,8 +42,8 @@ def test_unknown_name():
         metaattn.use_backend("flash")
 
 
-def test_threads_have_their_own():
-    """Interleaved blocks of two threads: each sees its own, and one that opened none sees the default."""
+def test_each_thread_has_its_own_blocks():
+    """Blocks of two threads interleave: each thread sees its own, and a third without a block sees the default."""
     seen, barrier = {}, threading.Barrier(3)
 
     def work(name):
@@ -65,8 +65,8 @@ def test_threads_have_their_own():
     assert seen == {"reference": "reference", "blockwise": "blockwise", None: "auto"}
 
 
-def _served(monkeypatch, f):
-    """The names that the leaves asked for."""
+def _selected(monkeypatch, f):
+    """Return the names of the backends that the operators selected."""
     names = []
     monkeypatch.setattr(operators, "select", lambda name, *args: names.append(name) or select(name, *args))
     f()
@@ -81,11 +81,11 @@ def test_the_argument_beats_the_context(monkeypatch):
         with metaattn.use_backend("blockwise"):
             metaattn.sdpa(X, X, X, backend="reference")
 
-    assert _served(monkeypatch, f) == {"reference"}
+    assert _selected(monkeypatch, f) == {"reference"}
 
 
 def test_derivatives_use_the_backend_of_their_call(monkeypatch):
-    """Even where they are taken outside the block, or inside another."""
+    """Also if they are taken outside the block, or inside another one."""
 
     def f():
         x = X.clone().requires_grad_()
@@ -95,10 +95,10 @@ def test_derivatives_use_the_backend_of_their_call(monkeypatch):
         with metaattn.use_backend("blockwise"):
             g.sin().sum().backward()
 
-    assert _served(monkeypatch, f) == {"reference"}
+    assert _selected(monkeypatch, f) == {"reference"}
 
 
-def test_named_backends_are_given_and_never_replaced():
+def test_a_named_backend_is_never_replaced():
     for name in ("reference", "blockwise"):
         assert select(name, Problem(1.0), Operands(X, X, X)).name == name
     assert select("auto", Problem(1.0), Operands(X, X, X)).name in registry.BACKENDS

@@ -1,21 +1,20 @@
-"""The kernels' five primitives against the reference in float64, over many small blocks.
+"""The primitives of the kernels against the reference in float64, over many small blocks.
 
-Without a GPU in Triton's interpreter, in float32; ``scripts/check_attention.py`` checks all dtypes on a GPU.
+Without a GPU they run in Triton's interpreter, in float32. ``scripts/check_attention.py`` checks all dtypes on a GPU.
 """
 
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
-from metaattn.backends import auto, reference
-from metaattn.backends.base import Operands, Problem, Rows, Tangent, in_one
+from metaattn.backends.base import BackwardJvpInputs, Operands, Problem, Rows, Tangent, pack_qkv
+from metaattn.backends.reference import backend as reference
 from tests.conftest import NO_KERNELS
 from tests.helpers import assert_close
 
-triton = pytest.importorskip("metaattn.backends.triton", exc_type=ImportError)
-from metaattn.backends.triton import block_sizes, interface, launch, layout  # noqa: E402
+triton = pytest.importorskip("metaattn.backends.triton", exc_type=ImportError).backend
+from metaattn.backends.triton import block_sizes, launch  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and NO_KERNELS is not None, reason=NO_KERNELS or "")
@@ -123,7 +122,7 @@ def _call(
 
 @pytest.fixture(params=[(16, 16, True), (32, 16, False)], ids=str)
 def blocks(request, monkeypatch):
-    """Blocks so small that all is cut into many."""
+    """Blocks so small that every problem has several."""
     rows, keys, split = request.param
     monkeypatch.setattr(launch, "tile", lambda *_, **__: block_sizes.Tile(rows, keys, 4, 1, split, not split))
 
@@ -146,16 +145,15 @@ def test_primitives(name):
     close(triton.forward_with_jvp(problem, x, t), (exact, exact_t))
     first = reference.backward(problem, wide["x"], exact, wide["w"], bias_grad=bias_grad)
     close(triton.backward(problem, x, values, w, bias_grad=bias_grad), first)
-    second = reference.backward_jvp(
-        problem, wide["x"], exact, exact_t, wide["w"], wide["t"], cotangent_tangent=wide["w_t"], bias_grad=bias_grad
-    )
-    residuals, options = (problem, x, values, values_t, w, t), {"cotangent_tangent": w_t, "bias_grad": bias_grad}
-    close(triton.backward_jvp(*residuals, **options), second)
-    assert triton.fuses(x, bias_grad) == (not bias_grad)
-    close(triton.backward_with_jvp(*residuals, **options), (first, second))
+    exact_inputs = BackwardJvpInputs(exact, exact_t, wide["w"], wide["t"], wide["w_t"], bias_grad)
+    second = reference.backward_jvp(problem, wide["x"], exact_inputs)
+    inputs = BackwardJvpInputs(values, values_t, w, t, w_t, bias_grad)
+    close(triton.backward_jvp(problem, x, inputs), second)
+    assert triton.fuses_backward_with_jvp(x, bias_grad) == (not bias_grad)
+    close(triton.backward_with_jvp(problem, x, inputs), (first, second))
 
 
-IN_ONE = {
+PACKED = {
     "even": {"heads": 2, "rows": 32, "keys": 32, "size": 16, "value_size": 16},
     "one_block_of_keys": {"heads": 2, "rows": 13, "keys": 13, "size": 16, "value_size": 16},
     "causal_gqa": {"batch": (1,), "heads": 4, "rows": 37, "keys": 37, "size": 16, "value_size": 16, "right": 0},
@@ -164,46 +162,49 @@ IN_ONE = {
 }
 
 
-@pytest.mark.parametrize("name", [*IN_ONE, "even_float16"])
+@pytest.mark.parametrize("name", [*PACKED, "even_float16"])
 @pytest.mark.usefixtures("blocks")
-def test_gradients_in_one(name):
-    """The same bit for bit, and written as one tensor."""
-    problem, x, t, w, w_t = _call(**IN_ONE[name.removesuffix("_float16")])
+def test_packed_gradients(name):
+    """They are bitwise the same, and written as one tensor."""
+    problem, x, t, w, w_t = _call(**PACKED[name.removesuffix("_float16")])
     if name.endswith("float16"):
         x, t, w, w_t = (type(a)(*(None if p is None else p.half() for p in a)) for a in (x, t, w, w_t))
     values = triton.forward(problem, x)
     values_t = triton.forward_jvp(problem, x, values, t)
 
     def gradients(problem):
-        residuals, options = (problem, x, values, values_t, w, t), {"cotangent_tangent": w_t, "bias_grad": False}
+        inputs = BackwardJvpInputs(values, values_t, w, t, w_t)
         first = triton.backward(problem, x, values, w, bias_grad=False)
-        return [first, triton.backward_jvp(*residuals, **options), *triton.backward_with_jvp(*residuals, **options)]
+        return [first, triton.backward_jvp(problem, x, inputs), *triton.backward_with_jvp(problem, x, inputs)]
 
-    for got, want in zip(gradients(replace(problem, in_one=True)), gradients(problem), strict=True):
+    for got, want in zip(gradients(replace(problem, pack_qkv_gradients=True)), gradients(problem), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got[:3], want[:3], strict=True))
-        one = in_one(got[:3])
-        assert one.data_ptr() == got.query.data_ptr()
-        assert torch.equal(one, in_one(want[:3]))
+        packed = pack_qkv(got[:3])
+        assert packed.data_ptr() == got.query.data_ptr()
+        assert torch.equal(packed, pack_qkv(want[:3]))
 
 
 @pytest.mark.parametrize("name", ["ragged", "gqa", "bias", "three_batches"])
 @pytest.mark.usefixtures("blocks")
-def test_gradients_that_are_not_written_in_one(name):
-    """Padded, of two lengths, with batches that do not merge: they are what they are without being asked for so."""
+def test_gradients_that_are_not_packed(name):
+    """Padded, of two lengths, with batches that do not merge: they are the same as without the request."""
     problem, x, _, w, _ = _call(**CALLS[name])
     values = triton.forward(problem, x)
-    got, want = (triton.backward(p, x, values, w, bias_grad=False) for p in (replace(problem, in_one=True), problem))
+    got, want = (
+        triton.backward(p, x, values, w, bias_grad=False) for p in (replace(problem, pack_qkv_gradients=True), problem)
+    )
     assert all(torch.equal(a, b) for a, b in zip(got[:3], want[:3], strict=True))
 
 
 @pytest.mark.parametrize("call", ["window", "causal", "few_rows", "few_rows_one_block"])
 @pytest.mark.usefixtures("blocks")
 def test_rounding(call):
-    """What float16 results lose where it shows is little more than their own rounding.
+    """Errors of float16 results are little larger than the rounding of the results themselves.
 
-    For rows that see few keys delta and mu come from no rounded values; with few rows nothing is rounded on the way.
+    For rows that see few keys, delta and mu are not computed from rounded values; with few rows no intermediate value
+    is rounded without compensation.
     """
-    call, most = {
+    call, max_ratio = {
         "window": ({"rows": 20, "keys": 20, "left": 3, "right": 0}, 2.0),
         "causal": ({"rows": 20, "keys": 20, "right": 0}, 2.0),
         "few_rows": ({"rows": 2, "keys": 150}, 1.2),
@@ -216,199 +217,55 @@ def test_rounding(call):
     values_t = triton.forward_jvp(problem, x, values, t)
     exact = reference.forward(problem, wide[0])
     exact_t = reference.forward_jvp(problem, wide[0], exact, wide[1])
-    none = {"cotangent_tangent": Rows(), "bias_grad": False}
     got = (
         values_t.out,
         *triton.backward(problem, x, values, w, bias_grad=False)[:3],
-        *triton.backward_jvp(problem, x, values, values_t, w, t, **none)[:3],
+        *triton.backward_jvp(problem, x, BackwardJvpInputs(values, values_t, w, t))[:3],
     )
     want = (
         exact_t.out,
         *reference.backward(problem, wide[0], exact, wide[2], bias_grad=False)[:3],
-        *reference.backward_jvp(problem, wide[0], exact, exact_t, wide[2], wide[1], **none)[:3],
+        *reference.backward_jvp(problem, wide[0], BackwardJvpInputs(exact, exact_t, wide[2], wide[1]))[:3],
     )
     for a, b in zip(got, want, strict=True):
         lost, rounding = (a.double() - b).norm(), (b.half().double() - b).norm()
-        assert lost < most * rounding, (lost, rounding)
+        assert lost < max_ratio * rounding, (lost, rounding)
 
 
-def test_batches_merge_without_copies():
-    q = torch.randn(2, 3, 4, 16, 16)
-    shared = torch.randn(1, 3, 4, 16, 16).expand(2, -1, -1, -1, -1)
-    batch = layout.Batch(Operands(q, shared, shared))
-    assert batch.groups == [[0], [1]]
-    assert batch.view(shared).ptr is shared
-    assert layout.Batch(Operands(q, q, q)).groups == [[0, 1]]
-
-
-@pytest.mark.parametrize(
-    ("tensor", "copied"),
-    [
-        (torch.randn(2, 8, 32), False),
-        (torch.randn(8, 2, 32).transpose(0, 1), False),
-        (torch.randn(1, 8, 32).expand(2, 8, 32), False),
-        (torch.randn(2, 8, 64)[..., :32], False),
-        (torch.randn(2, 8, 40)[..., :32], True),
-        (torch.randn(2, 32, 8).mT, True),
-        (torch.randn(2, 8, 33)[..., 1:], True),
-        (torch.randn(2, 8, 24), True),
-        (torch.randn(2 * 8 * 32 + 1)[1:].view(2, 8, 32), True),
-    ],
-)
-def test_alignment(tensor, copied):
-    got = layout.aligned(tensor)
-    assert (got is not tensor) == copied
-    assert got.shape[-1] in (16, 32)
-    assert torch.equal(got[..., : tensor.shape[-1]], tensor)
-    assert got.stride(-1) == 1
-    assert all(s % 16 == 0 for s in got.stride()[:-1])
-    assert got.data_ptr() % 16 == 0
-
-
-def test_shrinks_what_does_not_fit():
-    from triton.runtime.errors import OutOfResources
-
-    x = Operands(*(torch.randn(1, 1, 64, 16, device=DEVICE),) * 3)
-    tried = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            def launch(*arguments, BM, BN, num_warps, num_stages, **options):
-                tried.append((BM, BN, num_warps, num_stages))
-                if BM * BN * num_stages > 64 * 32:
-                    raise OutOfResources(1, 0, "shared memory")
-
-            return launch
-
-    kernel, batch = Kernel(), layout.Batch(x)
-    for _ in range(2):
-        launch.run(kernel, "forward", block_sizes.Tile(128, 64, 8, 2), batch, lambda t: 1, (), {})
-    assert tried == [(128, 64, 8, 2), (128, 64, 8, 1), (64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)]
-
-
-def test_whole_rows_that_do_not_fit():
-    from triton.runtime.errors import OutOfResources
-
-    x = Operands(*(torch.randn(1, 1, 64, 16, device=DEVICE),) * 3)
-    tried = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            def launch(*arguments, BM, BN, num_warps, num_stages, **options):
-                tried.append((BM, BN))
-                raise OutOfResources(1, 0, "shared memory")
-
-            return launch
-
-    kernel, batch = Kernel(), layout.Batch(x)
-    for _ in range(2):
-        tile = block_sizes.Tile(32, 64, 4, 1)
-        assert not launch.run(kernel, "backward_keys", tile, batch, lambda t: 1, (), {}, whole_rows=True)
-    assert tried == [(32, 64), (16, 64)]
-    with pytest.raises(OutOfResources):
-        launch.run(kernel, "backward_rows", tile, batch, lambda t: 1, (), {})
-
-
-def test_table_has_no_more_warps_than_rows():
-    """A warp needs 16 rows of a product; see block_sizes.fit."""
-    for primitives in block_sizes.table().values():
-        for (primitive, _), column in primitives.items():
-            for tile in itertools.chain(*column.values()):
-                assert block_sizes.fit(primitive, tile) == tile, (primitive, tile)
-
-
-def test_table_holds_16_bits_alone():
-    """A product with the identity is not exact in tf32."""
-    for primitives in block_sizes.table().values():
-        for (_, arithmetic), column in primitives.items():
-            assert arithmetic == "half" or not any(tile.hold for tile in itertools.chain(*column.values()))
-
-
-def test_refusals():
+def test_unsupported_calls():
     problem = Problem(1.0)
 
     def operands(size, dtype=torch.float32, device=DEVICE):
         return Operands(*(torch.zeros(1, 1, 4, size, dtype=dtype, device=device),) * 3)
 
-    assert triton.refuses(problem, operands(256)) is None
-    assert "head sizes up to 256; got 257" in triton.refuses(problem, operands(257))
-    assert "serves float16, bfloat16 and float32; got torch.float64" in triton.refuses(
+    assert triton.unsupported_reason(problem, operands(256)) is None
+    assert "head sizes up to 256; got 257" in triton.unsupported_reason(problem, operands(257))
+    assert "supports float16, bfloat16 and float32; got torch.float64" in triton.unsupported_reason(
         problem, operands(8, torch.float64)
     )
     if DEVICE == "cpu":
-        assert "on a CPU serves no bfloat16" in triton.refuses(problem, operands(8, torch.bfloat16))
-    assert "needs a CUDA device; the tensors are on meta" in triton.refuses(problem, operands(8, device="meta"))
+        assert "on a CPU does not support bfloat16" in triton.unsupported_reason(problem, operands(8, torch.bfloat16))
+    assert "needs a CUDA device; the tensors are on meta" in triton.unsupported_reason(
+        problem, operands(8, device="meta")
+    )
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """Operands on a GPU that is not here, of a given capability and shared memory."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    def make(size, dtype, capability, kib):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-        monkeypatch.setattr(interface, "shared_bytes", lambda _: kib * 1024)
-        with FakeTensorMode():
-            return Operands(*(torch.empty(1, 1, 4, size, dtype=dtype, device="cuda:0"),) * 3)
-
-    return make
-
-
-def test_a_gpu_too_old_is_refused(gpu):
-    assert "needs a GPU of compute capability 8.0 or newer; got 7.5" in triton.refuses(
+def test_a_gpu_that_is_too_old(gpu):
+    assert "needs a GPU of compute capability 8.0 or newer; got 7.5" in triton.unsupported_reason(
         Problem(1.0), gpu(64, torch.float16, (7, 5), 64)
     )
 
 
 def test_large_heads_in_float32_need_shared_memory(gpu):
     problem, small = Problem(1.0), ((8, 9), 99)
-    reason = triton.refuses(problem, gpu(200, torch.float32, *small))
+    reason = triton.unsupported_reason(problem, gpu(200, torch.float32, *small))
     assert "head sizes above 128 on GPUs with 112 KiB" in reason
     assert "got head size 200 on one with 99" in reason
-    assert triton.refuses(problem, gpu(128, torch.float32, *small)) is None
-    assert triton.refuses(problem, gpu(200, torch.bfloat16, *small)) is None
-    assert triton.refuses(problem, gpu(200, torch.float32, (8, 0), 163)) is None
+    assert triton.unsupported_reason(problem, gpu(128, torch.float32, *small)) is None
+    assert triton.unsupported_reason(problem, gpu(200, torch.bfloat16, *small)) is None
+    assert triton.unsupported_reason(problem, gpu(200, torch.float32, (8, 0), 163)) is None
 
 
-def test_what_the_refusal_offers_is_served(gpu, precision):
+def test_the_remedy_for_large_heads_works(gpu, precision):
     precision("high")
-    assert triton.refuses(Problem(1.0), gpu(200, torch.float32, (8, 9), 99)) is None
-
-
-def test_auto_on_a_gpu_that_was_never_measured(gpu):
-    choice = auto.choose("forward", Problem(1.0), gpu(64, torch.float16, (8, 0), 163))
-    assert choice.backend.name == "triton"
-    assert choice.why == "our kernel; PyTorch's own is not measured on compute capability 8.0"
-    measured = auto.choose("forward", Problem(1.0), gpu(64, torch.float16, (9, 0), 227))
-    assert "times as fast as" in measured.why
-
-
-@pytest.mark.parametrize(
-    ("tokens", "right", "name"),
-    [(64, None, "triton"), (100, None, "triton"), (180, None, "vendor"), (400, None, "triton"), (197, 0, "triton")],
-)
-@pytest.mark.parametrize("kv_heads", [1, 2])
-def test_auto_goes_by_the_nearest_length_that_was_measured(gpu, monkeypatch, tokens, right, name, kv_heads):
-    column = {"full": {"64": 0.5, "197": 1.2, "512": 0.9}, "causal": {"64": 0.5}}
-    monkeypatch.setattr(auto, "_table", lambda: {"9.0": {"backward": {"64": column}}})
-    x = gpu(40, torch.float16, (9, 0), 227)
-    query, key = (x.query.new_empty(1, heads, tokens, 40) for heads in (2, kv_heads))
-    choice = auto.choose("backward", Problem(1.0, None, right), Operands(query, key, key))
-    assert choice.backend.name == name
-    if name == "vendor":
-        assert choice.why == "PyTorch's own is measured 1.20 times as fast as ours at 197 tokens"
-    unmeasured = auto.choose("forward", Problem(1.0, None, right), Operands(query, key, key))
-    assert unmeasured.why == "our kernel; PyTorch's own is not measured there at head size 40"
-
-
-def test_auto_where_one_band_was_not_measured(gpu, monkeypatch):
-    monkeypatch.setattr(auto, "_table", lambda: {"9.0": {"forward": {"64": {"full": {"64": 2.0}}}}})
-    x = gpu(64, torch.float16, (9, 0), 227)
-    assert auto.choose("forward", Problem(1.0), x).backend.name == "vendor"
-    assert auto.choose("forward", Problem(1.0, None, 0), x).backend.name == "triton"
-
-
-def test_auto_on_a_gpu_that_is_too_old(gpu):
-    choice = auto.choose("backward_jvp", Problem(1.0), gpu(64, torch.float16, (7, 5), 64))
-    assert choice.backend.name == "blockwise"
-    assert "needs a GPU of compute capability 8.0" in choice.why
+    assert triton.unsupported_reason(Problem(1.0), gpu(200, torch.float32, (8, 9), 99)) is None

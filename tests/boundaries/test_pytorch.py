@@ -1,4 +1,6 @@
-"""What PyTorch does not do, held fast: the day one of these fails, PyTorch has learned it, and we say so."""
+"""Limits and faults of PyTorch that the library works around. A failure means that a new PyTorch has lifted one."""
+
+import gc
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ CUDA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.C
 
 
 def test_flash_on_cpu_runs():
-    """The other tests mean something only while this backend serves these inputs."""
+    """The other tests mean something only while this backend supports these inputs."""
     assert _flash(X).isfinite().all()
     assert grad(lambda x: _flash(x).sum())(X).isfinite().all()
 
@@ -61,7 +63,7 @@ def test_fused_attention_on_cuda_has_no_double_backward(kind):
 
 
 def test_softmax_fails_in_reverse_over_a_dual_level():
-    """Why the oracle writes the exponential out; the operator itself must not fail (``reverse_over_dual``)."""
+    """This is why the oracle writes the exponential out. The operator itself must not fail (``reverse_over_dual``)."""
     with torch.autograd.forward_ad.dual_level():
         x = torch.randn(3, requires_grad=True)
         y = torch.autograd.forward_ad.make_dual(x, torch.ones(3)).softmax(-1).square().sum()
@@ -85,7 +87,7 @@ class _Exp(Function):
 
 
 def test_an_operation_in_a_jvp_rule_loses_the_outer_tangents():
-    """Silently. Why our jvp rules add with a Function (``_rules._Sum``)."""
+    """Silently. This is why our jvp rules add with a custom function (``autodiff.add_terms``)."""
     x = torch.randn(3, dtype=torch.float64)
     once = lambda x: jvp(_Exp.apply, (x,), (torch.ones_like(x),))[1]
     twice = jvp(once, (x,), (torch.ones_like(x),))[1]
@@ -94,7 +96,7 @@ def test_an_operation_in_a_jvp_rule_loses_the_outer_tangents():
 
 
 def test_a_custom_op_is_silently_constant_in_forward_mode():
-    """Why the leaves are below the rules and never public."""
+    """This is why the operators are below the rules, and private."""
 
     @custom_op("metaattn_tests::double", mutates_args=())
     def double(x: torch.Tensor) -> torch.Tensor:
@@ -112,15 +114,15 @@ def test_checkpoint_raises_under_torch_func():
 
 
 def test_linearize_draws_random_numbers_twice():
-    """The limit that ``NOT_RANDOM`` of the exactness suite respects, with PyTorch's own dropout."""
+    """PyTorch's own dropout shows the limit that ``NOT_RANDOM`` of the exactness suite respects."""
     x = torch.ones(1000)
     f = lambda x: F.dropout(x, 0.5)
     out, tangent_map = torch.func.linearize(f, x)
     assert not torch.equal(out, tangent_map(x))  # a linear function is its own tangent map
 
 
-def test_mse_loss_refuses_forward_over_reverse_without_a_tangent_of_its_target():
-    """Why mixed mode gives the data a tangent of zeros (``metaattn/meta/_hvp.py``)."""
+def test_mse_loss_fails_forward_over_reverse_without_a_tangent_of_its_target():
+    """This is why mixed mode gives the data a tangent of zeros (``metaattn/meta/_hvp.py``)."""
     x, y, t = (torch.randn(3) for _ in range(3))
     product = lambda x, y: grad(lambda x: F.mse_loss(x, y))(x)
     with pytest.raises(RuntimeError, match="ZeroTensors are immutable"):
@@ -129,7 +131,7 @@ def test_mse_loss_refuses_forward_over_reverse_without_a_tangent_of_its_target()
 
 
 def test_layer_norm_has_wrong_meta_gradients_under_vmap():
-    """Silently. Why the Transformer has norms of its own (``metaattn/nn/norm.py``)."""
+    """Silently. This is why the Transformer writes its norms out (``metaattn/nn/norm.py``)."""
     x, w = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
     weight_grad = lambda x, w: grad(lambda w: F.layer_norm(x, (5,), w).sin().sum())(w).sin().sum()
     mapped = grad(lambda x: torch.func.vmap(weight_grad, (0, None))(x, w).sum())(x)
@@ -138,7 +140,7 @@ def test_layer_norm_has_wrong_meta_gradients_under_vmap():
 
 
 def test_batch_norm_has_wrong_meta_gradients_under_vmap():
-    """Silently, of a batch's own statistics and with a weight. Told to who brings a model, in docs/coming_from.md."""
+    """Silently, with the statistics of the batch and a weight. ``docs/coming_from.md`` warns of it."""
     x, w = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
     norm = lambda x, w: F.batch_norm(x, None, None, weight=w, training=True)
     weight_grad = lambda x, w: grad(lambda w: norm(x, w).sin().sum())(w).sin().sum()
@@ -156,7 +158,7 @@ NORMS = {
 
 @pytest.mark.parametrize("name", NORMS)
 def test_norms_have_wrong_second_derivatives(name):
-    """Silently, without a weight as well, in grad of jvp and in jvp of jvp: why the Transformer's is written out.
+    """Silently, also without a weight, in grad of jvp and in jvp of jvp: the Transformer writes its norms out.
 
     PyTorch's issues 196699 (batch), 196700 (layer) and 198017.
     """
@@ -173,3 +175,32 @@ def test_norms_have_wrong_second_derivatives(name):
 
     got, want = second(norm), second(written_out)
     assert all((g - w).norm() > 0.01 * w.norm() for g, w in zip(got, want, strict=True))  # should be equal
+
+
+def _left_to_the_garbage_collector(call):
+    """Number of objects in reference cycles that a call leaves, after it has run before."""
+    call()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        call()
+        return gc.collect()
+    finally:
+        gc.unfreeze()
+        gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transforms_leave_reference_cycles():
+    """Of any function: tree_flatten and torch.func.grad recurse in nested functions, which refer to themselves.
+
+    With the garbage collector off, memory grows with each call: by far the most under linearize, whose graph is left.
+    ``tests/autodiff/test_garbage.py`` asserts that we add none, and ``_torch_internals.tree_flatten`` is why.
+    """
+    x = torch.randn(3)
+    f = lambda x: x.sin().sum()
+    flatten = _left_to_the_garbage_collector(lambda: torch.utils._pytree.tree_flatten([x]))
+    product = _left_to_the_garbage_collector(lambda: jvp(grad(f), (x,), (x,)))
+    linear = _left_to_the_garbage_collector(lambda: torch.func.linearize(f, x)[1](x))
+    assert 0 < flatten < 20 < product < 1000 < linear

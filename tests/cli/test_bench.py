@@ -1,11 +1,11 @@
-"""``metaattn bench``: its rows, its file, and that what is wrong has no time."""
+"""``metaattn bench``: its rows and its file; a wrong result has no time."""
 
 import json
 
 import pytest
 import torch
 
-from metaattn.backends import blockwise
+from metaattn.backends.blockwise import backend as blockwise
 from metaattn.cli import bench, main
 
 SMALL = ["bench", "--device", "cpu", "--shape", "1,2,16,8"]
@@ -13,7 +13,7 @@ SMALL = ["bench", "--device", "cpu", "--shape", "1,2,16,8"]
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    monkeypatch.setattr(bench, "LEAST", 1e-3)
+    monkeypatch.setattr(bench, "MIN_SECONDS", 1e-3)
 
 
 def test_writes_what_it_prints(tmp_path, capsys):
@@ -36,16 +36,16 @@ def test_writes_what_it_prints(tmp_path, capsys):
         assert f"{row['metaattn']['ms']:.2f}" in out
 
 
-def test_what_is_wrong_has_no_time(monkeypatch, capsys):
+def test_a_wrong_result_has_no_time(monkeypatch, capsys):
     right = blockwise.backward_jvp
     monkeypatch.setattr(blockwise, "backward_jvp", lambda *a, **o: type(g := right(*a, **o))(-g[0], *g[1:]))
     assert main(SMALL) == 1
     out = capsys.readouterr().out
-    assert "NOT RIGHT: hvp at [1, 2, 16, 8] wrong; dbl at [1, 2, 16, 8] wrong" in out
+    assert "WRONG: hvp at [1, 2, 16, 8] wrong; dbl at [1, 2, 16, 8] wrong" in out
     assert sum("wrong" in line for line in out.splitlines()[2:-1]) == 2
 
 
-def test_what_raises_says_so(monkeypatch):
+def test_an_exception_is_reported(monkeypatch):
     def lost(*_, **__):
         raise RuntimeError("no such kernel")
 

@@ -1,4 +1,4 @@
-"""The command: its mistakes, its exit codes, its help."""
+"""The command ``metaattn``: mistakes, exit codes, help."""
 
 import os
 import subprocess
@@ -7,19 +7,20 @@ from pathlib import Path
 
 import pytest
 
+import metaattn
 from metaattn.cli import bench, main
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "doctor|bench"),
         (["repair"], "invalid choice: 'repair'"),
         (["doctor", "--backend", "flash"], "invalid choice: 'flash'"),
         (["doctor", "--device", "tpu"], "expected cpu, cuda or cuda:N; got 'tpu'"),
-        (["doctor", "--device", "cuda:99"], "cuda:99 is not here"),
+        (["doctor", "--device", "cuda:99"], "cuda:99 does not exist"),
         (["bench", "--shape", "1,8,64"], "four positive integers such as 1,8,1024,64; got '1,8,64'"),
         (["bench", "--shape", "1,8,0,64"], "four positive integers"),
         (["bench", "--dtype", "int8"], "expected one of float64, float32, float16, bfloat16; got 'int8'"),
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parent.parent.parent
         (["bench", "--json", "/"], "it is a directory"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, capsys):
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
         main(arguments)
     out, err = capsys.readouterr()
@@ -36,14 +37,21 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, capsys):
     assert out == ""
     assert err.startswith("error: ")
     assert err.count("\n") == 1
-    assert said in err
+    assert message in err
 
 
-def test_help_teaches(capsys):
+def test_help_explains_the_table(capsys):
     with pytest.raises(SystemExit) as end:
         main(["bench", "--help"])
     assert end.value.code == 0
-    assert "Ratios above 1 are in our favour" in capsys.readouterr().out
+    assert "Ratios above 1 mean that ours is faster" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"metaattn {metaattn.__version__}\n"
 
 
 def test_interruption(monkeypatch, capsys):
@@ -56,11 +64,11 @@ def test_interruption(monkeypatch, capsys):
 
 
 def test_as_a_module(tmp_path):
-    """From any directory, without Triton's interpreter: a backend that cannot run here is named, and is no error."""
+    """It runs in any directory; without Triton's interpreter the triton backend is reported as unavailable."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "metaattn", "doctor", "--device", "cpu", "--backend", "reference"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "triton      backend='triton' needs a CUDA device" in done.stdout
-    # A PyTorch for CUDA says on some machines that there is no driver.
+    # A PyTorch for CUDA warns on some machines that there is no driver.
     assert [line for line in done.stderr.splitlines() if "torch/utils/cpp_extension.py" not in line] == []

@@ -57,15 +57,15 @@ def test_mixed_mode_in_a_graph():
 
 
 def test_generators_cannot_be_read_in_a_capture(monkeypatch):
-    """What is computed again must know that it draws nothing there."""
+    """A recomputed function must know that it draws nothing there."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(NotImplementedError, match="capture finds out whether a step draws"):
-        _context._generators([0])
+    with pytest.raises(NotImplementedError, match="capture, which finds out whether a step draws"):
+        _context._generator_states([0])
     with _context.without_draws():
-        assert len(_context._generators([0])) == 1  # the CPU's
+        assert len(_context._generator_states([0])) == 1  # the CPU's
     with pytest.raises(NotImplementedError):
-        _context._generators([0])
-    assert len(_context._generators([])) == 1
+        _context._generator_states([0])
+    assert len(_context._generator_states([])) == 1
 
 
 @pytest.mark.gpu
@@ -80,7 +80,7 @@ def test_results_outlive_the_next_replay(learner):
 
 @pytest.mark.gpu
 def test_state_is_changed_once_a_call(learner):
-    """The trial runs before a capture take no steps."""
+    """The trial runs before a capture leave no trace."""
 
     def train(captured):
         m = meta(learner, "cuda")
@@ -126,7 +126,7 @@ def test_a_failed_capture_leaves_graphs_and_generators_as_they_were():
     assert torch.rand(64, device="cuda").unique().numel() > 1
 
 
-def test_says_once_why_it_runs_eagerly(learner):
+def test_one_warning_says_why_it_runs_eagerly(learner):
     m = values(meta(learner, "cpu"))
     fast = capture(learner.value_and_grad)
     support, query = tasks(4, "cpu")
@@ -141,7 +141,7 @@ def test_says_once_why_it_runs_eagerly(learner):
     assert "GPU" in fast.reason
 
 
-def test_none_runs_eagerly_and_says_nothing(learner):
+def test_none_runs_eagerly_without_a_warning(learner):
     m = values(meta(learner, "cpu"))
     support, query = tasks(4, "cpu")
     with warnings.catch_warnings():
@@ -152,7 +152,7 @@ def test_none_runs_eagerly_and_says_nothing(learner):
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_gradients_through_it_are_kept(device):
-    """An argument that requires a gradient keeps the step eager, and its graph."""
+    """With an argument that requires a gradient, the step runs eagerly, so that autograd can follow it."""
     fast = capture(lambda x: x.square().sum())
     x = torch.ones(3, device=device, requires_grad=True)
     with pytest.warns(UserWarning, match="runs eagerly"):
@@ -172,11 +172,11 @@ def test_transforms_see_the_step(device):
     ("arguments", "error", "match"),
     [
         ({"mode": "fast"}, ValueError, "mode must be one of 'graph', 'inductor', 'none'; got 'fast'"),
-        ({"options": {"max_autotune": True}}, ValueError, "options are Inductor's, for mode='inductor'"),
+        ({"options": {"max_autotune": True}}, ValueError, "options are Inductor's and need mode='inductor'"),
         ({"mode": "inductor", "options": {"nope": 1}}, ValueError, "Inductor has no option 'nope'"),
         ({"step": 3}, TypeError, "step must be a function; got 3"),
         ({"state": ["w"]}, TypeError, "state must be tensors"),
-        ({"most": 0}, ValueError, "most must be at least 1; got 0"),
+        ({"max_graphs": 0}, ValueError, "max_graphs must be at least 1; got 0"),
     ],
 )
 def test_errors(arguments, error, match):
@@ -184,8 +184,14 @@ def test_errors(arguments, error, match):
         capture(**{"step": len, **arguments})
 
 
+def test_the_old_name_of_max_graphs():
+    with pytest.warns(DeprecationWarning, match="use max_graphs"):
+        assert capture(len, most=3).max_graphs == 3
+    assert capture(len, max_graphs=3).max_graphs == 3
+
+
 def test_what_a_replay_is_given_is_copied_at_once(monkeypatch):
-    """Alike tensors together; one of another layout or dtype by itself, so that it does not slow the others down."""
+    """One kernel copies tensors of one dtype; a tensor of another layout is copied by itself, and slows no others."""
     together = []
     foreach = torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: together.append(len(to)) or foreach(to, of))

@@ -1,4 +1,4 @@
-"""Compiled meta-steps: equal to eager ones, whatever changes between two calls; or eager, and it is said why."""
+"""Compiled meta-steps equal eager ones, whatever changes between calls; or they run eagerly, and a warning says why."""
 
 import warnings
 
@@ -30,15 +30,15 @@ def tasks(count=2, seed=0, device="cpu", dtype=torch.float64):
 
 
 def recorded(step):
-    """Captured, with the pieces recorded and cut but not compiled: quick, and all but Inductor's own work."""
+    """Return the captured step, with its pieces recorded and split but not compiled, which is quick."""
     captured = capture(step, mode="inductor")
-    captured.lowered = []
+    captured.modules = []
 
-    def lower(module, inputs):
-        captured.lowered.append(module)
+    def compile_piece(module, inputs):
+        captured.modules.append(module)
         return as_recorded(module)
 
-    captured.pieces.lower = lower
+    captured.compiler.compile_piece = compile_piece
     return captured
 
 
@@ -69,9 +69,9 @@ def two_layers(params, x, y):
 
 @pytest.mark.parametrize("gradient", ["reverse", "mixed"])
 @pytest.mark.parametrize("name", ["two layers", "transformer"])
-def test_joined_products_are_the_same(name, gradient, monkeypatch):
-    """As on a GPU, where our kernel does them at once."""
-    monkeypatch.setattr(matmul_fusion, "served", lambda like: True)
+def test_fused_matmuls_are_the_same(name, gradient, monkeypatch):
+    """Fuse them as on a GPU, where our kernel computes them together."""
+    monkeypatch.setattr(matmul_fusion, "supported", lambda like: True)
     model, classify = transformer(2)
     if name == "transformer":
         learner, params, data = (
@@ -83,20 +83,20 @@ def test_joined_products_are_the_same(name, gradient, monkeypatch):
         learner, params, data = maml(two_layers, steps=2, gradient=gradient), PARAMS | {"u": PARAMS["w"].sin()}, tasks()
     fast, meta = recorded(learner.value_and_grad), learner.init(params)
     assert_close(fast(meta, *data), learner.value_and_grad(meta, *data))
-    assert not fast.pieces.reasons
-    names = [str(n.target) for module in fast.lowered for n in module.graph.nodes]
-    assert "metaattn._products.default" in names
+    assert not fast.compiler.reasons
+    names = [str(n.target) for module in fast.modules for n in module.graph.nodes]
+    assert "metaattn._fused_matmuls.default" in names
 
 
 @pytest.mark.parametrize("optimizer", [sgd(), adam()], ids=["sgd", "adam"])
 @pytest.mark.parametrize(
     ("gradient", "learns"),
     [(g, rates) for g in ("reverse", "mixed", "first_order") for rates in ("nothing", "element")]
-    # With the first steps cut off there is a derivative of the rates alone; with implicit gradients there is none.
+    # With the first steps cut off only the rates have a derivative; with implicit gradients nothing has one.
     + [(Mixed(2), "nothing"), (Truncated(2), "element"), ("implicit", "nothing")],
     ids=str,
 )
-def test_pieces_equal_the_eager_step(gradient, learns, optimizer):
+def test_recorded_steps_equal_eager_ones(gradient, learns, optimizer):
     learner = maml(
         loss,
         steps=3,
@@ -110,7 +110,7 @@ def test_pieces_equal_the_eager_step(gradient, learns, optimizer):
     fast = recorded(learner.value_and_grad)
     for seed in range(2):
         assert_close(fast(meta, *tasks(seed=seed)), learner.value_and_grad(meta, *tasks(seed=seed)))
-    assert not fast.pieces.reasons
+    assert not fast.compiler.reasons
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_algorithms(learner):
     meta, data = learner.init(PARAMS), tasks()
     fast = recorded(learner.value_and_grad)
     assert_close(fast(meta, *data), learner.value_and_grad(meta, *data))
-    assert fast.lowered
+    assert fast.modules
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm": "rms", "activation": "swiglu", "remat": True}], ids=["layer", "rms"])
@@ -137,18 +137,18 @@ def test_a_transformer_with_metrics(changes):
     meta = learner.init(dict(model.named_parameters()))
     fast = recorded(learner.value_and_grad)
     assert_close(fast(meta, *sequences()), learner.value_and_grad(meta, *sequences()))
-    assert fast.lowered
+    assert fast.modules
 
 
 @pytest.mark.parametrize(("optimizer", "steps"), [(sgd(), (1, 2, 5)), (adam(), (3, 6))], ids=["sgd", "adam"])
 def test_what_is_compiled_does_not_grow_with_the_steps(optimizer, steps):
-    """Of Adam's steps the first, whose state is constant, and the last, whose state is not used, are their own."""
+    """Adam's first step, whose state is constant, and its last, whose state is not used, are compiled separately."""
     counts = set()
     for n in steps:
         learner = maml(loss, steps=n, gradient="mixed", optimizer=optimizer, learns="tensor")
         fast = recorded(learner.value_and_grad)
         fast(learner.init(PARAMS), *tasks())
-        counts.add(len(fast.lowered))
+        counts.add(len(fast.modules))
     assert len(counts) == 1
 
 
@@ -161,7 +161,7 @@ def test_inductor(gradient):
         data = tasks(seed=seed)
         assert_close(fast(meta, *data), learner.value_and_grad(meta, *data))
     assert fast.reason is None
-    assert not fast.pieces.reasons
+    assert not fast.compiler.reasons
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -176,7 +176,7 @@ def test_a_second_process_finds_what_one_compiled(tmp_path, monkeypatch):
         counters["inductor"].clear()
         fast = capture(learner.value_and_grad, mode="inductor")
         assert_close(fast(meta, *data), learner.value_and_grad(meta, *data))
-        assert not fast.pieces.reasons
+        assert not fast.compiler.reasons
         found.append([counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")])
     (_, missed, _), after = found
     assert missed > 0
@@ -188,7 +188,7 @@ def test_a_second_process_finds_what_one_compiled(tmp_path, monkeypatch):
 @pytest.mark.parametrize("gradient", ["mixed", "reverse", "first_order"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_inductor_in_a_graph(gradient, dtype):
-    """As a replayed graph; against the eager step in float64."""
+    """Compare a replayed graph with the eager step in float64."""
     model, classify = transformer(2, causal=True)
     model.cuda()
     learner = maml(classify, steps=2, gradient=gradient, has_aux=True)
@@ -200,7 +200,7 @@ def test_inductor_in_a_graph(gradient, dtype):
         (want, _), want_grad = learner.value_and_grad(meta, (x, y), (u, v))
         (got, _), got_grad = fast(low, (x.to(dtype), y), (u.to(dtype), v))
         assert fast.reason is None
-        assert not fast.pieces.reasons
+        assert not fast.compiler.reasons
         names = list(want_grad["params"])
         flat = [torch.cat([g["params"][k].double().flatten() for k in names]) for g in (got_grad, want_grad)]
         # A whole step on weights rounded to the dtype: its roundings, some hundred times over.
@@ -210,7 +210,7 @@ def test_inductor_in_a_graph(gradient, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")
-def test_a_shape_change_is_captured_anew_on_a_gpu():
+def test_another_shape_is_captured_again_on_a_gpu():
     learner = maml(loss, steps=2, learning_rate=0.1, gradient="mixed")
     fast = capture(learner.value_and_grad, mode="inductor")
     meta = {g: {k: t.detach().cuda() for k, t in group.items()} for g, group in learner.init(PARAMS).items()}
@@ -231,11 +231,11 @@ def test_autocast_is_not_applied_to_what_was_recorded_below_it():
     fast = capture(learner.value_and_grad, mode="inductor")
     seen = []
 
-    def lower(module, inputs):
+    def compile_piece(module, inputs):
         seen.append(torch.is_autocast_enabled("cpu"))
         return as_recorded(module)
 
-    fast.pieces.lower = lower
+    fast.compiler.compile_piece = compile_piece
     with torch.autocast("cpu", torch.bfloat16):
         got = fast(meta, *data)[0]
     assert_close(got, learner.value_and_grad(meta, *data)[0], torch.float32)
@@ -243,31 +243,31 @@ def test_autocast_is_not_applied_to_what_was_recorded_below_it():
     assert not any(seen)
 
 
-def test_another_default_dtype_is_compiled_anew():
+def test_another_default_dtype_is_compiled_again():
     fast = recorded(maml(loss, steps=1, learning_rate=0.1).value_and_grad)
     meta = maml(loss, steps=1, learning_rate=0.1).init(PARAMS)
     fast(meta, *tasks())
-    count = len(fast.lowered)
+    count = len(fast.modules)
     torch.set_default_dtype(torch.float64)
     try:
         fast(meta, *tasks())
     finally:
         torch.set_default_dtype(torch.float32)
-    assert len(fast.lowered) == 2 * count > 0
+    assert len(fast.modules) == 2 * count > 0
 
 
-def test_another_shape_is_recorded_anew():
+def test_another_shape_is_recorded_again():
     learner = maml(loss, steps=2, learning_rate=0.1)
     fast, meta = recorded(learner.value_and_grad), learner.init(PARAMS)
     counts = []
     for count in (2, 3, 2):
         assert_close(fast(meta, *tasks(count)), learner.value_and_grad(meta, *tasks(count)))
-        counts.append(len(fast.lowered))
+        counts.append(len(fast.modules))
     assert counts[0] < counts[1] == counts[2]
 
 
-class TestWhatIsNotGiven:
-    """Closed-over tensors are inputs: changed in place or exchanged, the next call sees them."""
+class TestCapturedTensors:
+    """Closed-over tensors are inputs: if they are changed in place or exchanged, the next call sees it."""
 
     def test_changed_in_place(self):
         scale = torch.ones((), dtype=torch.float64)
@@ -285,8 +285,8 @@ class TestWhatIsNotGiven:
         for value in (1.0, 3.0):
             held["scale"] = torch.tensor(value, dtype=torch.float64)
             assert_close(fast(meta, *tasks()), learner.value_and_grad(meta, *tasks()))
-            counts.append(len(fast.lowered))
-        assert counts[0] == counts[1], "and nothing is compiled for it"
+            counts.append(len(fast.modules))
+        assert counts[0] == counts[1], "nothing new is compiled"
 
     def test_numbers_and_globals(self, monkeypatch):
         settings = {"power": 2}
@@ -330,9 +330,9 @@ class TestWhatIsNotGiven:
 
         meta = maml(loss).init(PARAMS)
         fast(meta, *tasks())
-        first = len(fast.lowered)
+        first = len(fast.modules)
         fast(meta, *tasks(seed=1))
-        assert len(fast.lowered) == first
+        assert len(fast.modules) == first
 
 
 def drops(params, x, y):
@@ -348,13 +348,13 @@ def branches(params, x, y):
     ("loss", "reason"), [(drops, "it draws random numbers"), (branches, "it depends on a tensor's numbers")]
 )
 def test_what_cannot_be_compiled_runs_as_it_is(loss, reason, gradient):
-    """With the random numbers of an eager step."""
+    """It draws the random numbers of an eager step."""
     learner = maml(loss, steps=2, learning_rate=0.1, gradient=gradient)
     fast, meta = recorded(learner.value_and_grad), learner.init(PARAMS)
     torch.manual_seed(1)
-    with pytest.warns(UserWarning, match=f"a part of the step is not compiled: {reason}") as said:
+    with pytest.warns(UserWarning, match=f"a part of the step is not compiled: {reason}") as caught:
         first = fast(meta, *tasks())
-    assert len([w for w in said if "not compiled" in str(w.message)]) == 1
+    assert len([w for w in caught if "not compiled" in str(w.message)]) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.manual_seed(1)
@@ -365,8 +365,8 @@ def test_what_cannot_be_compiled_runs_as_it_is(loss, reason, gradient):
     assert_close(again, want)
 
 
-def test_a_loss_that_is_new_at_every_call_is_not_compiled_for_ever(monkeypatch):
-    monkeypatch.setattr(compiler, "MOST", 4)  # two losses: an inner step and an outer loss of each
+def test_a_loss_that_changes_in_every_call_is_not_compiled_for_ever(monkeypatch):
+    monkeypatch.setattr(compiler, "MAX_GRAPHS", 4)  # two losses: an inner step and an outer loss of each
     power = [1.0]
     learner = maml(lambda p, x, y: loss(p, x, y) ** power[0], learning_rate=0.1)
     fast, meta, counts = recorded(learner.value_and_grad), learner.init(PARAMS), []
@@ -374,51 +374,51 @@ def test_a_loss_that_is_new_at_every_call_is_not_compiled_for_ever(monkeypatch):
     def compare(value):
         power[0] = value
         assert_close(fast(meta, *tasks()), learner.value_and_grad(meta, *tasks()))
-        counts.append(len(fast.lowered))
+        counts.append(len(fast.modules))
 
     compare(1.0)
     compare(2.0)
-    with pytest.warns(UserWarning, match="there are more than 4 of its kind"):
+    with pytest.warns(UserWarning, match="there are more than 4 functions like it"):
         compare(3.0)
     compare(1.0)
     assert counts[0] < counts[1] == counts[2] == counts[3]
 
 
-def test_a_compiler_that_fails_is_told_and_the_step_runs():
+def test_a_compiler_that_fails_is_a_warning_and_the_step_runs():
     learner = maml(loss, steps=2, learning_rate=0.1)
     fast, meta = recorded(learner.value_and_grad), learner.init(PARAMS)
 
-    def lower(module, inputs):
+    def compile_piece(module, inputs):
         raise RuntimeError("no compiler found")
 
-    fast.pieces.lower = lower
+    fast.compiler.compile_piece = compile_piece
     with pytest.warns(UserWarning, match=r"it could not be compiled \(RuntimeError: no compiler found\)"):
         got = fast(meta, *tasks())
     assert_close(got, learner.value_and_grad(meta, *tasks()))
 
 
-def test_one_part_that_the_compiler_refuses_runs_as_it_is_and_the_others_compiled():
+def test_a_piece_that_cannot_be_compiled_runs_as_recorded_and_the_others_compiled():
     model, classify = transformer(depth=2)
     learner = maml(classify, steps=2, learning_rate=0.1, has_aux=True)
     fast, meta = recorded(learner.value_and_grad), learner.init(dict(model.named_parameters()))
-    lower = fast.pieces.lower
+    record = fast.compiler.compile_piece
 
     def second_fails(module, inputs):
-        compiled = lower(module, inputs)
-        if len(fast.lowered) == 2:
+        compiled = record(module, inputs)
+        if len(fast.modules) == 2:
             raise RuntimeError("no registers left\nTraceback of the compiler\n  line 7: too many")
         return compiled
 
-    fast.pieces.lower = second_fails
-    with pytest.warns(UserWarning, match=r"RuntimeError: no registers left … line 7: too many") as said:
+    fast.compiler.compile_piece = second_fails
+    with pytest.warns(UserWarning, match=r"RuntimeError: no registers left … line 7: too many") as caught:
         got = fast(meta, *sequences())
     assert_close(got, learner.value_and_grad(meta, *sequences()))
-    assert len(said) == len(fast.pieces.reasons) == 1
-    assert len(fast.lowered) > 2
+    assert len(caught) == len(fast.compiler.reasons) == 1
+    assert len(fast.modules) > 2
 
 
 def test_a_differentiable_closure():
-    """It is seen by an eager step in reverse mode, and refused by mixed mode."""
+    """An eager step in reverse mode differentiates it; mixed mode raises an error."""
     w = torch.ones(3, dtype=torch.float64, requires_grad=True)
 
     def closed(params, x, y):
@@ -436,13 +436,13 @@ def test_a_differentiable_closure():
 
 
 def test_metrics_have_no_derivative():
-    """An error, not zeros."""
+    """A derivative of them is an error, not zeros."""
 
-    def told(params, x, y):
+    def with_metrics(params, x, y):
         value = loss(params, x, y)
         return value, {"double": 2 * value}
 
-    learner = maml(told, learning_rate=0.1, has_aux=True)
+    learner = maml(with_metrics, learning_rate=0.1, has_aux=True)
     meta = learner.init(PARAMS)
 
     def step(support, query):

@@ -1,30 +1,30 @@
-"""Which products of a recorded graph are joined, and that it stays the same function."""
+"""Products of a recorded graph that are fused, and that it stays the same function."""
 
 import pytest
 import torch
 
 import metaattn
 from metaattn.compile.passes import matmul_fusion
-from metaattn.compile.piecewise import Lowered, as_recorded
+from metaattn.compile.piecewise import PiecewiseFunction, as_recorded
 from metaattn.compile.recorder import Recording
 from tests.helpers import assert_close
 
 
 @pytest.fixture(autouse=True)
 def _everywhere(monkeypatch):
-    """As if our kernel served all, which it does on GPUs."""
-    monkeypatch.setattr(matmul_fusion, "served", lambda like: True)
+    """Fuse as if our kernel supported all products, as it does on GPUs."""
+    monkeypatch.setattr(matmul_fusion, "supported", lambda like: True)
 
 
 def run(function, *tensors):
-    """What the products of a function became, after it was found to be the same."""
+    """Check that the passes leave a function the same; return what is requested of each product, or ``bmm``."""
     recording = Recording(function, tensors)
-    graph = matmul_fusion.joined(recording.graph)
+    graph = matmul_fusion.fuse_matmuls(recording.graph)
     graph.lint()
-    got = Lowered(recording, as_recorded, {})(*tensors, *recording.found)
+    got = PiecewiseFunction(recording, as_recorded, {})(*tensors, *recording.captured)
     assert_close(got, function(*tensors), torch.float64)
-    calls = [n for n in graph.nodes if n.target in (matmul_fusion.PRODUCTS, torch.ops.aten.bmm.default)]
-    return [n.args[3] if n.target is matmul_fusion.PRODUCTS else "bmm" for n in calls]
+    calls = [n for n in graph.nodes if n.target in (matmul_fusion.FUSED_MATMULS, torch.ops.aten.bmm.default)]
+    return [n.args[3] if n.target is matmul_fusion.FUSED_MATMULS else "bmm" for n in calls]
 
 
 def randn(*shape):
@@ -39,7 +39,7 @@ def test_a_product_and_its_tangent():
     assert run(lambda a, a_t, b, b_t: (a @ b, a @ b_t + a_t @ b), A, A_T, B, B_T) == [[3]]
 
 
-def test_a_tangent_alone():
+def test_a_tangent_without_its_value():
     assert run(lambda a, a_t, b, b_t: (a @ b_t + a_t @ b,), A, A_T, B, B_T) == [[2]]
 
 
@@ -63,20 +63,20 @@ def test_gradients_of_a_linear_layer():
 
 
 def test_transposes_are_given_as_what_they_are_of():
-    graph = matmul_fusion.joined(Recording(lambda x, y: (x.mT @ y, x @ x.mT), (A, A_T)).graph)
-    (call,) = (n for n in graph.nodes if n.target is matmul_fusion.PRODUCTS)
-    tensors, places, turned, _ = call.args
+    graph = matmul_fusion.fuse_matmuls(Recording(lambda x, y: (x.mT @ y, x @ x.mT), (A, A_T)).graph)
+    (call,) = (n for n in graph.nodes if n.target is matmul_fusion.FUSED_MATMULS)
+    tensors, indices, transposed, _ = call.args
     assert [t.op for t in tensors] == ["placeholder", "placeholder"]
-    assert places == [0, 1, 0, 0]
-    assert turned == [True, False, False, True]
+    assert indices == [0, 1, 0, 0]
+    assert transposed == [True, False, False, True]
 
 
-def test_what_needs_the_other_is_no_pair():
+def test_dependent_products_are_no_pair():
     assert run(lambda a, b: ((a @ b) @ b.mT,), A, B) == ["bmm", "bmm"]
 
 
 def test_what_is_between_is_kept_in_order():
-    """The second product does not need the first, but what is between does."""
+    """The second product does not depend on the first, but an operation between them does."""
     assert run(lambda a, b: ((a @ b).sin(), a.cos() @ b), A, B) == [[1, 1]]
 
 
@@ -98,7 +98,7 @@ def test_a_scaled_sum_is_none():
 
 
 def test_a_sum_of_two_layers():
-    """Of an RNN, say: two values, whose sum is no tangent, with the two of the tangent."""
+    """An RNN adds two products: their sum is no tangent, but each of them has one."""
 
     def f(a, b, a_t, b_t):
         return torch.func.jvp(lambda a, b: a @ b + a.sin() @ b.cos(), (a, b), (a_t, b_t))
@@ -145,8 +145,8 @@ def test_dtypes_are_not_mixed():
     assert run(f, A, B) == ["bmm", [1, 1]]
 
 
-def test_what_is_not_served_is_left_alone(monkeypatch):
-    monkeypatch.setattr(matmul_fusion, "served", lambda like: False)
+def test_products_that_our_kernel_does_not_support_stay(monkeypatch):
+    monkeypatch.setattr(matmul_fusion, "supported", lambda like: False)
     assert run(lambda a, a_t, b, b_t: (a @ b, a_t @ b + a @ b_t), A, A_T, B, B_T) == ["bmm"] * 3
 
 
@@ -157,25 +157,25 @@ def test_large_products_stay_apart(monkeypatch):
     assert run(lambda a, a_t, b: (a @ b, a_t @ b), A, A_T, B) == [[1, 1]]
 
 
-def test_a_leaf_is_between_no_pair():
+def test_no_pair_spans_an_attention_operator():
     def f(a, b):
         return a @ b, metaattn.sdpa(a, a, a, backend="reference"), a.cos() @ b
 
     assert run(f, A, B) == ["bmm", "bmm"]
 
 
-@pytest.mark.parametrize("joins", [True, False])
-def test_changes_in_place_are_left_as_they_are(joins):
-    """A graph with them is run as it was recorded."""
+@pytest.mark.parametrize("functional", [True, False])
+def test_changes_in_place_are_left_as_they_are(functional):
+    """A graph with changes in place runs as it was recorded."""
 
     def f(a, a_t, b, b_t):
         out = a @ b
-        if not joins:
+        if not functional:
             view = out[:, 0]
             out.mul_(2)
             return out + view.sum(), a_t @ b + a @ b_t
         return out, a_t @ b + a @ b_t
 
     recording = Recording(f, (A, A_T, B, B_T))
-    assert recording.functional == joins
-    assert_close(Lowered(recording, as_recorded, {})(A, A_T, B, B_T), f(A, A_T, B, B_T), torch.float64)
+    assert recording.functional == functional
+    assert_close(PiecewiseFunction(recording, as_recorded, {})(A, A_T, B, B_T), f(A, A_T, B, B_T), torch.float64)

@@ -1,4 +1,4 @@
-"""Parts compiled ahead by other processes: found when their turn comes, and not needed."""
+"""Pieces that other processes compile: they are found when they first run, and the step runs without them too."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ from tests.helpers import assert_close
 
 @pytest.fixture
 def step():
-    """A meta-gradient with attention in it, so that there is more than one part, and its arguments."""
+    """Return a meta-gradient with attention in it, so that it has more than one piece, and its arguments."""
     model = metaattn.Transformer(
         input="continuous", in_features=3, output="pooled", out_features=1, dim=8, heads=2, depth=1
     )
@@ -36,26 +36,25 @@ def step():
 
 @pytest.fixture
 def begun(monkeypatch):
-    """What is begun ahead, by two processes."""
-    parts = []
+    """List the pieces that are sent to two processes."""
+    pieces = []
     begin = precompile.WorkerPool.begin
 
-    def recorded(self, part, options):
-        parts.append(part)
-        return begin(self, part, options)
+    def recorded(self, piece, options):
+        pieces.append(piece)
+        return begin(self, piece, options)
 
-    monkeypatch.setattr(precompile, "processes", lambda: 2)
+    monkeypatch.setattr(precompile, "process_count", lambda: 2)
     monkeypatch.setattr(precompile.WorkerPool, "begin", recorded)
-    precompile.helpers.cache_clear()
-    yield parts
-    if precompile.helpers.cache_info().currsize:
-        precompile.helpers().end()
-    precompile.helpers.cache_clear()
+    monkeypatch.setattr(precompile, "_pool", None)
+    yield pieces
+    if precompile._pool is not None:
+        precompile._pool.end()
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Inductor's own
-def test_what_is_compiled_ahead_is_found(step, begun, precision, tmp_path, monkeypatch):
+def test_what_a_process_compiled_is_found(step, begun, precision, tmp_path, monkeypatch):
     precision("high")
     precision("highest")  # which is not what it was before, to Inductor's keys
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -64,25 +63,25 @@ def test_what_is_compiled_ahead_is_found(step, begun, precision, tmp_path, monke
     value_and_grad, args = step
     fast = capture(value_and_grad, mode="inductor")
     assert_close(fast(*args), value_and_grad(*args))
-    assert not fast.pieces.reasons
+    assert not fast.compiler.reasons
     assert len(begun) > 1
     assert counters["inductor"]["fxgraph_cache_hit"] == len(begun)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_process_that_is_gone_is_not_missed(step, begun):
-    precompile.helpers().end()
+def test_without_the_process_the_step_is_compiled_here(step, begun):
+    precompile.worker_pool().end()
     value_and_grad, args = step
     fast = capture(value_and_grad, mode="inductor")
-    fast.pieces.lower = as_recorded
+    fast.compiler.compile_piece = as_recorded
     assert_close(fast(*args), value_and_grad(*args))
     assert begun
-    assert set(fast.pieces._ahead._begun.values()) == {None}
+    assert set(fast.compiler._precompiler._begun.values()) == {None}
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_where_all_is_in_vain_no_more_is_compiled_ahead(step, begun, monkeypatch):
-    """An event that is never set; one that is, though nothing was compiled."""
+def test_processes_that_are_of_no_use_get_no_more_pieces(step, begun, monkeypatch):
+    """One takes too long; another says that it is done, but has compiled nothing."""
     value_and_grad, args = step
     for done in (False, True):
         begun.clear()
@@ -90,54 +89,54 @@ def test_where_all_is_in_vain_no_more_is_compiled_ahead(step, begun, monkeypatch
         if done:
             event.set()
         monkeypatch.setattr(
-            precompile.WorkerPool, "begin", lambda self, part, options, e=event: begun.append(part) or e
+            precompile.WorkerPool, "begin", lambda self, piece, options, e=event: begun.append(piece) or e
         )
-        monkeypatch.setattr(precompile, "PATIENCE", 0.1)
+        monkeypatch.setattr(precompile, "TIMEOUT", 0.1)
         fast = capture(value_and_grad, mode="inductor")
-        fast.pieces.lower = as_recorded
+        fast.compiler.compile_piece = as_recorded
         assert_close(fast(*args), value_and_grad(*args))
-        assert 0 < len(begun) <= 2  # as many as there are processes, and none after the first turn
-        assert fast.pieces._ahead._most == 0
+        assert 0 < len(begun) <= 2  # one for each process, and none after the first wait
+        assert fast.compiler._precompiler._max_processes == 0
 
 
 def test_where_no_process_can_be_started_the_step_runs(step, begun, monkeypatch):
     monkeypatch.setattr(sys, "executable", "")
     value_and_grad, args = step
     fast = capture(value_and_grad, mode="inductor")
-    fast.pieces.lower = as_recorded
+    fast.compiler.compile_piece = as_recorded
     assert_close(fast(*args), value_and_grad(*args))
     assert not begun
 
 
 @pytest.mark.parametrize("options", [{"force_disable_caches": True}, {"fx_graph_cache": False}])
-def test_without_caches_nothing_is_compiled_ahead(step, begun, options):
+def test_without_caches_no_process_is_started(step, begun, options):
     value_and_grad, args = step
     fast = capture(value_and_grad, mode="inductor", options=options)
-    fast.pieces.lower = as_recorded
+    fast.compiler.compile_piece = as_recorded
     fast(*args)
     assert not begun
-    assert not precompile.helpers.cache_info().currsize
+    assert precompile._pool is None
 
 
 def test_a_process_that_dies_is_noticed(begun):
     class Fatal:
-        """Makes the process end that reads it."""
+        """Object that ends the process which unpickles it."""
 
         def __reduce__(self):
             return os._exit, (1,)
 
     graph = fx.Graph()
     graph.output((graph.placeholder("x"),))
-    part = precompile.Part(
+    piece = precompile.Piece(
         fx.GraphModule(torch.nn.Module(), graph), [precompile.TensorSpec((1,), (1,), torch.float32, "nowhere")]
     )
-    here = precompile.helpers()
-    assert here.begin(part._replace(forms=[Fatal()]), {}).wait(60)
-    done = here.begin(part, {})  # an error; but the one that forks the others is still there
+    here = precompile.worker_pool()
+    assert here.begin(piece._replace(specs=[Fatal()]), {}).wait(60)
+    done = here.begin(piece, {})  # an error, but the process that forks the others still runs
     assert done.wait(60)
     here._process.kill()
     here._process.wait()
-    assert here.begin(part, {}) is None
+    assert here.begin(piece, {}) is None
 
 
 @pytest.mark.parametrize(
@@ -147,9 +146,9 @@ def test_how_many_processes(cores, ranks, count, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     monkeypatch.delenv("METAATTN_COMPILE_PROCESSES")
-    assert precompile.processes() == count
+    assert precompile.process_count() == count
     monkeypatch.setenv("METAATTN_COMPILE_PROCESSES", "0")
-    assert precompile.processes() == 0
+    assert precompile.process_count() == 0
     monkeypatch.setenv("METAATTN_COMPILE_PROCESSES", "all")
     with pytest.raises(ValueError, match="must be a number"):
-        precompile.processes()
+        precompile.process_count()

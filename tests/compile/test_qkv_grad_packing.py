@@ -1,4 +1,4 @@
-"""Which gradients are written as one matrix, and that a recorded graph stays the same function."""
+"""Gradients that are written packed, as one matrix, and that a recorded graph stays the same function."""
 
 import pytest
 import torch
@@ -6,10 +6,10 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
 import metaattn
-from metaattn.backends.base import in_one, room_in_one
-from metaattn.compile.passes.matmul_fusion import joined
-from metaattn.compile.passes.qkv_grad_packing import written_in_one
-from metaattn.compile.piecewise import Lowered, as_recorded
+from metaattn.backends.base import empty_packed_qkv, pack_qkv
+from metaattn.compile.passes.matmul_fusion import fuse_matmuls
+from metaattn.compile.passes.qkv_grad_packing import pack_qkv_gradients
+from metaattn.compile.piecewise import PiecewiseFunction, as_recorded
 from metaattn.compile.recorder import Recording
 from metaattn.nn.attention import SelfAttention, rotation
 from tests.helpers import assert_close
@@ -18,18 +18,18 @@ X = torch.randn(2, 5, 16, dtype=torch.float64)
 
 
 def run(function, *tensors):
-    """How many results of attention's gradients a function has in one, and cats; after it was found to be the same."""
+    """Check that packing leaves a function the same; return how many packed results each operator has, and all cats."""
     recording = Recording(function, tensors)
-    got = Lowered(recording, as_recorded, {})(*tensors, *recording.found)
+    got = PiecewiseFunction(recording, as_recorded, {})(*tensors, *recording.captured)
     assert_close(got, function(*tensors), torch.float64)
-    graph = written_in_one(joined(recording.graph))
+    graph = pack_qkv_gradients(fuse_matmuls(recording.graph))
     graph.lint()
-    counts = [len(n.users) for n in graph.nodes if n.target is torch.ops.metaattn._gradients_in_one.default]
+    counts = [len(n.users) for n in graph.nodes if n.target is torch.ops.metaattn._backward_packed.default]
     return counts, sum(n.target is torch.ops.aten.cat.default for n in graph.nodes)
 
 
 def loss_of(by=None, **options):
-    """The loss of a layer as a function of its parameters and the tokens, and its parameters."""
+    """Return the loss of a layer as a function of its parameters and the tokens, and its parameters."""
     options = {"causal": True, "window": None, "dropout": 0.0, "bias": False, "backend": None, **options}
     layer = SelfAttention(16, 4, options.pop("kv_heads", 4), **options).double()
     params = {k: t.detach() for k, t in layer.named_parameters()}
@@ -37,7 +37,7 @@ def loss_of(by=None, **options):
 
 
 def gradient(loss, params):
-    """Its gradient, of tensors."""
+    """Return the gradient of a loss as a function of tensors."""
     return lambda x, *given: tuple(grad(loss)(dict(zip(params, given, strict=True)), x).values())
 
 
@@ -63,7 +63,7 @@ def test_of_its_hessian_product_over_tasks(kv_heads):
 
 @pytest.mark.parametrize("only", [0, 1])
 def test_of_one_of_two_sets(only):
-    """Of a gradient and its tangent, one alone is taken."""
+    """Only the gradient, or only its tangent, is packed."""
 
     def f(qkv):
         def loss(qkv):
@@ -80,7 +80,7 @@ def test_of_tokens_without_a_batch():
 
 
 def test_of_its_bits_is_not():
-    """A view of another dtype is not the same."""
+    """A view of another dtype has other numbers."""
 
     def f(q, k, v):
         parts = grad(lambda *x: metaattn.sdpa(*x).sin().sum(), (0, 1, 2))(q, k, v)
@@ -88,8 +88,8 @@ def test_of_its_bits_is_not():
         return (bits.transpose(-3, -2).contiguous() + 0,)
 
     recording = Recording(f, torch.randn(3, 2, 2, 5, 4, dtype=torch.float64).unbind())
-    targets = [n.target for n in written_in_one(joined(recording.graph)).nodes]
-    assert torch.ops.metaattn._gradients_in_one.default not in targets
+    targets = [n.target for n in pack_qkv_gradients(fuse_matmuls(recording.graph)).nodes]
+    assert torch.ops.metaattn._backward_packed.default not in targets
 
 
 def test_rotated_ones_are_not():
@@ -128,7 +128,7 @@ def test_another_order_is_not():
 
 
 def test_of_one_task_among_them_is_not():
-    """A view of fewer elements is not the same."""
+    """A view of fewer elements has other numbers."""
 
     def f(qkv):
         def loss(q, k, v):
@@ -166,22 +166,22 @@ def test_with_the_gradient_of_a_bias_is_not():
 def test_in_one_is_a_view_where_there_is_room():
     shapes = (2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)
     parts = [torch.randn(shape) for shape in shapes]
-    room = room_in_one(parts)
+    room = empty_packed_qkv(parts)
     for there, part in zip(room, parts, strict=True):
         there.copy_(part)
-    one = in_one(room)
+    one = pack_qkv(room)
     assert one.shape == (2, 5, 8, 8)
     assert one.data_ptr() == room[0].data_ptr()
-    assert torch.equal(one, in_one(parts))
+    assert torch.equal(one, pack_qkv(parts))
     assert torch.equal(one, torch.cat(parts, 1).transpose(1, 2))
 
 
 @pytest.mark.parametrize("order", [(1, 0, 2), (0, 2, 1)])
 def test_in_one_copies_what_lies_otherwise(order):
-    room = room_in_one([torch.randn(2, 2, 5, 8)] * 3)
+    room = empty_packed_qkv([torch.randn(2, 2, 5, 8)] * 3)
     for t in room:
         t.normal_()
     parts = [room[i] for i in order]
-    one = in_one(parts)
+    one = pack_qkv(parts)
     assert torch.equal(one, torch.cat(parts, 1).transpose(1, 2))
     assert one.untyped_storage().data_ptr() != room[0].untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""A recorded graph does again what the function did, or there is none."""
+"""A recorded graph repeats what the function did, or recording it is an error."""
 
 import math
 import weakref
@@ -9,7 +9,8 @@ from torch import fx, nn
 from torch.func import grad, grad_and_value, jvp, vmap
 
 import metaattn
-from metaattn.compile.piecewise import Lowered, as_recorded, inductor
+from metaattn.compile.inductor import inductor_compiler
+from metaattn.compile.piecewise import PiecewiseFunction, as_recorded
 from metaattn.compile.recorder import Recording, UnrecordableError
 from metaattn.meta import checkpoint
 from tests.helpers import assert_close
@@ -47,23 +48,23 @@ FUNCTIONS = {
 def test_does_the_same_on_other_numbers(name):
     f = FUNCTIONS[name]
     graph, recording = graph_of(f, X.clone())
-    assert_close(graph(Y, *recording.found), f(Y.clone()))
-    lowered = Lowered(recording, as_recorded, {})
-    assert_close(lowered(Y, *recording.found), f(Y.clone()))
+    assert_close(graph(Y, *recording.captured), f(Y.clone()))
+    piecewise = PiecewiseFunction(recording, as_recorded, {})
+    assert_close(piecewise(Y, *recording.captured), f(Y.clone()))
 
 
-def test_what_is_done_in_place_on_what_nothing_else_shows_is_cut_at_the_leaves():
+def test_a_change_in_place_of_unshared_memory_does_not_prevent_the_split():
     def f(x):
         return (metaattn.sdpa(x, x, x).exp().div_(x.sum()) * metaattn.sdpa(x, x, x.sin()),)
 
     recording = Recording(f, (X,))
     assert recording.functional
-    lowered = []
-    assert_close(Lowered(recording, lambda m, inputs: lowered.append(m) or as_recorded(m), {})(Y), f(Y))
-    assert not [n for m in lowered for n in m.graph.nodes if "metaattn" in str(n.target)]
+    modules = []
+    assert_close(PiecewiseFunction(recording, lambda m, inputs: modules.append(m) or as_recorded(m), {})(Y), f(Y))
+    assert not [n for m in modules for n in m.graph.nodes if "metaattn" in str(n.target)]
 
 
-def test_what_is_not_functional_is_no_leaf_though_it_begins_with_one():
+def test_a_graph_with_changes_in_place_is_one_piece_though_it_begins_with_attention():
     def f(q, k, v):
         out = metaattn.sdpa(q, k, v)
         shown = out.flatten()
@@ -73,10 +74,10 @@ def test_what_is_not_functional_is_no_leaf_though_it_begins_with_one():
     inputs = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64).unbind()
     recording = Recording(f, inputs)
     assert not recording.functional
-    assert_close(Lowered(recording, as_recorded, {})(*inputs, *recording.found), f(*inputs))
+    assert_close(PiecewiseFunction(recording, as_recorded, {})(*inputs, *recording.captured), f(*inputs))
 
 
-def test_what_is_computed_again_is_not_taken_for_what_was_computed_first():
+def test_recomputed_values_are_not_merged_with_the_originals():
     def exponentials(block):
         recording = Recording(lambda x: grad_and_value(lambda x: block(block(x)).sum())(x), (X,))
         return sum(str(n.target) == "aten.exp.default" for n in recording.graph.nodes)
@@ -90,13 +91,13 @@ def test_what_is_computed_again_is_not_taken_for_what_was_computed_first():
 
 def test_each_primitive_is_one_operation():
     targets = [str(n.target) for n in graph_of(FUNCTIONS["attention"], X)[0].graph.nodes]
-    assert [t for t in targets if "metaattn" in t] == ["metaattn._forward.default", "metaattn._gradient.default"]
+    assert [t for t in targets if "metaattn" in t] == ["metaattn._forward.default", "metaattn._backward.default"]
 
 
-def test_finds_what_it_is_not_given():
+def test_captured_tensors_become_inputs():
     w = torch.ones(4, dtype=torch.float64)
     _, recording = graph_of(lambda x: (x * w,), X)
-    assert [t is w for t in recording.found] == [True]
+    assert [t is w for t in recording.captured] == [True]
 
 
 @pytest.mark.parametrize(
@@ -109,15 +110,15 @@ def test_finds_what_it_is_not_given():
         (lambda x: (x.view(-1).mul_(2),), "changes in place a tensor that it did not make"),
     ],
 )
-def test_refuses_what_it_could_not_repeat(function, reason):
+def test_an_operation_that_a_graph_could_not_repeat_is_an_error(function, reason):
     x, state = X.clone(), torch.get_rng_state()
     with pytest.raises(UnrecordableError, match=reason):
         Recording(function, (x,))
-    assert torch.equal(x, X), "refused before it is done"
+    assert torch.equal(x, X), "the error comes before the change"
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_layers_that_do_the_same_are_lowered_once():
+def test_equal_layers_are_compiled_once():
     def stack(x, layers):
         for _ in range(layers):
             x = x + metaattn.sdpa(x.tanh(), x, x)
@@ -125,56 +126,56 @@ def test_layers_that_do_the_same_are_lowered_once():
 
     counts = {}
     for layers in (3, 6):
-        lowered = []
+        modules = []
 
-        def lower(module, inputs, lowered=lowered):
-            lowered.append(module)
+        def compile_piece(module, inputs, modules=modules):
+            modules.append(module)
             return as_recorded(module)
 
-        f = Lowered(Recording(lambda x, n=layers: stack(x, n), (X,)), lower, {})
+        f = PiecewiseFunction(Recording(lambda x, n=layers: stack(x, n), (X,)), compile_piece, {})
         assert_close(f(Y), stack(Y, layers))
-        counts[layers] = len(lowered)
+        counts[layers] = len(modules)
     assert counts == {3: 3, 6: 3}  # before the first, between two, after the last
 
 
-def parts_of(f, x):
-    """Of the parts before and after the leaf in a function: their operations, and the dtypes that they are given."""
+def pieces_of(f, x):
+    """Return, for each piece of a function, its operations and the dtypes of its inputs."""
     recording = Recording(f, (x,))
-    parts = []
+    pieces = []
 
-    def lower(module, inputs):
-        parts.append(([str(n.target) for n in module.graph.nodes], [t.dtype for t in inputs]))
+    def compile_piece(module, inputs):
+        pieces.append(([str(n.target) for n in module.graph.nodes], [t.dtype for t in inputs]))
         return as_recorded(module)
 
-    assert_close(Lowered(recording, lower, {})(x), f(x))
-    return parts
+    assert_close(PiecewiseFunction(recording, compile_piece, {})(x), f(x))
+    return pieces
 
 
-def test_cheap_values_are_computed_again_rather_than_kept():
-    """A part that comes later takes ``x`` for them, which it needs besides; what is dear to compute it is given."""
+def test_cheap_values_are_recomputed_rather_than_stored():
+    """A later piece computes them from ``x``, which it reads anyway; what is expensive to compute is stored for it."""
 
     def f(x):
         scaled, dear = (2 * x).cos(), x @ x.mT
         y = metaattn.sdpa(scaled, x, x)
         return (y * scaled * x * dear.sum(-1, keepdim=True),)
 
-    targets = [operations for operations, _ in parts_of(f, Y)]
+    targets = [operations for operations, _ in pieces_of(f, Y)]
     assert ["aten.cos.default" in t for t in targets] == [True, True]
     assert ["aten.mm.default" in t for t in targets] == [True, False]
 
 
-def test_of_what_is_not_needed_besides_the_result_is_kept():
-    """It would be read and written again for nothing but to be read."""
+def test_a_value_is_stored_if_recomputing_it_would_read_another():
+    """Reading ``x`` to compute it again takes as long as reading the value."""
 
     def f(x):
         scaled = (2 * x).cos()
         return (metaattn.sdpa(scaled, x, x) * scaled,)
 
-    assert ["aten.cos.default" in operations for operations, _ in parts_of(f, Y)] == [True, False]
+    assert ["aten.cos.default" in operations for operations, _ in pieces_of(f, Y)] == [True, False]
 
 
-def test_what_is_smaller_is_kept_instead():
-    """A token in 16 bits and its mean, for the deviation in 64."""
+def test_a_smaller_value_is_stored_instead():
+    """A token in 16 bits and its mean are stored in place of the deviation in 64 bits."""
 
     def f(x):
         token = (x @ x.mT @ x).half()
@@ -182,7 +183,7 @@ def test_what_is_smaller_is_kept_instead():
         y = metaattn.sdpa(deviation.square().sin(), x, x)
         return (y * deviation,)
 
-    (before, _), (after, given) = parts_of(f, Y)
+    (before, _), (after, given) = pieces_of(f, Y)
     assert "aten.mean.dim" in before
     assert "aten.mean.dim" not in after
     assert "aten.sub.Tensor" in after
@@ -190,7 +191,7 @@ def test_what_is_smaller_is_kept_instead():
 
 
 def test_recording_takes_no_memory():
-    """What runs only to be recorded holds no numbers: 128 tebibytes of them would not fit."""
+    """Fake tensors hold no numbers: 128 tebibytes of them would not fit."""
     x = torch.ones(1).expand(2**45)
     recording = Recording(lambda x: ((x * 2).sin() + X.sum(),), (x,))
     assert [str(n.target) for n in recording.graph.nodes if n.op == "call_function"] == [
@@ -200,15 +201,15 @@ def test_recording_takes_no_memory():
         "aten.add.Tensor",
     ]
     assert recording.outputs[0].shape == x.shape
-    assert len(recording.found) == 1
-    assert recording.found[0] is X
+    assert len(recording.captured) == 1
+    assert recording.captured[0] is X
 
 
 def test_what_a_part_took_last_is_freed_while_it_runs():
-    """A part may empty the list that it is given, and nothing else holds what no later one needs."""
+    """A piece may empty the list of its inputs: nothing else then holds what no later piece reads."""
     alive = []
 
-    def lower(module, inputs):
+    def compile_piece(module, inputs):
         def run(tensors):
             out = module(*tensors)
             made = [weakref.ref(t) for t in tensors if t.data_ptr() != Y.data_ptr()]
@@ -218,17 +219,19 @@ def test_what_a_part_took_last_is_freed_while_it_runs():
 
         return run
 
-    f = Lowered(Recording(lambda x: (metaattn.sdpa(x.sin(), x, x) * x.exp().sum(0) @ x.mT,), (X,)), lower, {})
+    f = PiecewiseFunction(
+        Recording(lambda x: (metaattn.sdpa(x.sin(), x, x) * x.exp().sum(0) @ x.mT,), (X,)), compile_piece, {}
+    )
     f(Y)
-    assert alive == [[], [False]]  # the leaf's result
+    assert alive == [[], [False]]  # the result of attention
 
 
 def test_inductor_empties_the_list():
-    """So that it frees what it has used."""
+    """Tensors are then freed as soon as they were used."""
     given = [X.float(), X.float()]
     recording = Recording(lambda a, b: (a.sin() * b,), given)
     module = fx.GraphModule(nn.Module(), recording.graph)
-    run = inductor({})(module, given)
+    run = inductor_compiler({})(module, given)
     (out,) = run(given)
     assert given == []
     assert_close(out, X.sin() * X, torch.float32)
@@ -236,29 +239,59 @@ def test_inductor_empties_the_list():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_inductor_keeps_the_dtype_of_a_scatter(dtype):
-    """Else a product of what is made of it would have factors of two dtypes (PyTorch 2.11)."""
+    """Otherwise a product with the result would have factors of two dtypes (PyTorch 2.11)."""
 
     def f(x, rows):
         return (torch.zeros_like(x).scatter(1, rows, 0.1) * x,)
 
     given = X.to(dtype), torch.tensor([[2], [0], [1]])
-    (out,) = Lowered(Recording(f, given), inductor({}), {})(*given)
+    (out,) = PiecewiseFunction(Recording(f, given), inductor_compiler({}), {})(*given)
     assert out.dtype == dtype
     assert_close(out, f(*given)[0], dtype)
 
 
 def test_inductor_differentiates_a_cross_entropy():
-    """Left to its own kernels on a CPU its scatter came before the zeros it is put into (PyTorch 2.11)."""
+    """Inductor's own kernel for a CPU ran the scatter before the zeros that it is put into (PyTorch 2.11)."""
     x, y = torch.cat([X, Y]).view(3, 4, 2), torch.arange(12).view(3, 4) % 2
 
     def f(x, y):
         return (vmap(grad(nn.functional.cross_entropy))(x, y),)
 
-    run = Lowered(Recording(f, [x, y]), inductor({}), {})
+    run = PiecewiseFunction(Recording(f, [x, y]), inductor_compiler({}), {})
     for _ in range(3):
         junk = [torch.full_like(x, math.nan) for _ in range(100)]  # the memory that is next taken
         del junk
         assert_close(run(x, y)[0], f(x, y)[0])
+
+
+@pytest.mark.parametrize("shape", [(12, 2), (3, 2, 2, 2)], ids=["rows", "images"])
+@pytest.mark.parametrize("options", [{}, {"ignore_index": 1}, {"reduction": "sum"}, {"weight": True}], ids=str)
+def test_a_cross_entropy_is_recorded_without_a_scatter(shape, options):
+    """Outside of vmap, PyTorch's derivative is one operation, of which Inductor would make a scatter."""
+    if "weight" in options:
+        options = {"weight": torch.tensor([0.3, 0.7], dtype=torch.float64)}
+    x, y = torch.cat([X, Y]).view(shape), (torch.arange(24).view(shape) % 2).select(1, 0)
+
+    def f(x, y):
+        return (grad(lambda x: nn.functional.cross_entropy(x, y, **options))(x),)
+
+    graph, recording = graph_of(f, x, y)
+    names = [str(n.target) for n in graph.graph.nodes]
+    assert not [n for n in names if "scatter" in n or ("backward" in n and "nll" in n)]
+    assert_close(graph(x.cos(), y, *recording.captured), f(x.cos(), y))
+
+
+def test_a_scatter_in_place_is_recorded_as_a_choice():
+    def f(x, rows):
+        out = x.sin()
+        out.scatter_(1, rows, 0.1)
+        return (out * x,)
+
+    graph, recording = graph_of(f, X, torch.tensor([[2], [0], [1]]))
+    assert recording.functional
+    assert not [n for n in graph.graph.nodes if "scatter" in str(n.target)]
+    rows = torch.tensor([[1], [3], [0]])
+    assert_close(graph(Y, rows), f(Y, rows))
 
 
 def test_a_scatter_at_several_places_of_a_row():
@@ -266,4 +299,4 @@ def test_a_scatter_at_several_places_of_a_row():
         return (torch.zeros_like(x).scatter(1, places, 1.0) * x,)
 
     given = X, torch.tensor([[2, 1], [0, 3], [1, 1]])
-    assert_close(Lowered(Recording(f, given), inductor({}), {})(*given)[0], f(*given)[0])
+    assert_close(PiecewiseFunction(Recording(f, given), inductor_compiler({}), {})(*given)[0], f(*given)[0])

@@ -1,4 +1,4 @@
-"""Fixtures for the integrations."""
+"""Fixtures for the tests of integrations."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from metaattn.ops import _rules
 
 @pytest.fixture
 def used(monkeypatch):
-    """The backends of our attention's calls, in order."""
+    """Backends of the calls of metaattn.sdpa, in order."""
     calls = []
     forward = _rules._forward
 
@@ -22,7 +22,7 @@ def used(monkeypatch):
 
 @pytest.fixture
 def fast_paths():
-    """The switch of the fast paths, which must be found as it was."""
+    """Getter of the switch of PyTorch's fast paths; the switch must be on before and after the test."""
     assert torch.backends.mha.get_fastpath_enabled()
     yield torch.backends.mha.get_fastpath_enabled
     assert torch.backends.mha.get_fastpath_enabled()
@@ -30,7 +30,7 @@ def fast_paths():
 
 @pytest.fixture
 def exact_eager(monkeypatch):
-    """Transformers' eager attention takes its softmax in float32; as an oracle it stays in its dtype."""
+    """Keep the softmax of Transformers' eager attention in float64, because it is the oracle; else it is in float32."""
     softmax = torch.nn.functional.softmax
     wide = lambda x, dim, dtype=None: softmax(x, dim, dtype=None if x.dtype == torch.float64 else dtype)
     monkeypatch.setattr(torch.nn.functional, "softmax", wide)

@@ -1,4 +1,4 @@
-"""What the pages of Fabric and Accelerate do, in plain PyTorch; and those pages on several processes."""
+"""The training loop of the pages on Fabric and Accelerate in plain PyTorch, and those pages on several processes."""
 
 import json
 import os
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def plain():
-    """The losses and the learned parameters of the pages' loop: one task after the other, by backward."""
+    """Losses and learned parameters of the pages' loop, one task after the other, by backward."""
     torch.manual_seed(0)
     model = metaattn.Transformer(
         input="features", in_features=1, feature_tokens=4, output="pooled", out_features=1, dim=16, depth=1
@@ -44,7 +44,7 @@ def plain():
 
 
 def by_torchrun(page, processes, cwd):
-    """The losses of a page's first block, as each process has them, in float64."""
+    """Losses of a page's first block in each process, in float64."""
     end = 'import json, os; open(os.environ["RANK"] + ".json", "w").write(json.dumps(history))'
     program = cwd / "program.py"
     program.write_text(

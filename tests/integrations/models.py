@@ -1,4 +1,4 @@
-"""Models by others, small, and what is differentiated of them: each a function of parameters and inputs."""
+"""Small models of PyTorch and other authors, as functions of parameters and inputs, and derivatives of them."""
 
 import contextlib
 
@@ -15,7 +15,7 @@ CAUSAL = nn.Transformer.generate_square_subsequent_mask(4, **F64)
 
 @contextlib.contextmanager
 def dense_pytorch():
-    """PyTorch's attention in the form that has its derivatives, everywhere."""
+    """Use PyTorch's dense attention, which has all derivatives, everywhere in the block."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -65,7 +65,7 @@ def decoder():
 
 
 class _Output(nn.Module):
-    """A MultiheadAttention's output and, if there are any, weights, as one tensor."""
+    """Output of a MultiheadAttention and, if present, its weights, as one tensor."""
 
     def __init__(self, **options):
         super().__init__()
@@ -80,7 +80,7 @@ def _attention(**options):
     return lambda: _Output(**options)
 
 
-# The model, how many inputs it has, and its other arguments.
+# The model, its number of inputs, and its other arguments.
 MODELS = {
     "encoder": (encoder, 1, {}),
     "encoder padded": (encoder, 1, {"src_key_padding_mask": PADDING}),
@@ -103,7 +103,7 @@ def loss_of(name, training=False):
 
 
 def loss_of_model(model, inputs, **options):
-    """A loss as a function of a dict of the model's parameters and its inputs, and such a dict."""
+    """Return a loss as a function of a dict of the model's parameters and inputs, and such a dict."""
     point = {f"model.{k}": torch.randn_like(p) / 2 for k, p in model.named_parameters()}
     point |= {str(i): x for i, x in enumerate(inputs)}
 
@@ -138,18 +138,18 @@ def reverse_over_reverse(loss, point):
 
 
 def vmap_forward_over_reverse(loss, point):
-    """At two points at once."""
+    """Forward over reverse at two points at once, by vmap."""
     points = {k: torch.stack([t, 0.9 * t]) for k, t in point.items()}
     return vmap(lambda p: forward_over_reverse(loss, p))(points)
 
 
 def each_forward_over_reverse(loss, point):
-    """The same one after the other."""
+    """Forward over reverse at the same two points, one after the other."""
     each = [forward_over_reverse(loss, {k: s * t for k, t in point.items()}) for s in (1, 0.9)]
     return {k: torch.stack([e[k] for e in each]) for k in point}
 
 
-# What is derived, and what it is compared with.
+# A derivative, and the one with which it is compared.
 DERIVATIVES = {
     "jvp": (jvp_, jvp_),
     "double backward": (double_backward, double_backward),

@@ -1,4 +1,4 @@
-"""Accelerate's loop around our meta-step is plain PyTorch's, on one process and on two."""
+"""Accelerate's loop around a meta-step against plain PyTorch, on one process and on two."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def _float64():
 
 
 def test_page(tmp_path, monkeypatch):
-    """Its blocks run as printed: the loop, and Accelerate's own backward, which gives the same gradient."""
+    """The blocks of the page run as printed: the loop, and Accelerate's own backward with the same gradient."""
     monkeypatch.chdir(tmp_path)
     loop, backward = python_blocks(PAGE)
     session = {}

@@ -1,4 +1,4 @@
-"""Each library's code on the page and ours beside it give one meta-gradient; and the pitfalls are there."""
+"""The page on other libraries: their code and ours give the same meta-gradient, and the pitfalls it names exist."""
 
 import re
 from pathlib import Path
@@ -15,11 +15,15 @@ from metaattn.nn.norm import LayerNorm
 from tests.helpers import assert_close, error, python_blocks
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "coming_from.md"
-PAIRS = {"learn2learn": 2, "higher": 1, "TorchOpt": 3}  # blocks of each that ours stand beside
+PAIRS = {
+    "learn2learn": 2,
+    "higher": 1,
+    "TorchOpt": 3,
+}  # number of blocks of each library that have a counterpart in metaattn
 
 
 def _pop_gradients(model):
-    """What ``backward`` left, in order; nothing if it did not run."""
+    """Return and clear the gradients that ``backward`` left, in order; none if it did not run."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     return gradients
@@ -27,7 +31,7 @@ def _pop_gradients(model):
 
 @pytest.fixture
 def _page_dtype():
-    """Set the default dtype back, which the page's first block sets."""
+    """Restore the default dtype, which the page's first block sets."""
     yield
     torch.set_default_dtype(torch.float32)
 
@@ -39,7 +43,7 @@ def test_both_sides_agree(library):
     setting, *blocks = python_blocks(PAGE)
     session, theirs, compared = {}, [], 0
     exec(setting, session)
-    nn.init.normal_(session["model"].head.weight)  # otherwise the first step's gradient is zero but for the head
+    nn.init.normal_(session["model"].head.weight)  # otherwise only the head has a gradient in the first step
     for block in blocks:
         author = re.match(r"# (\w+)\n", block)[1]
         if author not in (library, "metaattn"):
@@ -49,7 +53,7 @@ def test_both_sides_agree(library):
         if author == library:
             theirs = gradients
         elif theirs:
-            # Adam's derivative loses digits where gradients are small: 1e-11 on one CPU, 1.3e-11 on another.
+            # Adam's derivative loses digits where gradients are small: errors of 1e-11 and 1.3e-11 on two CPUs.
             got, factor = gradients or list(session["gradient"]["params"].values()), 2 if library == "TorchOpt" else 1
             assert_close(got, theirs, factor=factor)
             theirs, compared = [], compared + 1
@@ -57,8 +61,8 @@ def test_both_sides_agree(library):
 
 
 @pytest.mark.usefixtures("_page_dtype")
-def test_ours_alone():
-    """Without any of the libraries."""
+def test_blocks_of_metaattn():
+    """The blocks of metaattn run without any of the libraries."""
     session = {}
     for block in python_blocks(PAGE):
         if not block.startswith(tuple(f"# {library}\n" for library in PAIRS)):
@@ -67,7 +71,7 @@ def test_ours_alone():
 
 
 class _Net(nn.Module):
-    """Two layers and, between them, what a pitfall is about."""
+    """Two layers with the module of a pitfall between them."""
 
     def __init__(self, between):
         super().__init__()
@@ -78,7 +82,7 @@ class _Net(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Among the samples of a batch."""
+    """Attention among the samples of a batch."""
 
     def __init__(self, attention):
         super().__init__()
@@ -98,7 +102,7 @@ def _ours(model):
 
 
 def _plain(model):
-    """By plain autograd, task by task."""
+    """Meta-gradient by plain autograd, task by task."""
     model.zero_grad()
     for x, y in zip(X, Y, strict=True):
         params = dict(model.named_parameters())

@@ -1,4 +1,4 @@
-"""Curvature matrices of curvlinops on our Transformer, against dense autodiff in float64."""
+"""Curvature matrices of curvlinops for metaattn's Transformer, against dense autodiff in float64."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ LOSSES = {"squared error": nn.MSELoss(), "cross-entropy": nn.CrossEntropyLoss()}
 
 
 class Problem:
-    """A tiny Transformer, the same with attention written out, and two batches of different sizes."""
+    """A tiny Transformer, the same model with dense attention, and two batches of different sizes."""
 
     def __init__(self, loss):
         shape = {"input": "token", "vocab_size": 5, "output": "pooled", "out_features": 3, "dim": 4}
@@ -39,7 +39,7 @@ class Problem:
         return torch.softmax(scores, -1) @ value
 
     def network(self, vector):
-        """The model's output on all data as a function of one vector of parameters."""
+        """Output of the model on all data as a function of one vector of parameters."""
         named = dict(self.dense.named_parameters())
         parts = vector.split([p.numel() for p in named.values()])
         state = {k: t.view_as(p) for t, (k, p) in zip(parts, named.items(), strict=True)}
@@ -50,13 +50,13 @@ class Problem:
         return torch.cat([p.detach().flatten() for p in self.params])
 
     def hessian(self):
-        """By double backward."""
+        """Hessian of the loss by double backward."""
         at = self.vector.requires_grad_()
         (gradient,) = torch.autograd.grad(self.loss(self.network(at), self.y), at, create_graph=True)
         return torch.stack([torch.autograd.grad(g, at, retain_graph=True)[0] for g in gradient])
 
     def ggn(self):
-        """By its definition: the network's Jacobian on both sides of the Hessian of the loss in the output."""
+        """Generalised Gauss-Newton matrix by its definition: Jacobian, Hessian of the loss in the output, Jacobian."""
         jacobian = jacrev(self.network)(self.vector).flatten(0, 1)
         out = self.network(self.vector).detach().flatten().requires_grad_()
         (gradient,) = torch.autograd.grad(self.loss(out.view(5, 3), self.y), out, create_graph=True)
@@ -71,7 +71,7 @@ class Problem:
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", ["hessian", "ggn"])
 def test_all_columns_at_once(name, loss):
-    """Products with the whole identity: our rules under vmap of jvp of jacrev."""
+    """Products with the whole identity: the derivative rules of attention under vmap of jvp of jacrev."""
     problem = Problem(loss)
     got = problem.operator(name) @ torch.eye(len(problem.vector), dtype=torch.float64)
     want = getattr(problem, name)()
@@ -92,7 +92,7 @@ def test_one_column_and_blocks():
 
 
 def test_spectrum():
-    """Its ends by products alone, and a density between them."""
+    """Extreme eigenvalues by matrix-vector products only, and a spectral density between them."""
     problem = Problem("squared error")
     ends = torch.linalg.eigvalsh(problem.hessian())[[0, -1]]
     grid, density = curvlinops.lanczos_approximate_spectrum(problem.operator("hessian"), 10, boundaries_tol=1e-2)
@@ -102,8 +102,8 @@ def test_spectrum():
     assert density.max() > 0
 
 
-def test_what_it_refuses():
-    """Dropout is no function of the data, which curvlinops checks; and KFAC is for layers that it knows."""
+def test_calls_that_curvlinops_rejects():
+    """Curvlinops rejects dropout, because the loss is no function of the data, and KFAC for layers without a rule."""
     problem = Problem("squared error")
     with pytest.raises(NotImplementedError, match="un-supported layers"):
         curvlinops.KFACLinearOperator(problem.model, problem.loss, problem.params, problem.data)

@@ -1,6 +1,6 @@
-"""Models of diffusers, with random weights: what consistency models and MeanFlow need, against dense autodiff.
+"""Models of diffusers with random weights: the derivatives of consistency models and MeanFlow, against dense autodiff.
 
-The oracle is the same model, its attention and its layer norm written out by PyTorch's operations, in float64.
+The oracle is the same model in float64, with attention and layer norm in elementary operations of PyTorch.
 """
 
 import doctest
@@ -95,13 +95,13 @@ def unet():
 
 
 class Problem:
-    """A model with weights that matter everywhere, a sample, a time and their tangents."""
+    """A model without zero weights, a sample, a time and their tangents."""
 
     def __init__(self, make):
         self.model, shape, self.call = make()
-        self.model.double().eval()  # without the dropout of labels
+        self.model.double().eval()  # evaluation, because training drops labels
         for p in self.model.parameters():
-            torch.nn.init.normal_(p, std=0.2)  # many are zero at the start
+            torch.nn.init.normal_(p, std=0.2)  # many are initialised to zero
         self.params = dict(self.model.named_parameters())
         self.at = normal(*shape), torch.tensor([0.9, 2.1], dtype=torch.float64)
         self.along = normal(*shape), torch.ones(2, dtype=torch.float64)
@@ -110,7 +110,7 @@ class Problem:
         return jvp(lambda x, t: self.call(model or self.model, x, t), self.at, self.along)
 
     def loss(self, stop_gradient, model=None):
-        """MeanFlow's, with the interval 1/2."""
+        """MeanFlow's loss, with the interval 1/2."""
         u, du = self.jvp(model)
         target = self.along[0] - 0.5 * du
         return (u - (target.detach() if stop_gradient else target)).square().mean()
@@ -120,7 +120,7 @@ class Problem:
         return torch.autograd.grad(loss, list(self.params.values()), allow_unused=True)
 
     def gradient_by_func(self, stop_gradient):
-        """The other way to write it: ``torch.func.grad`` around all."""
+        """The same gradient by ``torch.func.grad``."""
 
         def loss(params):
             return self.loss(stop_gradient, lambda *args, **kwargs: functional_call(self.model, params, args, kwargs))
@@ -135,7 +135,7 @@ def problem(request):
 
 @pytest.fixture
 def oracle(monkeypatch):
-    """Runs a function with attention and layer norm written out."""
+    """Run a function with attention and layer norm in elementary operations."""
 
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         assert dropout_p == 0
@@ -168,7 +168,7 @@ def test_jvp_in_sample_and_time(problem, oracle):
 
 @pytest.mark.parametrize("stop_gradient", [True, False])
 def test_training_through_the_jvp(problem, oracle, stop_gradient):
-    """MeanFlow's gradient, and the second-order one without its stop-gradient."""
+    """MeanFlow's gradient, and the second-order gradient without the stop-gradient."""
     with differentiable(problem.model):
         got = problem.gradient(stop_gradient)
     want = oracle(problem.gradient, stop_gradient)
@@ -183,8 +183,8 @@ def test_under_torch_func_grad(oracle):
     assert_close(got, oracle(problem.gradient_by_func, False))
 
 
-def test_attention_alone_would_not_do(oracle, monkeypatch):
-    """Why norms are replaced as well: with attention written out alone the gradient is silently wrong."""
+def test_replacing_only_attention_is_not_enough(oracle, monkeypatch):
+    """The gradient is silently wrong if only attention is replaced; norms must be replaced too."""
     problem = Problem(dit)
     want = oracle(problem.gradient, False)
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: dense(q, k, v)[0])
@@ -211,12 +211,12 @@ def test_activation_checkpointing(make, inside):
     for hook in hooks:
         hook.remove()
     assert len(seen) > forward  # something was computed again
-    # The norms of Flux's queries and keys are in float32, whatever the model is in.
+    # Flux normalises queries and keys in float32, whatever the dtype of the model.
     assert_close(got, want, torch.float32 if make is flux else torch.float64)
 
 
 def test_training_with_dropout_of_labels():
-    """What is computed again draws the same random numbers."""
+    """Checkpointed blocks draw the same random numbers when they are computed again."""
     problem = Problem(dit)
     problem.model.train()
     losses = []
@@ -235,7 +235,7 @@ def test_the_models_settings_are_checked():
     with pytest.raises(ValueError, match=r"call model.enable_gradient_checkpointing\(metaattn"), differentiable(model):
         pass
     model.disable_gradient_checkpointing()
-    with diffusers.attention_backend("native"):  # set_attention_backend sets it for all models too
+    with diffusers.attention_backend("native"):  # set_attention_backend also sets it for all models
         model.set_attention_backend("flex")
         with pytest.raises(ValueError, match=r"'native'; .*attn has 'flex'; call model.reset"), differentiable(model):
             pass
@@ -269,12 +269,12 @@ def test_examples():
 
 
 def test_page():
-    """MeanFlow learns: the loss falls, and one step makes samples as large as the data."""
+    """MeanFlow learns: the loss falls, and one step makes samples of the size of the data."""
     session = {}
     for block in python_blocks(PAGE):
         exec(block, session)
     losses, samples, data = session["losses"], session["samples"], session["stripes"](100)
     assert sum(losses[-10:]) < 0.3 * sum(losses[:10])
-    assert (samples - samples.mean(0)).square().mean() < 0.2  # of noise: 1
+    assert (samples - samples.mean(0)).square().mean() < 0.2  # noise would have 1
     assert (samples.mean(0) - data.mean(0)).square().mean() < 0.1 * data.square().mean()
     assert all(p.grad.isfinite().all() for p in session["model"].parameters() if p.grad is not None)

@@ -1,4 +1,4 @@
-"""learn2learn's algorithms on our Transformer give our meta-gradients; its tasks feed our learners."""
+"""Algorithms and tasks of learn2learn with metaattn's Transformer and learners: the same meta-gradients."""
 
 import random
 from pathlib import Path
@@ -21,7 +21,7 @@ TASKS, STEPS, RATE, WAY = 3, 2, 0.3, 3
 
 @pytest.fixture
 def model():
-    """In float64, and with a head that is not zero, so that all parameters have gradients from the first step."""
+    """A Transformer in float64 with a nonzero head, so that all parameters have gradients from the first step."""
     config = {"input": "continuous", "in_features": 3, "output": "pooled", "out_features": WAY}
     model = metaattn.Transformer(**config, dim=8, depth=1, heads=2).double()
     torch.nn.init.normal_(model.head.weight)
@@ -29,7 +29,7 @@ def model():
 
 
 def _tasks(samples=6):
-    """Inputs and targets of support and query sets, ``[tasks, samples, …]``."""
+    """Inputs and targets of support and query sets, ``[tasks, samples, ...]``."""
     return [
         (torch.randn(TASKS, samples, 5, 3).double(), torch.randint(WAY, (TASKS, samples))) for _ in ("support", "query")
     ]
@@ -40,7 +40,7 @@ def _loss(model):
 
 
 def _backward(algorithm, support, query):
-    """One meta-batch as learn2learn does it; the tasks' losses. The gradients are left in ``.grad``."""
+    """Run one meta-batch as in learn2learn, return the tasks' losses, and leave the gradients in ``.grad``."""
     algorithm.zero_grad()
     losses = []
     for (x, y), (xq, yq) in zip(zip(*support, strict=True), zip(*query, strict=True), strict=True):
@@ -63,7 +63,7 @@ def test_maml_is_ours(model, first_order):
 
 
 def test_orders_differ(model):
-    """The test above means something only where the second order is not nothing."""
+    """First and second order differ, so that the test above can distinguish them."""
     support, query = _tasks()
     gradients = []
     for first_order in (False, True):
@@ -73,7 +73,7 @@ def test_orders_differ(model):
 
 
 def test_meta_sgd_is_ours(model):
-    """Also in the learning rates, which it has in the order of the parameters and we by name."""
+    """The gradients of learning rates agree too; learn2learn orders them by parameter, metaattn names them."""
     support, query = _tasks()
     learner = meta_sgd(_loss(model), steps=STEPS, learning_rate=RATE)
     losses, gradient = learner.value_and_grad(learner.init(dict(model.named_parameters())), support, query)
@@ -81,7 +81,7 @@ def test_meta_sgd_is_ours(model):
     assert_close(_backward(theirs, support, query), losses)
     assert_close({k: p.grad for k, p in model.named_parameters()}, gradient["params"])
     names = (k for k, _ in model.named_parameters())
-    # Ours have a first dimension of inner steps, of length 1 where all share them.
+    # Rates of metaattn have a first dimension of inner steps, of length 1 if all steps share them.
     assert_close({k: lr.grad[None] for k, lr in zip(names, theirs.lrs, strict=True)}, gradient["rates"])
 
 
@@ -98,7 +98,7 @@ def test_training(model, name):
 
 
 def test_rematerialised_model():
-    """``remat=True`` meets clones, whose weights are no parameters but results of others."""
+    """With ``remat=True`` on clones, whose weights are results of operations rather than parameters."""
     config = {
         "input": "continuous",
         "in_features": 3,
@@ -120,10 +120,10 @@ def test_rematerialised_model():
 @pytest.mark.filterwarnings("ignore:TaskDataset is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["Taskset", "TaskDataset"])
 def test_its_tasks_feed_our_learner(model, name):
-    """Its tasks as our episodes: disjoint sets, one label for a class, and the losses that learn2learn has."""
+    """Tasks of learn2learn as episodes: disjoint sets, one label per class, and the losses of learn2learn."""
     random.seed(0)
     transforms, data = l2l.data.transforms, torch.randn(60, 5, 3).double()
-    data[:, 0, 0] = torch.arange(60)  # each sample is told by its number, and its class by that modulo 6
+    data[:, 0, 0] = torch.arange(60)  # the value of a sample is its index, and its class is the index modulo 6
     dataset = l2l.data.MetaDataset(torch.utils.data.TensorDataset(data, torch.arange(60) % 6))
     steps = [
         transforms.NWays(dataset, WAY),
@@ -148,7 +148,7 @@ def test_its_tasks_feed_our_learner(model, name):
 
 
 def test_page():
-    """Its blocks run as printed; learn2learn trains, and our learner goes on from there."""
+    """The blocks of the page run as printed: learn2learn trains, and a learner of metaattn continues."""
     session = {}
     for block in python_blocks(PAGE):
         exec(block, session)

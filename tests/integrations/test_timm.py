@@ -1,4 +1,4 @@
-"""A vision Transformer of timm's under replace_sdpa, against its own attention written out."""
+"""Vision Transformer of timm under replace_sdpa, against its own attention in elementary operations."""
 
 from importlib.util import find_spec
 
@@ -14,10 +14,10 @@ if find_spec("timm") is None:
 
 
 def _import_timm():
-    """timm; if need be with operators of torchvision's declared, and none of them implemented.
+    """Import timm, if necessary after declaring operators of torchvision without implementing them.
 
-    timm imports torchvision, whose package holds its operators for CUDA alone. On another machine its Python part does
-    not import either, for these two are missing; the model uses none of them.
+    timm imports torchvision, whose package contains its operators for CUDA only. On another machine its Python part
+    does not import either, for these two are missing; the model uses none of them.
     """
     try:
         import timm
@@ -27,7 +27,7 @@ def _import_timm():
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import timm
 
-        timm.declared = library  # an operator lives as long as what declared it
+        timm.declared = library  # an operator lives as long as the object that declared it
     return timm
 
 

@@ -1,4 +1,4 @@
-"""Norms of PyTorch's modules in a ``replace_norms`` block against their formulas, in float64."""
+"""Norms of PyTorch in a ``replace_norms`` block against their formulas, in float64."""
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ def test_values_and_dtypes_are_pytorchs(name, dtype):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", ["layer", "batch"])
 def test_autocast(name, device):
-    """Parameters in float32, as autocast has them; PyTorch's layer norm then gives float32 on a GPU."""
+    """Parameters in float32, as with autocast; PyTorch's layer norm then returns float32 on a GPU."""
     x, w, b, f, _ = problem(name)
     x, w, b = x.to(device, torch.bfloat16), w.float().to(device), b.float().to(device)
     with torch.autocast(device, torch.bfloat16):
@@ -130,8 +130,8 @@ def test_a_backward_pass_after_the_block():
     assert_close(*gradients)
 
 
-def test_what_stays():
-    """Evaluation takes running statistics; other functions, and what follows the block, are PyTorch's own."""
+def test_functions_that_are_not_replaced():
+    """Norms with running statistics, other functions, and calls after the block are PyTorch's own."""
     x = torch.randn(3, 4, 5)
     batch, instance = nn.BatchNorm1d(4).eval(), nn.InstanceNorm1d(4, track_running_stats=True).eval()
     batch.running_mean.normal_()

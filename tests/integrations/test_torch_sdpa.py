@@ -1,4 +1,4 @@
-"""PyTorch's attention replaced: models and calls by every name, with every derivative; where else PyTorch runs it."""
+"""Replacement of PyTorch's attention: in models, by every name, with every derivative, and inside other functions."""
 
 from pathlib import Path
 
@@ -31,10 +31,10 @@ def _hvp(f, x=X):
 
 
 class TestProgramsThatFail:
-    """Two programs as users write them, as they are and with one more line."""
+    """Two typical programs, without and with replace_sdpa."""
 
     def test_double_backward(self):
-        """A gradient penalty on the input of an encoder."""
+        """Gradient penalty on the input of an encoder."""
         model = encoder()
         x = torch.randn(2, 4, 8, **F64)
 
@@ -57,7 +57,7 @@ class TestProgramsThatFail:
         assert_close(got, want)
 
     def test_forward_mode(self):
-        """A JVP of a model that calls the function itself."""
+        """A jvp of a model that calls the function directly."""
         project = nn.Linear(8, 24, **F64)
 
         def model(x):
@@ -79,7 +79,7 @@ class TestProgramsThatFail:
 @pytest.mark.parametrize("derivative", DERIVATIVES)
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name, derivative):
-    """Of all parameters and inputs, against PyTorch's dense attention in the same model."""
+    """Derivatives of all parameters and inputs, against PyTorch's dense attention in the same model."""
     loss, point = loss_of(name)
     ours, oracle = DERIVATIVES[derivative]
     with metaattn.replace_sdpa():
@@ -134,7 +134,7 @@ def test_every_name_is_reached(call, used):
 )
 @pytest.mark.parametrize("dims", [3, 4])
 def test_parameters_mean_what_they_mean(options, dims):
-    """Values as PyTorch's, causal from the top left with fewer keys than queries; derivatives as the formula's."""
+    """Values as in PyTorch (causal from the top left with fewer keys than queries), derivatives of the formula."""
     heads = 2 if options.get("enable_gqa") else 4
     q, k, v = (t[(0,) * (4 - dims)] for t in (X, X[:, :heads, :3].cos(), X[:, :heads, :3].sin()))
     with metaattn.replace_sdpa():
@@ -158,7 +158,7 @@ def test_dropout_is_drawn_as_ours():
 
 @pytest.mark.parametrize("mask", [None, torch.float32, torch.bfloat16])
 def test_autocast(mask):
-    """Cast as PyTorch casts, value and derivative in its dtype."""
+    """Value and derivative have the dtype of PyTorch's result."""
     x = X.float()
     mask = None if mask is None else torch.linspace(-1, 1, 25).view(5, 5).to(mask)
     with torch.autocast("cpu", torch.bfloat16):
@@ -172,7 +172,7 @@ def test_autocast(mask):
 
 
 def test_attention_with_weights_is_left_as_it_is(used):
-    """Written out by PyTorch itself, in operations that have their derivatives."""
+    """PyTorch computes it in elementary operations, which have their derivatives."""
     loss, point = loss_of("attention weights")
     with metaattn.replace_sdpa():
         loss(point)
@@ -180,7 +180,7 @@ def test_attention_with_weights_is_left_as_it_is(used):
 
 
 def test_the_fast_paths_have_no_forward_mode():
-    """Why they are off inside: else a jvp of an encoder in evaluation ends there."""
+    """They are disabled in a block, because a jvp of an encoder in evaluation would raise."""
     model = encoder().eval()
     parameters = {k: p.detach() for k, p in model.named_parameters()}
     f = lambda x: torch.func.functional_call(model, parameters, x)
@@ -193,7 +193,7 @@ def test_the_fast_paths_have_no_forward_mode():
 
 
 class TestWithinOtherFunctions:
-    """Where PyTorch itself turns a mode off: in the functions that the mode was shown."""
+    """PyTorch disables a mode inside the functions that the mode handles."""
 
     @pytest.mark.parametrize("reentrant", [False, True])
     @pytest.mark.parametrize("backward", ["method", "backward", "grad"])
@@ -203,7 +203,7 @@ class TestWithinOtherFunctions:
             loss = checkpoint(lambda x: F.scaled_dot_product_attention(x, x, x).sin(), x, use_reentrant=reentrant).sum()
             if backward == "method":
                 loss.backward()
-            elif backward == "backward" or reentrant:  # a reentrant one refuses torch.autograd.grad
+            elif backward == "backward" or reentrant:  # a reentrant checkpoint rejects torch.autograd.grad
                 torch.autograd.backward(loss)
             else:
                 (x.grad,) = torch.autograd.grad(loss, x)
@@ -215,7 +215,7 @@ class TestWithinOtherFunctions:
             assert_close(_hvp(metaattn.meta.checkpoint(CALLS["attribute"])), _hvp(_dense))
 
     def test_overridable_functions_of_pytorch(self):
-        """No function but the one that is known hides a call of attention in Python."""
+        """Only multi_head_attention_forward hides a call of attention in Python."""
         functions = {f for fs in torch.overrides.get_overridable_functions().values() for f in fs}
         python = [f for f in functions if hasattr(f, "__code__")]
         assert len(python) > 50
@@ -224,7 +224,7 @@ class TestWithinOtherFunctions:
 
 
 def test_page():
-    """The examples of the documentation, in order, in one session."""
+    """Run the examples of the page, in order, in one session."""
     blocks = python_blocks(ROOT / "docs/integrations/torch_sdpa.md")
     session = {}
     for block in blocks:

@@ -1,4 +1,4 @@
-"""replace_sdpa with torch.compile: compiled equals eager, as one graph, for inside and outside of a block."""
+"""replace_sdpa with torch.compile: compiled equals eager, as one graph, inside and outside of a block."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def _fresh():
 
 
 def _train(model, x, step, steps=3, **options):
-    """Losses and parameters of some steps of gradient descent."""
+    """Losses and parameters of a few steps of gradient descent."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for i in range(steps):
@@ -57,11 +57,11 @@ def test_training_steps_of_an_encoder(device, compiler, used):
         got = _train(compiled, x, step)
         assert used
         want = _train(eager, x, lambda x: eager(x, src_key_padding_mask=padding).sin().mean())
-    assert_close(got, want, dtype, factor=1 if device == "cpu" else 100)  # three steps of rounding
+    assert_close(got, want, dtype, factor=1 if device == "cpu" else 100)  # rounding errors of three steps
 
 
 def test_each_side_of_a_block_is_compiled_once(used):
-    """With the block's backend as a third; never a stale one, and no fast path in evaluation."""
+    """Outside, inside, and inside with another backend: never stale code, and no fast path in evaluation."""
     model, counter = encoder(layers=1).eval(), CompileCounter()
     f = torch.compile(model, backend=counter, fullgraph=True)
     graphs, backends = [], []
@@ -92,7 +92,7 @@ def test_a_block_within_a_compiled_function(used):
 
 
 def test_transforms_within_a_compiled_function():
-    """Of the parameters of PyTorch's module, forward over reverse."""
+    """Forward over reverse, of the parameters of PyTorch's module."""
     model = nn.MultiheadAttention(8, 2, batch_first=True, **F64)
     parameters = {k: p.detach() for k, p in model.named_parameters()}
     options = {"need_weights": False, "attn_mask": CAUSAL < 0, "key_padding_mask": PADDING}
@@ -129,7 +129,7 @@ def test_a_checkpoint_in_one_graph_is_an_error():
 
 
 def test_installed(used):
-    """Before and after: what was compiled for the one is not run for the other."""
+    """Code compiled before install is not run after it, and the reverse."""
     f = torch.compile(lambda x: F.scaled_dot_product_attention(x, x, x), backend="aot_eager", fullgraph=True)
     model = encoder(layers=1)
     g = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -1,4 +1,4 @@
-"""Where replace_sdpa holds: blocks, threads, decorated functions, the process; and that all is put back."""
+"""Scope of replace_sdpa: blocks, threads, decorated functions, the process; and that everything is restored."""
 
 import threading
 
@@ -48,13 +48,13 @@ class TestBlocks:
     def test_decorator(self, used):
         @metaattn.replace_sdpa(backend="reference")
         def power(x, n):
-            """As it was."""
+            """Docstring that the decorator keeps."""
             y = F.scaled_dot_product_attention(x, x, x)
             return y if n == 1 else power(y, n - 1)
 
         assert_close(power(X, 3), _dense(_dense(_dense(X))))
         assert used == ["reference"] * 3
-        assert (power.__name__, power.__doc__) == ("power", "As it was.")
+        assert (power.__name__, power.__doc__) == ("power", "Docstring that the decorator keeps.")
 
     def test_are_of_their_thread(self, used):
         with metaattn.replace_sdpa():
@@ -64,7 +64,7 @@ class TestBlocks:
         assert not used
 
     def test_of_two_threads_may_overlap(self, fast_paths):
-        """The switch of the fast paths is the process's: the last to leave puts it back."""
+        """The switch of the fast paths belongs to the process; the last block to end restores it."""
         entered, leave = threading.Event(), threading.Event()
 
         def other():
@@ -90,14 +90,14 @@ class TestBlocks:
             torch.backends.mha.set_fastpath_enabled(True)
 
     def test_with_another_mode(self, used):
-        """Above it and below it: a device's block is a mode too."""
+        """A device block is a mode too, inside and outside of the block."""
         with torch.device("cpu"), metaattn.replace_sdpa(), torch.device("cpu"):
             assert_close(_hvp(_call), _hvp(_dense))
             encoder()(X[0])
         assert len(used) > 2
 
     def test_our_own_attention_inside(self):
-        """And a custom function's, under transforms: our rules run with the mode on."""
+        """metaattn.sdpa and its derivative rules run with the mode enabled, under transforms too."""
         model = metaattn.Transformer(dim=8, heads=2, depth=1, input="continuous", in_features=8).double()
         x = torch.randn(2, 5, 8, **F64)
         f = lambda x: model(x).sin().sum()

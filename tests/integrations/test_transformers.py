@@ -1,4 +1,4 @@
-"""Transformers' models on ``metaattn.sdpa``: the values of their own eager attention, and what is refused."""
+"""Models of Transformers on ``metaattn.sdpa``: values of their own eager attention, masks, and rejected models."""
 
 import doctest
 import re
@@ -26,7 +26,7 @@ def _registered(exact_eager):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What reaches the operator: a list of its masks and windows."""
+    """Masks, windows and key heads of the calls of the operator, in order."""
     seen, sdpa = [], integration.sdpa
 
     def spy(query, key, value, attn_mask, *args, **kwargs):
@@ -37,8 +37,8 @@ def calls(monkeypatch):
     return seen
 
 
-def _serves(name):
-    """Whether a release's model uses the interface at all: T5 and ModernBERT do since some 5.x."""
+def _has_interface(name):
+    """Return whether a model uses the attention interface in this release: T5 and ModernBERT do since some 5.x."""
     model = build(name, "eager")
     return "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(model).__module__])
 
@@ -46,12 +46,12 @@ def _serves(name):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", [*DECODERS, "bert", "modernbert", "t5"])
 def test_logits_are_those_of_eager(name, mask, calls):
-    if not _serves(name):
+    if not _has_interface(name):
         pytest.skip("does not use the attention interface in this release")
     got, want = (logits(build(name, i), attention_mask=MASKS[mask]) for i in ("metaattn", "eager"))
     assert calls
     shown = torch.ones(got.shape[:2], dtype=torch.bool)
-    if name != "t5":  # whose logits are the decoder's, which has no padding
+    if name != "t5":  # its logits are those of the decoder, which has no padding
         shown = (ONES if MASKS[mask] is None else MASKS[mask]).bool()
     assert_close(got[shown], want[shown])
 
@@ -68,7 +68,7 @@ def test_keys_are_not_repeated(calls):
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_generate_is_that_of_eager(name, cache):
-    """Greedy, from left-padded prompts, past the length of window and chunk."""
+    """Greedy generation from left-padded prompts, beyond the length of window and chunk."""
     options = {"attention_mask": LEFT, "max_new_tokens": 6, "do_sample": False, "disable_compile": True}
     options |= {} if cache is None else {"cache_implementation": cache}
     if cache is None:
@@ -83,7 +83,7 @@ def test_generate_is_that_of_eager(name, cache):
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_prompt_in_two_parts(name, padding):
-    """Several queries onto a filled cache: rows align to the tokens seen, not to the top left."""
+    """With several queries on a filled cache, rows are aligned to the tokens seen, not to the top left."""
     model, mask = build(name), MASKS[padding]
     whole = logits(model, attention_mask=mask)
     first = model(IDS[:, :6], attention_mask=None if mask is None else mask[:, :6], use_cache=True)
@@ -101,7 +101,7 @@ def test_packed_sequences(name):
 
 
 @pytest.mark.parametrize("additive", [False, True])
-def test_a_mask_of_ones_own(additive):
+def test_a_custom_mask(additive):
     mask = torch.rand(3, 1, 9, 9) < 0.6
     mask |= torch.eye(9, dtype=torch.bool)
     numbers = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, float("-inf"))
@@ -111,8 +111,8 @@ def test_a_mask_of_ones_own(additive):
 
 @pytest.mark.parametrize(("name", "limits"), [("mistral", (3, 0)), ("modernbert", (2, 2))])
 def test_a_sliding_window_is_a_window(name, limits, calls, monkeypatch):
-    """Not only a mask, whose hidden blocks would be visited; and the window is what the mask says."""
-    if not _serves(name):
+    """The operator gets the window, to skip hidden blocks, and it agrees with the mask."""
+    if not _has_interface(name):
         pytest.skip("does not use the attention interface in this release")
     made, mask = [], integration.mask
     interface = transformers.AttentionMaskInterface._global_mapping
@@ -179,12 +179,12 @@ def test_a_row_of_padding_is_zero_before_the_output_projection():
     assert (out[:, 1:] != 0).all()
 
 
-def test_models_that_are_refused():
+def test_models_that_are_rejected():
     with pytest.raises(NotImplementedError, match=r"Gemma2Attention caps its scores .* attn_implementation='eager'"):
         logits(build("gemma2"))
-    # It would add the boolean mask to its scores. T5 came to the interface after 5.0, Bloom to its masks.
-    name, own = ("bloom", "BloomAttention") if _serves("t5") else ("t5", "T5Attention")
-    with pytest.raises(NotImplementedError, match=rf"computes its attention by itself \({own}.*'eager'"):
+    # It would add the boolean mask to its scores. T5 uses the interface since a release after 5.0, Bloom its masks.
+    name, own = ("bloom", "BloomAttention") if _has_interface("t5") else ("t5", "T5Attention")
+    with pytest.raises(NotImplementedError, match=rf"computes its attention itself \({own}.*'eager'"):
         logits(build(name))
 
 
@@ -193,9 +193,9 @@ def test_weights_are_not_returned(name):
     model = build(name)
     inputs = {"pixel_values": torch.randn(1, 3, 6, 6).double()} if name == "vit" else {"input_ids": IDS}
     if "transformers.utils.output_capturing" in sys.modules or name in ("llama", "mistral", "bert"):
-        with pytest.raises(ValueError, match="output_attentions=True asks for them; drop it"):
+        with pytest.raises(ValueError, match="output_attentions=True requests them; drop it"):
             model(**inputs, output_attentions=True)
-    else:  # the first releases of version 5 do not tell these layers; what they return is empty
+    else:  # the first releases of version 5 do not pass the option to these layers, which return nothing
         weights = model(**inputs, output_attentions=True).attentions
         assert not any(isinstance(w, torch.Tensor) for w in weights or ())
 
@@ -205,7 +205,7 @@ def test_weights_are_not_returned(name):
     [
         ({"softcap": 30.0}, "Module caps its scores"),
         ({"head_mask": torch.ones(2)}, "masks whole heads"),
-        ({"indices": torch.ones(1, 3, 2, dtype=torch.int32)}, r"chosen keys only \(indices\)"),
+        ({"indices": torch.ones(1, 3, 2, dtype=torch.int32)}, r"selected keys only \(indices\)"),
         ({"cache": object()}, "paged cache"),
         ({"cu_seq_lens_q": torch.tensor([0, 2, 3])}, "pass position_ids that start at 0"),
         ({"slopes": torch.ones(2)}, r"passes slopes, of shape \[2\], to its attention"),
@@ -213,22 +213,22 @@ def test_weights_are_not_returned(name):
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
-def test_what_changes_the_scores_is_refused(arguments, message):
+def test_unsupported_changes_of_the_scores_are_rejected(arguments, message):
     x = torch.randn(1, 2, 3, 4)
     with pytest.raises(NotImplementedError, match=message):
         integration.attention(torch.nn.Module(), x, x, x, None, **arguments)
 
 
-def test_a_scale_that_only_eager_knows():
+def test_a_scale_that_only_eager_attention_gets():
     module, x = torch.nn.Module(), torch.randn(1, 2, 3, 4)
     module.scale_attn_by_inverse_layer_idx = True
-    with pytest.raises(NotImplementedError, match="by a rule that it tells eager attention only"):
+    with pytest.raises(NotImplementedError, match="by a rule that it passes to eager attention only"):
         integration.attention(module, x, x, x, None)
     integration.attention(module, x, x, x, None, scaling=0.1)
 
 
 def _argument_list(text, opening):
-    """The text between the bracket that ends ``opening`` and its partner, at each place."""
+    """Find each ``opening``, which ends with a bracket, and yield the text up to the closing bracket."""
     for start in re.finditer(re.escape(opening), text):
         depth = 1
         for end in range(start.end(), len(text)):
@@ -238,13 +238,13 @@ def _argument_list(text, opening):
                 break
 
 
-def test_every_part_of_attention_in_this_release_is_known():
-    """A new one must be served or refused before a release is said to be tested."""
+def test_every_argument_of_attention_in_this_release_is_handled():
+    """A new argument must be supported or rejected before a release counts as tested."""
     tensors = {"query", "key", "value", "query_states", "key_states", "value_states", "attention_mask"}
-    served = {"module", "scaling", "dropout", "is_causal", "position_bias", "s_aux", "kwargs"} | tensors
-    told_by_the_mask = {"sliding_window", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q"}
+    supported = {"module", "scaling", "dropout", "is_causal", "position_bias", "s_aux", "kwargs"} | tensors
+    in_the_mask = {"sliding_window", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q"}
     harmless = {"max_length_k", "output_attentions", "deterministic"}
-    known = served | told_by_the_mask | harmless | set(integration._UNSERVED)
+    handled = supported | in_the_mask | harmless | set(integration._UNSUPPORTED)
     of_modules = {"training", "num_key_value_groups", "head_dim", "sinks"}  # sinks come as s_aux
     of_gpt2 = {"scale_attn_weights", "scale_attn_by_inverse_layer_idx"}
     of_gpt2 |= {"is_cross_attention", "attn_dropout", "bias", "layer_idx"}
@@ -254,10 +254,10 @@ def test_every_part_of_attention_in_this_release_is_known():
     for name, text in texts.items():
         for signature in _argument_list(text, "def eager_attention_forward("):
             words = set(re.findall(r"^\W*(\w+)(?=[:,=]|$)", re.sub(r"\[[^]]*\]", "", signature), re.MULTILINE))
-            assert words <= known, (name, words - known)
+            assert words <= handled, (name, words - handled)
         for call in _argument_list(text, "= attention_interface("):
             words = set(re.findall(r"(?:^|,)\s*(\w+)=", call))
-            assert words <= known, (name, words - known)
+            assert words <= handled, (name, words - handled)
         for body in re.findall(r"^def eager_attention_forward\(.*?^(?=\S)(?!\))", text, re.MULTILINE | re.DOTALL):
             words = set(re.findall(r"\bmodule\.(\w+)", body))
             assert words <= of_modules | of_gpt2, (name, words - of_modules - of_gpt2)

@@ -1,4 +1,7 @@
-"""Every derivative of Transformers' models on ``metaattn.sdpa``, against their own dense attention."""
+"""Derivatives of Transformers' models on ``metaattn.sdpa``, against their own dense attention.
+
+Tests the layers of _transformers_layers too: layer norms and checkpointed layers.
+"""
 
 import copy
 
@@ -27,7 +30,7 @@ def _pair(name):
 
 
 def _loss(model, **inputs):
-    """Of parameters; curved in the logits, and blind to padding."""
+    """A loss of the parameters, nonlinear in the logits and independent of padding."""
     shown = inputs.get("attention_mask")
 
     def loss(state):
@@ -38,7 +41,7 @@ def _loss(model, **inputs):
 
 
 def _attention(model):
-    """The parameters of the layers' attention: of the projections, sinks and norms of queries and keys."""
+    """Parameters of attention in all layers: projections, sinks and norms of queries and keys."""
     return {n: p.detach() for n, p in model.named_parameters() if "attn" in n or "attention" in n}
 
 
@@ -49,7 +52,7 @@ def _directions(state):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hessian_vector_products(name):
-    """jvp of grad, with padding on the left where there is any."""
+    """Hessian-vector products by jvp of grad; padding, if any, is on the left."""
     inputs = {} if name == "vit" else {"attention_mask": LEFT}
 
     def product(model):
@@ -70,7 +73,7 @@ def test_grad_of_grad(name):
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "bert"])
 def test_double_backward(name):
-    """By plain autograd: the gradient of a gradient penalty."""
+    """The gradient of a gradient penalty, by plain autograd."""
 
     def penalty(model):
         parameters = [p for n, p in model.named_parameters() if n in _attention(model)]
@@ -81,7 +84,7 @@ def test_double_backward(name):
 
 
 def test_bias_of_positions():
-    """T5's: learned, and a part of the scores."""
+    """The learned position bias of T5, which is added to the scores."""
     model = build("t5", "eager")
     if not hasattr(transformers.models.t5.modeling_t5, "ALL_ATTENTION_FUNCTIONS"):
         pytest.skip("T5 does not use the attention interface in this release")
@@ -96,7 +99,7 @@ def test_bias_of_positions():
 
 
 def _adapters(model, count, rank=2):
-    """Low-rank changes of the query and value projections, a batch of them."""
+    """A batch of low-rank changes of the query and value projections."""
     names = [n for n, _ in model.named_parameters() if n.endswith(("q_proj.weight", "v_proj.weight"))]
     weights = dict(model.named_parameters())
     generator = torch.Generator().manual_seed(4)
@@ -112,7 +115,7 @@ def _adapted(model, loss):
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 @pytest.mark.parametrize("cache", [False, True])
 def test_a_batch_of_adapters(name, cache):
-    """LoRA: one gradient and one Hessian product for each, mapped, against dense attention one by one."""
+    """LoRA: gradients and Hessian products of all adapters under vmap, against dense attention one by one."""
     ours, eager = _pair(name)
     adapters = _adapters(ours, 3)
     assert len(adapters) == 4
@@ -129,7 +132,7 @@ def test_a_batch_of_adapters(name, cache):
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "bert"])
 def test_tasks_with_padding_of_their_own(name):
-    """Under vmap no mask can be left out for what it shows; ``sdpa`` raises here."""
+    """Under vmap a mask must not be left out because of its values; Transformers' ``sdpa`` raises here."""
     ours, eager = _pair(name)
     ids, masks = torch.stack((IDS, IDS.flip(1), IDS)), torch.stack((LEFT, RIGHT, ONES))
     state = _attention(ours)
@@ -139,8 +142,8 @@ def test_tasks_with_padding_of_their_own(name):
         assert_close({n: g[k] for n, g in got.items()}, each(eager)(ids[k], masks[k]))
 
 
-def test_what_transformers_refuses_and_the_mask_that_helps():
-    """Positions are looked at for packed sequences, unless the mask is there already."""
+def test_an_error_of_transformers_and_the_mask_that_avoids_it():
+    """Transformers looks for packed sequences in the values of positions, unless it gets a mask."""
     model, ids = build("llama"), torch.stack((IDS, IDS.flip(1)))
     positions = torch.arange(9).expand(2, 3, 9).clone()
     run = lambda mask: vmap(lambda i, p: model(i, position_ids=p, attention_mask=mask, use_cache=False).logits)(
@@ -157,7 +160,7 @@ def test_what_transformers_refuses_and_the_mask_that_helps():
 
 
 def test_layer_norms_in_meta_gradients_under_vmap():
-    """PyTorch's are wrong here, silently; in place of them ours are right, and the value is the same."""
+    """PyTorch's layer norms are silently wrong here; replaced, they have the same value and right derivatives."""
     name = "bert.encoder.layer.0.attention.output.LayerNorm.weight"
     model = build("bert")
     x = torch.randn(2, 3, 9, 16, dtype=torch.float64)
@@ -176,7 +179,7 @@ def test_layer_norms_in_meta_gradients_under_vmap():
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "bert", "vit"])
 def test_checkpointed_layers(name):
-    """In place of Transformers' own, and through a copy of the model."""
+    """Derivatives of a copy of the checkpointed model agree with those of dense attention."""
     ours, eager = _pair(name)
     names = list(ours.state_dict())
     model = copy.deepcopy(checkpoint_layers(checkpoint_layers(ours)))
@@ -193,8 +196,8 @@ def test_checkpointed_layers(name):
     assert_close(*map(product, (model, eager)))
 
 
-def test_what_checkpointed_layers_keep():
-    """For a backward pass: what goes in and out of a layer, and not what is between."""
+def test_checkpointed_layers_store_little():
+    """A backward pass stores the inputs and outputs of a layer, and not its activations."""
 
     def kept(model):
         sizes = []
@@ -206,17 +209,19 @@ def test_what_checkpointed_layers_keep():
 
 
 def test_checkpointed_layers_and_caches():
-    """A cache would be filled again by each derivative, and the gradient be wrong; without one there is none."""
+    """A cache is rejected, because each derivative would fill it again; without derivatives it is allowed."""
     model = checkpoint_layers(build("llama"))
     with pytest.raises(ValueError, match=r"LlamaDecoderLayer is checkpointed .* pass use_cache=False"):
         logits(model)
     options = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate(IDS, **options), build("llama").generate(IDS, **options))
-    with pytest.raises(ValueError, match="Linear has no layer"):
+    with pytest.raises(
+        ValueError, match="must have layers of the class GradientCheckpointingLayer; got Linear without any"
+    ):
         checkpoint_layers(torch.nn.Linear(2, 2))
 
 
-def test_transformers_own_checkpointing_is_refused_by_pytorch():
+def test_pytorch_rejects_checkpointing_of_transformers():
     model = build("llama").train()
     model.gradient_checkpointing_enable()
     with pytest.raises(RuntimeError, match="inside of a function being transformed"):
@@ -224,7 +229,7 @@ def test_transformers_own_checkpointing_is_refused_by_pytorch():
 
 
 def test_mixtures_of_experts():
-    """Which of Transformers' implementations of experts has which derivative (the page says it)."""
+    """Derivatives of Transformers' implementations of experts, as the page lists them."""
     ids = torch.stack((IDS, IDS.flip(1)))
 
     def derivatives(model):

@@ -50,12 +50,12 @@ HEADS = {"bert": "AutoModelForMaskedLM", "modernbert": "AutoModelForMaskedLM", "
 
 
 def build(name, implementation="metaattn", experts="batched_mm", **options):
-    """A model of ``CONFIGS``, ready for evaluation."""
+    """Return a model of ``CONFIGS`` in evaluation mode."""
     config, sizes = CONFIGS[name]
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
     config = getattr(transformers, config)(**sizes, **special, **options)
     kind = "AutoModelForSeq2SeqLM" if name == "t5" else HEADS.get(name, "AutoModelForCausalLM")
-    # The default for experts, grouped_mm, has neither float64 nor forward mode.
+    # grouped_mm, the default for experts, supports neither float64 nor forward mode.
     more = {"experts_implementation": experts} if name in ("gpt_oss", "mixtral") else {}
     model = getattr(transformers, kind).from_config(config, attn_implementation=implementation, **more)
     model = model.double().eval()
@@ -69,14 +69,14 @@ def build(name, implementation="metaattn", experts="batched_mm", **options):
 
 
 class _Norm(torch.nn.Module):
-    """Transformers' RMS norms round to float32, in which a difference of attention would drown."""
+    """Transformers' RMS norms round to float32, which would hide differences in attention."""
 
     def forward(self, x):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
 
 
 def logits(model, state=None, ids=IDS, **inputs):
-    """The logits of a call, with parameters put in place of the model's."""
+    """Return the logits of a call, with parameters in place of the model's."""
     if model.config.model_type == "vit":
         image = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
         inputs = {"pixel_values": image}

@@ -1,4 +1,7 @@
-"""Meta-gradients: against finite differences, a hand-written unroll, a loop over tasks and their definitions."""
+"""Meta-gradients against finite differences, a hand-written unroll, a loop over tasks and their definitions.
+
+Tests maml, anil and meta_sgd, the base class in _learner, and the argument checks in _checks.
+"""
 
 import itertools
 import math
@@ -27,7 +30,7 @@ def params():
 
 @pytest.fixture
 def tasks():
-    """Support and query sets of three tasks: four sequences of three vectors, and a number for each."""
+    """Support and query sets of three tasks: four sequences of three vectors, with a target number for each."""
     g = torch.Generator().manual_seed(8)
     return [
         (torch.randn(TASKS, 4, 3, 2, generator=g, **F64), torch.randn(TASKS, 4, 1, generator=g, **F64)) for _ in "sq"
@@ -77,7 +80,7 @@ def test_finite_differences(name, params, tasks):
 
 @pytest.mark.parametrize("backend", ["reference", "blockwise"])
 def test_hand_written_unroll(params, tasks, backend):
-    """Two steps of MAML in plain autograd, a loop over tasks."""
+    """Two steps of MAML in plain autograd, in a loop over tasks."""
     total = {k: torch.zeros_like(p) for k, p in params.items()}
     for i in range(TASKS):
         support, query = _task(tasks, i)
@@ -109,7 +112,7 @@ def test_a_loop_over_tasks_equals_vmap(name, chunk_size, params, tasks):
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_first_order_is_the_detached_formula(name, params, tasks):
-    """The gradient of the query loss at the adapted parameters, where the inner gradients are constants."""
+    """Gradient of the query loss at the adapted parameters, with constant inner gradients."""
     learner = LEARNERS[name](gradient="first_order")
     meta = learner.init(params)
     _, gradient = learner.value_and_grad(meta, *tasks)
@@ -145,7 +148,7 @@ def test_first_order_at_a_rate_of_zero_is_the_plain_gradient(params, tasks):
 
 
 def test_first_order_under_torch_func(params, tasks):
-    """detach is a constant to torch.func.grad as well, and below a vmap."""
+    """A detached tensor is a constant for torch.func.grad too, and under vmap."""
     support, query = _task(tasks, 0)
 
     def f(params, way):
@@ -160,14 +163,14 @@ def test_first_order_under_torch_func(params, tasks):
     assert_close({k: g[1] for k, g in got.items()}, grad(f)(params, "first_order"))
 
 
-def test_anil_adapts_the_head_alone(params, tasks):
+def test_anil_adapts_only_the_head(params, tasks):
     learner = LEARNERS["anil"]()
     support, _ = _task(tasks, 0)
     adapted = learner.adapt(learner.init(params), support)
     changed = {k for k, p in adapted.items() if not torch.equal(p, params[k])}
     assert changed == {"head.weight", "head.bias"}
     _, gradient = learner.value_and_grad(learner.init(params), *tasks)
-    assert all(g.norm() > 0 for k, g in gradient["params"].items() if "embed" in k)  # yet all is meta-learned
+    assert all(g.norm() > 0 for k, g in gradient["params"].items() if "embed" in k)  # all parameters are meta-learned
 
 
 def test_rates_are_learned(params, tasks):
@@ -230,14 +233,17 @@ def test_learning_reduces_the_loss(params, tasks):
         (lambda: maml(_loss, learning_rate=math.nan), "learning_rate must be at least 0 and finite; got nan"),
         (lambda: maml(_loss, learning_rate=-0.1), "learning_rate must be at least 0 and finite; got -0.1"),
         (lambda: maml(_loss).init({}), "params must hold at least one tensor"),
-        (lambda: maml(_loss, adapts=("tail.*",)).adapted({"head.weight": 0}), r"no parameter matches \['tail.\*'\]"),
+        (
+            lambda: maml(_loss, adapts=("tail.*",)).adapted({"head.weight": 0}),
+            r"adapts must match the name of a parameter; got \['tail.\*'\], and the parameters are \['head.weight'\]",
+        ),
         (
             lambda: adapt(_loss, {"a": ONE}, (), optimizer=sgd(), rates=0.1, steps=1, gradient="forward"),
             r"gradient must be one of 'reverse', .*'implicit', or an object .*; got 'forward'",
         ),
         (
             lambda: adapt(_loss, {"a": ONE}, (), optimizer=sgd(), rates=0.1, steps=1, adapts=["b"]),
-            r"no parameter is named \['b'\]; there are \['a'\]",
+            r"no parameter is named \['b'\]; the parameters are \['a'\]",
         ),
         (lambda: adapt(_loss, {"a": ONE}, (), optimizer=sgd(), rates=0.1, steps=-1), "steps must be at least 0"),
     ],
@@ -299,7 +305,7 @@ def test_errors_of_a_batch_of_tasks(method, params, tasks):
         (lambda loss: None, TypeError, "loss must return a tensor; got a NoneType"),
     ],
 )
-def test_a_loss_that_is_no_scalar(params, tasks, gradient, wrong, error, message):
+def test_a_loss_that_is_not_a_scalar(params, tasks, gradient, wrong, error, message):
     learner = maml(lambda *args: wrong(_loss(*args)), steps=2, gradient=gradient)
     with pytest.raises(error, match=message):
         learner.value_and_grad(learner.init(params), *tasks)

@@ -1,12 +1,20 @@
-"""The family of algorithms, one suite: each learns, and has the meta-gradient of its definition written out."""
+"""One suite for all algorithms: each learns, and has the meta-gradient of its definition in plain autograd.
 
+Tests all constructors, and cavia, imaml, maml_plus_plus, prototypes and reptile in particular.
+"""
+
+import dataclasses
+import inspect
 import math
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import metaattn.meta.algorithms
 from metaattn.meta import (
+    GradientBased,
+    Implicit,
     Learner,
     anil,
     boil,
@@ -16,6 +24,7 @@ from metaattn.meta import (
     maml,
     maml_plus_plus,
     meta_sgd,
+    momentum,
     proto_maml,
     prototypical,
     reptile,
@@ -66,7 +75,7 @@ def _episodes():
 
 
 def _descend(loss, w, names, rate, batch, steps=STEPS, constant=False, passed=None):
-    """Plain gradient steps by plain autograd; ``rate(name, step)``."""
+    """Gradient steps in plain autograd; the learning rate is ``rate(name, step)``."""
     for step in range(steps):
         g = torch.autograd.grad(loss(w, *batch), [w[k] for k in names], create_graph=True)
         g = [t.detach() if constant else t for t in g]
@@ -111,7 +120,7 @@ def _plus_plus(weights, constant):
 
 
 def _reptile(meta, support, query):
-    """The surrogate whose gradient is the initial parameters less the adapted ones."""
+    """A surrogate objective whose gradient is the initial parameters minus the adapted ones."""
     both = [torch.cat(pair) for pair in zip(support, query, strict=True)]
     end = _descend(_regression, meta["params"], ALL, lambda k, s: RATE, both)
     gradient = {k: (p - end[k]).detach() for k, p in meta["params"].items()}
@@ -154,14 +163,14 @@ def _distances(meta, support, query):
 
 def _proto_maml(meta, support, query):
     c = _centres(meta, support)
-    # Aliases, so that the inner gradient of the body is not also that through the head which was made of it.
+    # Aliases, so that the inner gradient of the body does not include the path through the head made from it.
     body = {k: p.view_as(p) for k, p in meta["params"].items()}
     w = {**body, "head.weight": 2 * c, "head.bias": -c.square().sum(-1)}
     return _classification(_descend(_classification, w, ALL, lambda k, s: RATE, support), *query)
 
 
 def _cavia(meta, support, query):
-    """The context beside the inputs, with weights of its own."""
+    """The context as additional inputs of the first layer, with separate weights."""
 
     def loss(w, x, y):
         inputs = torch.cat([x, w["context"].expand(len(x), -1)], 1)
@@ -174,7 +183,7 @@ def _cavia(meta, support, query):
 
 S = {"steps": STEPS, "learning_rate": RATE}
 PROTO = {"embed": _embed, "way": WAY}
-# The learner, its definition, and whether its tasks are classification.
+# The learner, its definition, and True if its tasks are classification.
 FAMILY = {
     "maml": (maml(_regression, **S), _unrolled(), False),
     "maml_mixed": (maml(_regression, gradient="mixed", **S), _unrolled(), False),
@@ -265,7 +274,7 @@ def test_boil_and_its_rates_leave_the_head():
     assert learner.init(_params(1, 1))["rates"].keys() == {"embed.weight", "embed.bias"}
 
 
-def test_cavia_adapts_the_context_alone():
+def test_cavia_adapts_only_the_context():
     learner = cavia(_regression, size=3, **S)
     meta, (support, _) = learner.init(_params(1, 1)), _sinusoids()
     start, *_, end = learner.trajectory(meta, [t[0] for t in support])
@@ -273,7 +282,7 @@ def test_cavia_adapts_the_context_alone():
     assert {k for k in end if not torch.equal(end[k], meta["params"][k])} == {"embed.bias"}
 
 
-def test_the_head_of_prototypes_is_no_meta_parameter():
+def test_the_head_of_prototypes_is_not_a_meta_parameter():
     meta = prototypical(_classification, **PROTO).init(_params(2, WAY))
     assert meta["params"].keys() == set(ALL[:2])
 
@@ -286,14 +295,18 @@ def test_the_head_of_prototypes_is_no_meta_parameter():
         (lambda: maml_plus_plus(_regression).at(-0.1), ValueError, r"progress must be from 0 to 1; got -0.1"),
         (lambda: maml_plus_plus(_regression, first_order_until="x"), TypeError, "first_order_until must be a number"),
         (lambda: cavia(_regression, size=0), ValueError, "size must be at least 1; got 0"),
-        (lambda: cavia(_regression, into="b").init(_params(1, 1)), ValueError, "no parameter is named 'b', to add"),
+        (
+            lambda: cavia(_regression, into="b").init(_params(1, 1)),
+            ValueError,
+            "into must be the name of a parameter to add the context to; got 'b'",
+        ),
         (lambda: proto_maml(_classification, steps=0, **PROTO), ValueError, "steps must be at least 1; got 0"),
         (lambda: prototypical(_classification, embed=None, way=3), TypeError, "embed must be a function"),
         (lambda: prototypical(_classification, embed=_embed, way=1), ValueError, "way must be at least 2; got 1"),
         (
             lambda: prototypical(_classification, weight="w", **PROTO).init(_params(2, 3)),
             ValueError,
-            "no parameter is named 'w', for the head",
+            "weight must be the name of the head's weight; got 'w'",
         ),
         (lambda: imaml(_regression, proximal=0.0), ValueError, "proximal must be positive and finite"),
     ],
@@ -303,7 +316,93 @@ def test_errors(make, kind, message):
         make()
 
 
-def test_meta_parameters_of_another_algorithm_are_refused():
+OPTIONS = {  # in addition to those of GradientBased
+    imaml: {"proximal", "damping", "iterations", "tolerance"},
+    maml_plus_plus: {"multi_step_until", "first_order_until", "progress"},
+    cavia: {"size", "into"},
+    prototypical: {"embed", "way", "weight", "bias"},
+    proto_maml: {"embed", "way", "weight", "bias"},
+}
+FIXED = {  # options of GradientBased that an algorithm does not have
+    first_order_maml: {"gradient"},
+    imaml: {"gradient"},
+    cavia: {"adapts"},
+    prototypical: {"steps", "learning_rate", "optimizer", "gradient", "adapts", "learns", "per_step"},
+}
+DEFAULTS = {  # where they differ from those of GradientBased
+    anil: {"adapts": ("head.*",)},
+    boil: {"adapts": ("*", "!head.*")},
+    meta_sgd: {"learns": "element"},
+    maml_plus_plus: {"learns": "tensor", "per_step": True},
+    reptile: {"gradient": "first_order"},
+}
+CONSTRUCTORS = [
+    anil,
+    boil,
+    cavia,
+    first_order_maml,
+    imaml,
+    maml,
+    maml_plus_plus,
+    meta_sgd,
+    proto_maml,
+    prototypical,
+    reptile,
+]
+
+
+@pytest.mark.parametrize("make", CONSTRUCTORS, ids=lambda f: f.__name__)
+def test_options_are_spelled_out(make):
+    """Each constructor names its options, so that editors show them, and passes all of them on."""
+    shared = {f.name: f.default for f in dataclasses.fields(GradientBased)} | {"optimizer": None}
+    parameters = inspect.signature(make).parameters
+    assert set(parameters) == (set(shared) | OPTIONS.get(make, set())) - FIXED.get(make, set())
+    assert next(iter(parameters)) == "loss"
+    assert all(p.kind is p.KEYWORD_ONLY for name, p in parameters.items() if name != "loss")
+    for name in set(parameters) & set(shared) - {"loss"}:
+        assert parameters[name].default == DEFAULTS.get(make, {}).get(name, shared[name])
+    values = {
+        "steps": 3,
+        "learning_rate": 0.7,
+        "optimizer": momentum(),
+        "gradient": "mixed",
+        "adapts": ("w",),
+        "per_step": True,
+        "has_aux": True,
+        "learns": "nothing" if make is reptile else "scalar",
+        "multi_step_until": 0.6,
+        "first_order_until": 0.7,
+        "progress": 0.8,
+        "size": 7,
+        "into": "b",
+        "embed": _embed,
+        "way": 4,
+        "weight": "w",
+        "bias": "b",
+    }
+    chosen = {k: v for k, v in values.items() if k in parameters}
+    learner = make(_regression, **chosen)
+    assert {k: getattr(learner, k) for k in chosen} == chosen
+    assert make is not imaml or make(_regression, proximal=2.0, damping=0.5, iterations=3, tolerance=0.1).gradient == (
+        Implicit(2.0, 0.5, 3, 0.1)
+    )
+
+
+@pytest.mark.parametrize("make", CONSTRUCTORS, ids=lambda f: f.__name__)
+def test_an_unknown_option_is_a_type_error_of_the_constructor(make):
+    required = PROTO if make in (prototypical, proto_maml) else {}
+    with pytest.raises(TypeError, match=rf"^{make.__name__}\(\) got an unexpected keyword argument 'lr'"):
+        make(_regression, lr=0.1, **required)
+
+
+def test_the_old_name_of_samples_works():
+    with pytest.warns(DeprecationWarning, match="is now Samples"):
+        assert metaattn.meta.algorithms.Batch is metaattn.meta.algorithms.Samples
+    with pytest.raises(AttributeError, match="has no attribute 'Task'"):
+        metaattn.meta.algorithms.Task  # noqa: B018
+
+
+def test_meta_parameters_of_another_algorithm_are_rejected():
     meta, tasks = maml(_regression).init(_params(1, 1)), _sinusoids()
     with pytest.raises(TypeError, match="with 'params' and 'context'; got a dict of"):
         cavia(_regression).value_and_grad(meta, *tasks)

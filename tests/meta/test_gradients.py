@@ -1,4 +1,8 @@
-"""Ways to differentiate the inner loop: each against its definition, in plain autograd."""
+"""Modes of differentiating the inner loop, each against its definition in plain autograd.
+
+Tests gradients, _inner_loop, _mixed_mode, _hvp, _implicit and _closure_checks; _compiled_step is tested in
+tests/compile.
+"""
 
 import itertools
 import math
@@ -35,7 +39,7 @@ def _net(p, x):
 
 
 def _learned_loss(p, x, y, learned):
-    """Squares weighted by sample, a penalty of learned strength and a learned function of the residual: a tree."""
+    """Squares with a weight for each sample, a penalty of learned strength and a learned function of the residual."""
     r = _net(p, x) - y
     data = (torch.sigmoid(learned["data"]) * r.square()).mean()
     return data + learned["loss"][0].exp() * p["in"].square().sum() + (learned["loss"][1] * r).cos().mean()
@@ -54,7 +58,7 @@ def _batch(*lead):
 
 
 def _outer(how, params, rates, learned, x, y, optimizer="sgd", steps=3):
-    """A query loss after adaptation, as a function of all that can be meta-learned."""
+    """Query loss after adaptation, as a function of everything that can be meta-learned."""
     adapted = adapt(
         _learned_loss, params, (x, y, learned), optimizer=OPTIMIZERS[optimizer], rates=rates, steps=steps, gradient=how
     )
@@ -62,7 +66,7 @@ def _outer(how, params, rates, learned, x, y, optimizer="sgd", steps=3):
 
 
 def _gradient(function, *meta):
-    """By torch.autograd, of all tensors of all arguments."""
+    """Gradient by torch.autograd with respect to all tensors in all arguments."""
     fresh = tree_map(lambda t: t.detach().clone().requires_grad_(), meta)
     return torch.autograd.grad(function(*fresh), tree_leaves(fresh), materialize_grads=True)
 
@@ -71,7 +75,7 @@ def _gradient(function, *meta):
 @pytest.mark.parametrize("rates", RATES)
 @pytest.mark.parametrize("how", MIXED)
 def test_mixed_is_reverse(how, rates, optimizer):
-    """Of initial parameters, rates, weights of data and of losses; one task, and vmap over tasks."""
+    """Derivatives of initial parameters, rates, and weights of data and losses, for one task and under vmap."""
     params, learned = _start(), _learned()
     meta = (params, RATES[rates](params), learned)
     one, many = _batch(), _batch(TASKS)
@@ -152,7 +156,7 @@ def _transformer(**settings):
 
 @pytest.mark.parametrize("how", MIXED)
 def test_mixed_draws_the_same_dropout_again(how):
-    """One seed, one meta-gradient: of reverse mode's one draw a step, each step another."""
+    """With one seed, the meta-gradient is that of reverse mode, which draws once in each step."""
     loss, params = _transformer(dropout=0.3, attention_dropout=0.3)
     x, y = torch.randn(TASKS, 4, 3, 2, **F64), torch.randn(TASKS, 4, 1, **F64)
 
@@ -189,7 +193,7 @@ def test_mixed_under_a_vmap_that_would_draw_for_each_task_and_maps_nothing():
 @pytest.mark.parametrize("name", ["mse_loss", "l1_loss", "smooth_l1_loss", "cross_entropy"])
 @pytest.mark.parametrize("how", ["mixed", Implicit(proximal=20.0, iterations=20, tolerance=0.0)])
 def test_pytorch_losses(how, name):
-    """Those of torch.nn.functional, whose second derivatives are formulas of PyTorch's own."""
+    """Losses of torch.nn.functional, whose second derivatives PyTorch implements by separate formulas."""
     params, (x, y) = _start(), _batch()
     target = torch.cat([y, -y], 1).softmax(1)
 
@@ -212,7 +216,7 @@ def test_pytorch_losses(how, name):
 
 
 def test_frozen_parameters_and_trajectories():
-    """With ``adapts``, the others have their gradients too; every step's parameters are differentiable."""
+    """Parameters that are not in ``adapts`` have gradients too, and those after every step are differentiable."""
     params, learned, (x, y) = _start(), _learned(), _batch()
 
     def total(way):
@@ -282,7 +286,7 @@ def _quadratic(params, a, b):
 
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 def test_implicit_is_the_closed_form(damping):
-    """``phi = (A + l)^-1 (b + l theta)`` minimises a quadratic with its proximal term; damping is in the solution."""
+    """``phi = (A + l)^-1 (b + l theta)`` minimises a quadratic plus its proximal term; only the solution is damped."""
     half, b, theta = torch.randn(TASKS, 4, 4, **F64), torch.randn(TASKS, 4, **F64), torch.randn(4, **F64)
     a, eye, strength, target = half @ half.mT, torch.eye(4, **F64), 0.7, torch.randn(4, **F64)
     w, a_, b_ = (t.clone().requires_grad_() for t in (theta, a, b))
@@ -318,7 +322,7 @@ def test_implicit_has_one_derivative_and_says_so():
 
 
 def test_implicit_is_first_order_where_there_is_no_minimum():
-    """Negative curvature beyond the proximal term stops the solution at once; a stronger pull makes a minimum."""
+    """Negative curvature beyond the proximal term stops conjugate gradients; a stronger pull makes a minimum."""
     a, b, w = -3 * torch.eye(4, **F64), torch.randn(4, **F64), torch.randn(4, **F64)
 
     def gradient(proximal):
@@ -331,7 +335,7 @@ def test_implicit_is_first_order_where_there_is_no_minimum():
 
 
 def _saved(outer):
-    """Every tensor that the graph of ``outer`` holds. Hooks on saved tensors are refused by torch.func: walk it."""
+    """Every tensor that the graph of ``outer`` holds, by a walk: torch.func rejects hooks on saved tensors."""
     seen, todo = set(), [outer.grad_fn]
     while todo:
         node = todo.pop()
@@ -344,7 +348,7 @@ def _saved(outer):
 
 
 def _kept(how, steps, width=64, samples=256):
-    """Bytes that the graph of an adaptation holds, each storage once: in activations, and in what has the size of
+    """Bytes that the graph of an adaptation holds, each storage once: in activations, and in tensors of the size of
     parameters.
     """
     params = {"in": torch.randn(2, width), "bias": torch.randn(width), "out": torch.randn(width, 1)}
@@ -367,21 +371,21 @@ def test_mixed_keeps_no_activations():
 
 
 def test_segments_keep_fewer_parameters():
-    """Of 36 steps, 6 segments keep the ends of 6."""
+    """For 36 steps, 6 segments store the parameters at 6 ends."""
     whole, cut = _kept("mixed", 36), _kept(Mixed(segments=6), 36)
     assert cut[0] <= whole[0]
     assert cut[1] < whole[1] / 3
 
 
 @pytest.mark.parametrize("how", ["mixed", Mixed(segments=2), "implicit"])
-def test_a_loss_that_closes_over_what_is_differentiated_raises(how):
+def test_a_loss_that_closes_over_a_differentiated_tensor_raises(how):
     params, learned, (x, y) = _start(), _learned(), _batch()
     follows = lambda learned: lambda p, x, y: _learned_loss(p, x, y, learned)
     run = lambda p, l: adapt(follows(l), p, (x, y), optimizer=sgd(), rates=0.1, steps=2, gradient=how)
     size = lambda p: sum(t.square().sum() for t in p.values())
     with pytest.raises(ValueError, match=r"the loss must take all .* a tensor that requires grad. Pass it in data"):
         run(params, tree_map(lambda t: t.clone().requires_grad_(), learned))
-    hidden = torch.nn.Linear(1, 1).double()  # nothing to be seen from outside, and in use
+    hidden = torch.nn.Linear(1, 1).double()  # used in the loss, but not visible in its closure
     module = lambda p, x, y: (hidden(_net(p, x)) - y).square().mean()
     with pytest.raises(ValueError, match="a tensor that requires grad"):
         adapt(module, params, (x, y), optimizer=sgd(), rates=0.1, steps=2, gradient=how)
@@ -396,16 +400,17 @@ def test_a_loss_that_closes_over_what_is_differentiated_raises(how):
     rate = torch.tensor(0.9, **F64, requires_grad=True)
     with pytest.raises(ValueError, match=r"the optimizer must take all .* a tensor that requires grad"):
         adapt(_learned_loss, params, (x, y, learned), optimizer=_closing(rate), rates=0.1, steps=1, gradient=how)
-    assert run(params, learned).keys() == params.keys()  # constants may be closed over
+    assert run(params, learned).keys() == params.keys()  # a loss may close over constants
 
 
-HIDDEN = {}  # from sight: no closure shows it
+HIDDEN = {}  # a global, which no closure shows
 
 
 @pytest.mark.parametrize(
     ("how", "name"),
     [(how, name) for how in ("mixed", Mixed(segments=2), "implicit") for name in ("grad", "jvp", "jvp_of_grad")]
-    # What is computed again is watched; of implicit that is nothing but its derivative, where PyTorch raises.
+    # Functions are watched while they are computed again. "implicit" does so only in its derivative, and PyTorch
+    # raises.
     + [(how, name) for how in ("mixed", Mixed(segments=2)) for name in ("vmap", "jvp_of_vmap")],
 )
 def test_a_loss_that_uses_a_global_raises(how, name):
@@ -430,7 +435,7 @@ def test_a_loss_that_uses_a_global_raises(how, name):
 
 
 def test_mixed_computes_again_by_the_backend_and_in_the_precision_of_the_first_run():
-    """Which is left when the meta-gradient is taken."""
+    """The block of the backend and of autocast has ended when the meta-gradient is taken."""
     seen = []
 
     def loss(p, x):

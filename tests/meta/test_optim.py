@@ -1,4 +1,4 @@
-"""Inner optimizers against PyTorch's, and their derivatives."""
+"""Inner optimizers against those of PyTorch, and their derivatives."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_like_torch(name):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_differentiable(name):
-    """In the starting point, the gradients and the rate."""
+    """Derivatives with respect to the starting point, the gradients and the rate."""
     optimizer = PAIRS[name][0]()
 
     def f(p, g, r):
@@ -53,7 +53,7 @@ def test_differentiable(name):
 
 
 def test_adam_at_a_zero_gradient():
-    """The trap behind eps_root: with it a derivative, without it NaN."""
+    """At a zero gradient the derivative is NaN without eps_root."""
     f = lambda optimizer: lambda g: _run(optimizer, {"a": torch.ones(2, **F64)}, [{"a": g}])["a"].sum()
     zero = torch.zeros(2, **F64)
     assert grad(f(adam()))(zero).isfinite().all()

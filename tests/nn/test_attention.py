@@ -1,4 +1,4 @@
-"""MultiheadAttention in place of PyTorch's, in value and in every derivative."""
+"""MultiheadAttention against PyTorch's module, in value and in every derivative; and rotary positions."""
 
 import itertools
 
@@ -112,7 +112,7 @@ def test_derivatives_of_parameters(weights, backend):
 
         return lambda p: jvp(grad(loss), (p,), (t,))[1]
 
-    # With need_weights PyTorch computes densely; without, its fused attention has no second derivative.
+    # PyTorch computes attention densely with need_weights; without, its fused attention has no second derivative.
     theirs_out = hvp(theirs)(params) if weights else None
     if theirs_out is None:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -142,7 +142,7 @@ def test_dropout_in_training_only():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"is_causal": True}, "needs it; got attn_mask=None"),
+        ({"is_causal": True}, "must be passed too; got attn_mask=None"),
         ({"attn_mask": torch.zeros(3, 3)}, r"attn_mask must be \[4, 4\] or \[4, 4, 4\]; got \[3, 3\]"),
         ({"key_padding_mask": torch.zeros(2, 3)}, r"key_padding_mask must be \[2, 4\]; got \[2, 3\]"),
     ],
@@ -156,28 +156,31 @@ def test_errors(arguments, message):
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ([(1, 2, 4, 8)] * 3, r"must have 2 dimensions each, or 3 with a batch; got query \[1, 2, 4, 8\]"),
-        ([(8,)] * 3, "must have 2 dimensions each, or 3"),
-        ([(2, 4, 8), (4, 8), (4, 8)], "must have 2 dimensions each, or 3"),
-        ([(4, 8), (2, 4, 8), (2, 4, 8)], "must have 2 dimensions each, or 3"),
-        ([(2, 4, 8), (2, 4, 8), (4, 8)], "must have 2 dimensions each, or 3"),
-        ([(2, 4, 6), (2, 4, 8), (2, 4, 8)], r"query must have the size 8 in its last dimension; got \[2, 4, 6\]"),
-        ([(2, 4, 8), (2, 4, 6), (2, 4, 8)], "key must have the size 8"),
-        ([(2, 4, 8), (2, 4, 8), (2, 4, 6)], "value must have the size 8"),
-        ([(2, 4, 8), (2, 5, 8), (2, 4, 8)], r"one length, and all three one batch size, of \[N, length, size\]"),
-        ([(1, 4, 8), (2, 5, 8), (2, 5, 8)], "all three one batch size"),
-        ([(4, 8), (5, 8), (4, 8)], "must have one length"),
+        ([(1, 2, 4, 8)] * 3, r"must each have 2 dimensions, or 3 for a batch of sequences; got query \[1, 2, 4, 8\]"),
+        ([(8,)] * 3, "must each have 2 dimensions, or 3"),
+        ([(2, 4, 8), (4, 8), (4, 8)], "must each have 2 dimensions, or 3"),
+        ([(4, 8), (2, 4, 8), (2, 4, 8)], "must each have 2 dimensions, or 3"),
+        ([(2, 4, 8), (2, 4, 8), (4, 8)], "must each have 2 dimensions, or 3"),
+        ([(2, 4, 6), (2, 4, 8), (2, 4, 8)], r"query must have size 8 in its last dimension; got \[2, 4, 6\]"),
+        ([(2, 4, 8), (2, 4, 6), (2, 4, 8)], "key must have size 8"),
+        ([(2, 4, 8), (2, 4, 8), (2, 4, 6)], "value must have size 8"),
+        (
+            [(2, 4, 8), (2, 5, 8), (2, 4, 8)],
+            r"the same length, and all three the same batch size, as \[N, length, size\]",
+        ),
+        ([(1, 4, 8), (2, 5, 8), (2, 5, 8)], "all three the same batch size"),
+        ([(4, 8), (5, 8), (4, 8)], "must have the same length"),
     ],
 )
 def test_shape_errors(shapes, message):
     x = [torch.randn(shape) for shape in shapes]
     with pytest.raises(ValueError, match=message):
         metaattn.MultiheadAttention(8, 2, batch_first=True)(*x)
-    with pytest.raises((AssertionError, RuntimeError)):  # what PyTorch refuses too
+    with pytest.raises((AssertionError, RuntimeError)):  # PyTorch rejects them too
         torch.nn.MultiheadAttention(8, 2, batch_first=True)(*x)
 
 
-def test_a_backend_that_is_not_there():
+def test_an_unknown_backend():
     with pytest.raises(ValueError, match=r"backend must be one of .*; got 'trition'"):
         metaattn.MultiheadAttention(8, 2, backend="trition")
 
@@ -185,11 +188,11 @@ def test_a_backend_that_is_not_there():
 def test_the_batch_is_where_batch_first_says():
     x = torch.randn(4, 2, 8)
     assert metaattn.MultiheadAttention(8, 2)(x, x[:3], x[:3])[0].shape == (4, 2, 8)
-    with pytest.raises(ValueError, match=r"all three one batch size, of \[length, N, size\]"):
+    with pytest.raises(ValueError, match=r"all three the same batch size, as \[length, N, size\]"):
         metaattn.MultiheadAttention(8, 2)(x, x[:, :1], x[:, :1])
 
 
-def test_rotation_makes_scores_depend_on_distance_alone():
+def test_rotation_makes_scores_depend_only_on_distance():
     x, y = torch.randn(2, 1, 8, **F64)
     by = rotation(10, 8, 10000.0, x)
     q, k = rotate(x.expand(10, 8), by), rotate(y.expand(10, 8), by)

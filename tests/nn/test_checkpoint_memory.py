@@ -1,4 +1,4 @@
-"""A rematerialised Transformer keeps less: bytes, counted, which no clock disturbs."""
+"""A Transformer with ``remat=True`` stores less: tests count bytes, which no timing disturbs."""
 
 import weakref
 
@@ -19,7 +19,7 @@ def _model(depth, **options):
 
 
 class _Saved:
-    """What stands for a saved tensor while its graph lives."""
+    """Handle of a saved tensor, which lives as long as its graph."""
 
     def __init__(self, t):
         self.t = t
@@ -50,7 +50,7 @@ def test_saved_for_backward(order):
     assert remat < plain / 4
 
 
-def test_what_a_block_adds_is_its_input():
+def test_a_block_adds_only_its_input():
     added = _saved_bytes(_model(6, remat=True), 1) - _saved_bytes(_model(5, remat=True), 1)
     assert added == 4 * X.shape[0] * X.shape[1] * 16  # float32 tokens of size 16
 

@@ -1,7 +1,7 @@
-"""Norms and activations of the Transformer in every nesting of derivatives, against the formulas written out.
+"""Norms and activations of the Transformer in every nesting of derivatives, against their formulas.
 
-PyTorch's rules are wrong at some orders for some of such operations (``layer_norm``, see ``tests/boundaries``), where
-a Transformer compared with a Transformer would not tell.
+PyTorch's derivatives of some such operations are wrong at some orders (``layer_norm``, see ``tests/boundaries``). A
+comparison of one Transformer with another would not show that.
 """
 
 import math
@@ -30,7 +30,7 @@ def _rms(x, w, b):
 
 
 def _mlp(activation):
-    """The activation alone of a Transformer's perceptron: both of its linear maps are the identity."""
+    """Only the activation of a Transformer's MLP: both of its linear maps are replaced by the identity."""
     options = {"input": "continuous", "in_features": 1, "dim": SIZE, "position": "none", "activation": activation}
     mlp = Transformer(**options).blocks[0].mlp
     mlp.up = mlp.down = torch.nn.Identity()
@@ -62,6 +62,6 @@ def _inputs(seed):
 @pytest.mark.parametrize("name", PAIRS)
 def test_every_nesting(name, nesting):
     x, ts = _inputs(1), [_inputs(seed) for seed in (2, 3, 4)]
-    # The nestings take functions of two outputs, as attention is.
+    # The nestings take functions with two outputs, like attention.
     got, want = (nesting(lambda *x, f=f: (f(*x), f(*x).cos().sum(-1)), x, ts) for f in PAIRS[name])
     assert_close(got, want)

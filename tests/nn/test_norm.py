@@ -1,4 +1,4 @@
-"""Norms: values of PyTorch's, derivatives of the formula, dtypes that stay."""
+"""Norms: values as in PyTorch, derivatives of the formula, and the dtype of the input."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_like_torch(ours, theirs, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_rms_of_small_numbers(dtype):
-    """What is added to the mean square is of the dtype that it is taken in."""
+    """The epsilon added to the mean square is that of the dtype in which the mean is taken."""
     x = 1e-3 * torch.randn(3, 5).to(dtype)
     assert_close(RMSNorm(5, dtype=dtype)(x), torch.nn.RMSNorm(5, dtype=dtype)(x), dtype, factor=2)
 

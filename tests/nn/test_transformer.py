@@ -1,4 +1,4 @@
-"""The Transformer: each transform over the whole model against the same model on the dense formula."""
+"""Transformer: each transform of the whole model against the same model on the dense formula of attention."""
 
 import copy
 
@@ -57,7 +57,7 @@ def _model(name, dtype=torch.float64, **changes):
     torch.manual_seed(0)
     options, x = MODELS[name]
     model = Transformer(**{**SMALL, **options, **changes}).to(dtype)
-    for p in model.parameters():  # the head starts at zero, which would hide the rest
+    for p in model.parameters():  # a head of zeros would hide the rest of the model
         torch.nn.init.normal_(p, std=0.3)
     return model, x
 
@@ -111,7 +111,7 @@ def test_transforms_over_the_model(name, transform, backend):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", MODELS)
 def test_rematerialised_equals_plain(name, transform):
-    """With dropout: the numbers drawn again are those of the value."""
+    """With dropout: the random numbers drawn again are those of the first pass."""
     drops = {"dropout": 0.3, "attention_dropout": 0.3}
     (plain, x), (ours, _) = _model(name, **drops), _model(name, remat=True, **drops)
     params = {k: p.detach() for k, p in plain.named_parameters()}
@@ -130,7 +130,7 @@ def test_rematerialised_equals_plain(name, transform):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_rematerialised_meta_gradients_by_autograd(name):
-    """The outermost derivative taken by autograd, of an inner one by torch.func under vmap."""
+    """Outermost derivative by autograd, inner derivative by torch.func under vmap."""
     (plain, x), (ours, _) = _model(name), _model(name, remat=True)
     xs = torch.stack([x, x.flip(1)])
 
@@ -148,7 +148,7 @@ def test_rematerialised_meta_gradients_by_autograd(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_meta_gradients_under_vmap(name, backend):
-    """Every operation of the model under vmap, below an outer derivative, against a loop over tasks."""
+    """Every operation of the model under vmap and an outer derivative, against a loop over tasks."""
     model, x = _model(name, backend=backend)
     params = {k: p.detach() for k, p in model.named_parameters()}
     xs = torch.stack([x, x.flip(1), x.roll(1, 1)])
@@ -195,7 +195,7 @@ def test_dtypes(name, dtype):
     want = jvp(grad(_loss(model, x)), (params,), (t,))[1]
     flat = lambda tree: torch.cat([g.double().flatten() for g in tree.values()])
     error = (flat(got) - flat(want)).norm() / flat(want).norm()
-    assert error < {torch.float32: 1e-6, torch.bfloat16: 0.03}[dtype]  # seen: 4e-7 and 0.016
+    assert error < {torch.float32: 1e-6, torch.bfloat16: 0.03}[dtype]  # measured: 4e-7 and 0.016
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -231,7 +231,7 @@ def test_causal_models_do_not_look_ahead():
 
 @pytest.mark.parametrize("position", ["rope", "learned", "none"])
 def test_positions(position):
-    """With positions a permutation of the tokens shows; without, the mean of the tokens hides it."""
+    """With positions, the mean of the tokens depends on their order; without, it does not."""
     model, x = _model("vectors", position=position, max_length=5, output="pooled", out_features=2)
     same = torch.allclose(model(x), model(x.flip(1)))
     assert same == (position == "none")
@@ -298,7 +298,7 @@ def test_config_and_changes():
         ({"output": "pooled"}, "out_features must be given for output='pooled'; got None"),
         ({"input": "patch", "image_size": 28}, "patch_size must be given for input='patch'; got None"),
         ({"position": "learned", "max_length": 0}, "max_length must be at least 1; got 0"),
-        ({"position": "learned"}, "max_length must be given, to learn positions; got None"),
+        ({"position": "learned"}, "max_length must be given for position='learned'; got None"),
         (
             {"input": "patch", "image_size": 28, "patch_size": 5},
             "patch_size must be a divisor of image_size, 28; got 5",
@@ -307,7 +307,7 @@ def test_config_and_changes():
         ({"window": (-1, 2)}, r"window .*got \(-1, 2\)"),
         ({"mlp_ratio": 0.0}, "mlp_ratio must be positive"),
         ({"mlp_ratio": float("inf")}, "mlp_ratio must be positive and finite"),
-        ({"mlp_ratio": 1e-3}, "and with dim=64 give a hidden unit; got 0.001"),
+        ({"mlp_ratio": 1e-3}, "large enough for a hidden unit at dim=64; got 0.001"),
     ],
 )
 def test_config_errors(changes, message):
@@ -323,11 +323,11 @@ def test_a_window_is_a_pair():
 @pytest.mark.parametrize(
     ("name", "x", "message"),
     [
-        ("tokens", VECTORS, "takes integers; got torch.float64"),
-        ("patches", IMAGES[:, :3], r"takes images \[..., 4, 4\]; got \[2, 3, 4\]"),
-        ("vectors", VECTORS[..., :2], r"takes 3 features in the last dimension; got \[2, 5, 2\]"),
-        ("vectors", VECTORS[0, 0, 0], r"takes 3 features in the last dimension; got \[\]"),
-        ("vectors", VECTORS[0, 0], r"input='continuous' takes a sequence of tokens; got a tensor \[3\]"),
+        ("tokens", VECTORS, "needs integers; got torch.float64"),
+        ("patches", IMAGES[:, :3], r"needs images \[..., 4, 4\]; got \[2, 3, 4\]"),
+        ("vectors", VECTORS[..., :2], r"needs size in_features=3 in the last dimension; got \[2, 5, 2\]"),
+        ("vectors", VECTORS[0, 0, 0], r"needs size in_features=3 in the last dimension; got \[\]"),
+        ("vectors", VECTORS[0, 0], r"input='continuous' needs a sequence of tokens, \[..., length, size\]; got \[3\]"),
     ],
 )
 def test_input_errors(name, x, message):
@@ -337,5 +337,5 @@ def test_input_errors(name, x, message):
 
 def test_too_long_for_learned_positions():
     model = Transformer(input="token", vocab_size=7, position="learned", max_length=4)
-    with pytest.raises(ValueError, match="at most max_length=4 tokens; got 5"):
+    with pytest.raises(ValueError, match="a sequence must have at most max_length=4 tokens; got 5"):
         model(TOKENS)

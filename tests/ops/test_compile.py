@@ -61,7 +61,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("call", CALLS)
 def test_transforms_inside_a_compiled_region(call, transform):
-    """As one graph: no break, the rules run, and not a zero in sight."""
+    """Compiled as one graph, without a break; the rules run, and no result is silently zero."""
     f = TRANSFORMS[transform](_loss(CALLS[call]))
     torch.manual_seed(1)
     want = f(Q)
@@ -84,7 +84,7 @@ def test_inductor(transform):
 
 
 def test_the_rules_run_and_are_not_differentiated_past(monkeypatch):
-    """What a compiled gradient holds is our backward: one leaf for each direction, and no softmax to take apart."""
+    """A compiled gradient contains our backward, one operator per direction, and no softmax that could be split up."""
     graphs = []
 
     def backend(graph, inputs):
@@ -97,7 +97,7 @@ def test_the_rules_run_and_are_not_differentiated_past(monkeypatch):
 
 
 def test_a_gradient_beside_its_tangent():
-    """Two halves of one leaf's results, which fake tensors given twice would make one."""
+    """Results of one operator are separate fake tensors: a tracer takes one that is returned twice for the last."""
     gradient = grad(lambda *x: metaattn.sdpa(*x).sin().sum(), (0, 1, 2))
     x = (Q, K, V, T, T.sin(), T.cos())
 
@@ -105,7 +105,7 @@ def test_a_gradient_beside_its_tangent():
         return jvp(gradient, x[:3], x[3:])
 
     traced = make_fx(f, tracing_mode="fake")(*x)
-    assert torch.ops.metaattn._gradient_tangent.default in [n.target for n in traced.graph.nodes]
+    assert torch.ops.metaattn._backward_with_jvp.default in [n.target for n in traced.graph.nodes]
     assert_close(traced(*x), f(*x))
 
 
@@ -131,7 +131,7 @@ def test_training_step_without_graph_break(dtype):
     ],
 )
 def test_training_steps_of_a_transformer(device, compiler):
-    """Losses and updated parameters of three ordinary steps, as one graph each; on a GPU in float32."""
+    """Losses and updated parameters of three ordinary training steps, each one graph; in float32 on a GPU."""
     dtype = torch.float64 if device == "cpu" else torch.float32
     shape = {"dim": 8, "heads": 2, "depth": 1, "input": "token", "vocab_size": 11, "causal": True}
     x = torch.randint(11, (2, 7), device=device)
@@ -156,7 +156,7 @@ def test_training_steps_of_a_transformer(device, compiler):
 
 
 def test_double_backward_through_a_compiled_function_raises():
-    """A limit of AOTAutograd: it must be an error, as for every other operation, and never zeros."""
+    """A limit of AOTAutograd: an error, as for every other operation, and never zeros."""
     x = Q.clone().requires_grad_()
     (g,) = torch.autograd.grad(torch.compile(_loss({}), backend="inductor")(x), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
@@ -171,7 +171,7 @@ def test_dynamic_shapes():
 
 
 def test_use_backend_is_seen_by_compiled_functions(monkeypatch):
-    """Opening a block after compiling recompiles: the choice is never stale."""
+    """A block that is opened after compilation causes recompilation: the choice of backend is never stale."""
     used = []
     forward = _rules._forward
 
@@ -198,8 +198,8 @@ def test_errors_reach_the_caller():
 def test_make_fx_replays(call, transform):
     f = TRANSFORMS[transform](_loss(CALLS[call]))
     graph = make_fx(f)(Q)
-    leaves = {n.target for n in graph.graph.nodes if "metaattn" in str(n.target)}
-    assert leaves  # each primitive one node
+    operators = {n.target for n in graph.graph.nodes if "metaattn" in str(n.target)}
+    assert operators  # each primitive is one node
     for x in (Q, Q.cos(), 2 * Q):  # not only the inputs it was traced with
         assert_close(graph(x), f(x))
 
@@ -250,7 +250,7 @@ def test_make_fx_replay_draws_new_dropout():
 
 
 def test_make_fx_with_fake_tensors():
-    """Reverse mode traces symbolically; forward mode by PyTorch 2.13 only with real tensors."""
+    """Reverse mode is traced symbolically; PyTorch 2.13 traces forward mode with real tensors only."""
 
     def step(q, k, v):
         def loss(q):
@@ -261,8 +261,8 @@ def test_make_fx_with_fake_tensors():
     assert_close(make_fx(step, tracing_mode="fake")(Q, K, V)(Q.cos(), V, K), step(Q.cos(), V, K))
 
 
-def test_leaves_declare_their_results():
-    """Shapes, dtypes and strides under fake tensors are those of the real leaf."""
+def test_operators_declare_their_results():
+    """Shapes, dtypes and strides under fake tensors are those of the real operator."""
     from torch._subclasses import FakeTensorMode
 
     calls = [lambda q: metaattn.sdpa(q, K[:, :2], V[:, :2], enable_gqa=True, return_lse=True), jacfwd(_loss({}))]

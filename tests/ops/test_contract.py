@@ -1,4 +1,4 @@
-"""What sdpa shares with PyTorch's own attention, and the rest of its contract."""
+"""The contract of sdpa: equality with PyTorch's attention where that exists, precision, memory, and masks."""
 
 import gc
 import weakref
@@ -54,8 +54,8 @@ def test_like_torch(name, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "blockwise", *FUSED])
-def test_what_a_projection_left_needs_no_copy_afterwards(backend):
-    """Where the heads of a token lie side by side they do so in the output, and in its tangent."""
+def test_output_keeps_the_layout_of_a_projection(backend):
+    """If the heads of a token are adjacent in memory, they are in the output and its tangent too: no copy follows."""
     qkv = r(2, 5, 3, 4, 8).unbind(2)  # batch, tokens, query key or value, heads, size
     x = [t.transpose(1, 2) for t in qkv]
     out, tangent = torch.func.jvp(lambda *x: metaattn.sdpa(*x, backend=backend), tuple(x), tuple(map(torch.sin, x)))
@@ -69,7 +69,7 @@ def test_what_a_projection_left_needs_no_copy_afterwards(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_low_precision(name, dtype, backend):
-    """All four primitives in each dtype against float64 on the same (rounded) numbers."""
+    """The primitives in each dtype equal those in float64 on the same, rounded, numbers."""
     case = CASES[name]
     rounded = [x.to(dtype) for x in case.inputs()]
     t = [x.to(dtype) for x in case.like(10)]
@@ -98,7 +98,7 @@ def test_lse_dtype():
 
 
 def test_large_scores(backend):
-    """A softmax that saturates: no overflow, in any derivative."""
+    """Nothing overflows where the softmax saturates, in any derivative."""
     q, k, v = (100 * r(1, 2, 6, 4) for _ in range(3))
     loss = lambda *x: metaattn.sdpa(*x, return_lse=True, backend=backend)[1].sum()
     g, h = torch.func.jvp(torch.func.grad(loss, (0, 1, 2)), (q, k, v), (k, v, q))
@@ -108,7 +108,7 @@ def test_large_scores(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("low", ["finfo.min", -1e9, 1e6])
 def test_huge_finite_masks(low, dtype, backend):
-    """Rows that a finite mask hides whole have weights that sum to one, in the value and in its derivatives."""
+    """Rows that a finite mask hides completely have weights that sum to one, in the value and in its derivatives."""
     q, k, v, t = (r(1, 2, 5, 4, dtype=dtype) for _ in range(4))
     mask = torch.zeros(5, 5, dtype=dtype)
     mask[1:3] = torch.finfo(dtype).min if low == "finfo.min" else low
@@ -117,14 +117,14 @@ def test_huge_finite_masks(low, dtype, backend):
     assert_close(f(q, k, ones), ones, dtype)
     assert_close(torch.func.jvp(lambda v: f(q, k, v), (v,), (ones,))[1], ones, dtype)
     assert_close(torch.func.vjp(f, q, k, v)[1](ones)[2].sum(-2), torch.full((1, 2, 4), 5.0), dtype)
-    # Along the query, with the values all one, nothing changes, nor does any gradient's sum.
+    # With all values equal to one, nothing changes along the query, and the sum of the gradient does not either.
     h = torch.func.jvp(lambda q: torch.func.vjp(f, q, k, ones)[1](ones), (q,), (t,))[1]
     assert_close(h[0], torch.zeros_like(q), dtype, factor=100)
     assert_close(h[2].sum(-2), torch.zeros(1, 2, 4), dtype, factor=100)
 
 
 def test_rows_without_keys_have_zero_derivatives(backend):
-    """Of every order and every input, whatever the cotangent of the lse."""
+    """Derivatives of every order and input are zero, whatever the cotangent of the lse."""
     x = tuple(r(1, 2, 4, 3, dtype=torch.float64) for _ in range(3))
     mask = torch.ones(4, 4, dtype=torch.bool)
     mask[1] = False
@@ -152,7 +152,7 @@ def test_autocast(backend):
         assert F.scaled_dot_product_attention(*x).dtype == got.dtype == torch.bfloat16
         assert metaattn.sdpa(*(t.double() for t in x), backend=backend).dtype == torch.float64
     rounded = [t.bfloat16() for t in x]
-    assert torch.equal(got, metaattn.sdpa(*rounded, backend=backend))  # inside, accumulators stay wide
+    assert torch.equal(got, metaattn.sdpa(*rounded, backend=backend))  # accumulators keep their dtype
 
 
 def test_autocast_of_mixed_dtypes():
@@ -199,7 +199,7 @@ def test_no_graph_is_built_without_need():
 
 
 def test_memory_is_released(backend):
-    """No reference cycle holds a graph, whichever orders were taken."""
+    """No reference cycle keeps a graph alive, whichever orders of derivatives were taken."""
     gc.disable()
     try:
         x = r(1, 2, 4, 4, requires_grad=True)
@@ -224,7 +224,7 @@ def test_saved_tensors_are_guarded():
 
 
 class _Largest(TorchDispatchMode):
-    """The size of the largest tensor that any operation returns."""
+    """Records the size of the largest tensor that any operation returns."""
 
     def __init__(self):
         super().__init__()
@@ -240,21 +240,22 @@ class _Largest(TorchDispatchMode):
 
 def _largest(n, order):
     from metaattn.backends import blockwise, tiling
-    from metaattn.backends.base import Operands, Problem, Rows, Tangent
+    from metaattn.backends.base import BackwardJvpInputs, Operands, Problem, Rows, Tangent
 
     x = Operands(*(torch.randn(1, 2, n, 8) for _ in range(3)))
     t = Tangent(*(torch.randn(1, 2, n, 8) for _ in range(3)))
     w, problem = Rows(torch.randn(1, 2, n, 8)), Problem(0.3)
     largest = _Largest()
+    backend = blockwise.backend
     with largest:
-        values = blockwise.forward(problem, x)
+        values = backend.forward(problem, x)
         if order == "backward":
-            blockwise.backward(problem, x, values, w, bias_grad=False)
+            backend.backward(problem, x, values, w, bias_grad=False)
         if order == "forward_jvp":
-            blockwise.forward_jvp(problem, x, values, t)
+            backend.forward_jvp(problem, x, values, t)
         if order == "backward_jvp":
-            vt = blockwise.forward_jvp(problem, x, values, t)
-            blockwise.backward_jvp(problem, x, values, vt, w, t, cotangent_tangent=Rows(), bias_grad=False)
+            vt = backend.forward_jvp(problem, x, values, t)
+            backend.backward_jvp(problem, x, BackwardJvpInputs(values, vt, w, t))
         if order == "third":
             blockwise.gradient(problem, x, values, w, [t, t], cotangent_tangent=Rows(), bias_grad=False)
     return largest.numel, tiling.TILE
@@ -291,7 +292,7 @@ def test_any_tiling_gives_the_same(sizes, monkeypatch):
 
 
 def test_lse_merges_splits_of_the_keys(backend):
-    """The use of the lse: attention over parts of the keys, merged, is attention over all, in every derivative."""
+    """Attention over parts of the keys, merged by the lse, equals attention over all keys, in every derivative."""
     x = tuple(r(1, 2, 6, 4, dtype=torch.float64) for _ in range(3))
     t = tuple(r(1, 2, 6, 4, dtype=torch.float64) for _ in range(3))
 
@@ -315,7 +316,7 @@ def test_lse_merges_splits_of_the_keys(backend):
 
 
 def test_error_measure_sees_errors():
-    """The comparison itself: it must fail on NaN, on a wrong shape, on a missing infinity and on a small error."""
+    """The comparison fails on NaN, on a wrong shape, on a missing infinity, and on a small error."""
     a = r(3, 4, dtype=torch.float64)
     assert error(a, a) == 0
     assert error(a + 1e-6, a) > 1e-8

@@ -1,4 +1,4 @@
-"""Dropout: right rate, independent elements, the same weights in every backend, tile and order."""
+"""Dropout has the right rate and independent elements, and the same weights in every backend, tile and order."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from metaattn.backends import tiling
 
 
 def _weights(backend, rows=64, keys=64, heads=(2, 3), p=0.3):
-    """The dropout weights of one call: uniform attention to unit vectors shows them."""
+    """Return the dropout weights of one call, which uniform attention to unit vectors shows."""
     q = torch.zeros(*heads, rows, 1, dtype=torch.float64)
     k = torch.zeros(*heads, keys, 1, dtype=torch.float64)
     eye = torch.eye(keys, dtype=torch.float64).expand(*heads, keys, keys)
@@ -24,7 +24,7 @@ def test_values_and_rate(backend):
 
 
 def test_elements_are_uncorrelated():
-    """Rows, columns and heads: products of neighbours average to the product of averages."""
+    """Neighbours in rows, columns and heads are independent: their product averages to the product of averages."""
     w = _weights("reference", rows=256, keys=256)
     dropped = (w == 0).double() - 0.3
     bound = 5 * 0.21 / dropped.numel() ** 0.5

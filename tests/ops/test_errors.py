@@ -1,4 +1,4 @@
-"""Every error of the operator: raised before any work, saying what was expected, what came and what to do."""
+"""Errors of the operator: raised before any work, they say what was expected, what was received and what to do."""
 
 import math
 
@@ -97,13 +97,13 @@ def test_an_error_is_the_same_under_transforms():
 
 
 def test_jit_trace_is_refused():
-    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace is not served; use torch.compile or make_fx"):
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace is not supported; use torch.compile or make_fx"):
         torch.jit.trace(lambda q: metaattn.sdpa(q, X, X), (X,))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels' interpreter is for machines without a GPU")
 def test_batched_gradients_of_third_order():
-    """The vmap of ``is_grads_batched`` maps no operator that takes a list."""
+    """The vmap of ``is_grads_batched`` has no rule for an operator that takes a list."""
     x = torch.randn(1, 1, 3, 2, dtype=torch.float64, requires_grad=True)
     (g,) = torch.autograd.grad(metaattn.sdpa(x, x, x).sin().sum(), x, create_graph=True)
     (h,) = torch.autograd.grad(g.square().sum(), x, create_graph=True)
@@ -113,13 +113,13 @@ def test_batched_gradients_of_third_order():
 
 def test_an_unknown_transform():
     x = torch.randn(1, 1, 3, 2)
-    with pytest.raises(NotImplementedError, match=r"no rule for torch\.func's transform Functionalize"):
+    with pytest.raises(NotImplementedError, match=r"no rule for the transform Functionalize of torch\.func"):
         torch.func.functionalize(lambda x: metaattn.sdpa(x, x, x))(x)
 
 
 def test_an_interpreter_that_fails_with_this_numpy(monkeypatch):
     primitives = pytest.importorskip("metaattn.backends.triton.interface", exc_type=ImportError)
-    monkeypatch.setattr(primitives, "UNINTERPRETABLE", True)
+    monkeypatch.setattr(primitives, "INTERPRETER_FAILS", True)
     monkeypatch.setattr(operators, "forward", None)
     with pytest.raises(NotImplementedError, match=r"needs a numpy below 2\.4, or Triton 3\.7; got .*blockwise"):
         metaattn.sdpa(*[X.float()] * 3, backend="triton")

@@ -1,4 +1,4 @@
-"""sdpa_jvp, sdpa_vjp and sdpa_hvp: what they promise, on every backend."""
+"""sdpa_jvp, sdpa_vjp and sdpa_hvp against torch.func, on every backend."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.helpers import assert_close
 from tests.ops.cases import CASES
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
-NAMES = sorted(CASES.keys() - {"dropout", "everything"})  # two calls draw two masks
+NAMES = sorted(CASES.keys() - {"dropout", "everything"})  # two calls draw different masks
 
 
 def _call(name, backend):
@@ -18,7 +18,7 @@ def _call(name, backend):
     primals = (*qkv, mask)
     tangents = tuple(None if x is None or x.dtype == torch.bool else torch.randn_like(x) for x in primals)
     differentiable = 4 if tangents[3] is not None else 3
-    plain = tuple(None if x is None else x.contiguous() for x in primals)  # torch.func.jvp takes nothing expanded
+    plain = tuple(None if x is None else x.contiguous() for x in primals)  # torch.func.jvp takes no expanded tensors
 
     def f(*x):
         return metaattn.sdpa(*x, *primals[len(x) :], **case.options, return_lse=True, backend=backend)
@@ -66,14 +66,14 @@ def test_hvp(name, backend):
 
 
 def test_a_jvp_is_not_a_vjp(backend):
-    """The Jacobian is not symmetric: pushing a vector forward and pulling it back differ, and are adjoint."""
+    """The Jacobian is not symmetric: its jvp and vjp differ, and are adjoint."""
     q, k, v, t = (torch.randn(1, 2, 5, 4, dtype=torch.float64) for _ in range(4))
-    pushed = metaattn.sdpa_jvp((q, k, v), (t, None, None), backend=backend).out_tangent
-    pulled = metaattn.sdpa_vjp((q, k, v), t, backend=backend).gradients.query
-    assert (pushed - pulled).norm() > 0.1 * pulled.norm()
+    jvp_ = metaattn.sdpa_jvp((q, k, v), (t, None, None), backend=backend).out_tangent
+    vjp_ = metaattn.sdpa_vjp((q, k, v), t, backend=backend).gradients.query
+    assert (jvp_ - vjp_).norm() > 0.1 * vjp_.norm()
     w = torch.randn_like(t)
-    pulled = metaattn.sdpa_vjp((q, k, v), w, backend=backend).gradients.query
-    assert torch.allclose((w * pushed).sum(), (pulled * t).sum())
+    vjp_ = metaattn.sdpa_vjp((q, k, v), w, backend=backend).gradients.query
+    assert torch.allclose((w * jvp_).sum(), (vjp_ * t).sum())
 
 
 def test_the_hessian_is_symmetric(backend):
@@ -106,7 +106,7 @@ def test_missing_tangents_are_zeros(backend):
 
 
 def test_tangents_and_cotangents_under_autocast():
-    """As the inputs are given, or as autocast has them."""
+    """Tangents may have the dtype of the inputs, or that of autocast."""
     x = tuple(torch.randn(1, 2, 5, 4) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16):
         wide = metaattn.sdpa_hvp(x, x, x[0])

@@ -1,4 +1,4 @@
-"""A second oracle, independent of any formula: central differences of the operator's own lower derivatives."""
+"""A second oracle, independent of any formula: central differences of the operator's lower derivatives."""
 
 import pytest
 from torch.func import grad, jvp

@@ -1,11 +1,12 @@
-"""In forward mode the values and their tangents come from one call of a backend."""
+"""In forward mode, one call of a backend computes the values together with their tangents."""
 
 import pytest
 import torch
 from torch.func import grad, jvp, vjp, vmap
 
 import metaattn
-from metaattn.backends import reference
+from metaattn.backends import PRIMITIVES
+from metaattn.backends.reference import backend as reference
 from tests.helpers import assert_close, dense
 
 X = tuple(torch.randn(1, 2, 4, 3, dtype=torch.float64) for _ in range(3))
@@ -22,7 +23,7 @@ def loss(*x):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The primitives that ran, in order; not those that others use."""
+    """The primitives that ran, in order, without those that other primitives call."""
     names, running = [], []
 
     def recorded(name, primitive):
@@ -36,7 +37,7 @@ def calls(monkeypatch):
 
         return call
 
-    for name in ("forward", "forward_with_jvp", "forward_jvp", "backward", "backward_jvp", "backward_with_jvp"):
+    for name in PRIMITIVES:
         monkeypatch.setattr(reference, name, recorded(name, getattr(reference, name)))
     return names
 
@@ -61,14 +62,14 @@ def test_one_call(calls, nesting, expected):
 
 
 def _value_and_tangent(f, how):
-    """A scalar of a gradient and of its tangent, where the cotangent moves with x and has parts in out and lse."""
+    """A scalar function of a gradient and its tangent; the cotangent of out and lse depends on x."""
 
-    def pulled(*x):
+    def pullback(*x):
         (out, lse), pull = vjp(f, *x)
         return pull((out.sin() * x[0], lse.cos()))
 
     def both(*x):
-        g, g_t = jvp(pulled if how == "vjp" else grad(lambda *x: f(*x)[0].sin().sum(), (0, 1, 2)), x, T)
+        g, g_t = jvp(pullback if how == "vjp" else grad(lambda *x: f(*x)[0].sin().sum(), (0, 1, 2)), x, T)
         return sum((a * b.cos()).sum() for a, b in zip(g, g_t, strict=True))
 
     return both
@@ -85,13 +86,13 @@ def _value_and_tangent(f, how):
     ids=["grad", "jvp", "vmap_grad"],
 )
 def test_derivatives_of_what_is_computed_at_once(outer, how):
-    """Of B's results beside S's, which one call returns."""
+    """Derivatives of the gradients and of their tangents, which one call returns."""
     ours, oracle = (lambda *x: metaattn.sdpa(*x, backend="reference", return_lse=True)), dense
     assert_close(outer(_value_and_tangent(ours, how)), outer(_value_and_tangent(oracle, how)))
 
 
 def test_gradients_of_a_gradient_and_its_tangent():
-    """Of all arguments, the cotangent's own tangent too, which one of the two does not depend on."""
+    """Gradients in all arguments, including the tangent of the cotangent, on which only one of the two depends."""
     arguments = (*X, *T, X[0].cos(), T[0].cos())
 
     def total(f):

@@ -1,4 +1,4 @@
-"""PyTorch's own gradcheck and gradgradcheck with every check they have, on every backend."""
+"""PyTorch's gradcheck and gradgradcheck, with every check that they have, on every backend."""
 
 import pytest
 import torch

@@ -20,7 +20,7 @@ def _operands():
 
 
 def _map(operands, in_dims):
-    """Stack samples along each in_dim; what is not mapped stays one sample."""
+    """Stack samples along each in_dim; operands that are not mapped stay as they are."""
     stacked = [
         x if d is None else torch.stack([x, x.sin(), x.cos()], d) for x, d in zip(operands, in_dims, strict=True)
     ]
@@ -117,7 +117,7 @@ def test_randomness_same_and_different(backend):
 
 
 def test_randomness_different_is_one_mask_in_every_rule(backend):
-    """With a mask of its own for each sample, the gradient still belongs to the value's mask."""
+    """Each sample has a separate dropout mask, and its derivatives use the mask of its value."""
     q, k, v, _ = _operands()
     qs = torch.stack([q, q.sin()])
 

@@ -1,4 +1,4 @@
-"""Episodes: what they hold, that they are disjoint, seeded, and the same in every worker."""
+"""Episodes: their contents, disjoint sets, seeds, and the same result in every worker."""
 
 import functools
 import operator
@@ -13,7 +13,7 @@ from metaattn.tasks import Episodes, Sinusoids, split_classes, stack
 from tests.helpers import assert_close
 
 CLASSES, EACH = 12, 8
-# Each sample is its own number, so that it can be told where it went.
+# The value of a sample is its index, so that tests can tell where it went.
 DATA = torch.arange(CLASSES * EACH).float()[:, None]
 LABELS = torch.arange(CLASSES * EACH) % CLASSES
 
@@ -117,7 +117,7 @@ def test_any_dataset(source):
 
 def test_numpy_arrays_are_like_tensors():
     data, labels = DATA.numpy(), LABELS.numpy()
-    data.flags.writeable = False  # as of a file that is mapped to memory: not a warning
+    data.flags.writeable = False  # as in a memory-mapped file; must not raise a warning
     got = Episodes(data, labels, way=5, shot=2, queries=3)[7]
     assert_close(got, _episodes()[7])
     assert got.support.inputs.shape == (10, 1)
@@ -129,11 +129,11 @@ def test_numpy_arrays_are_like_tensors():
         ({"way": 13}, "13-way episodes need at least 13 classes; got 12"),
         ({"shot": 6}, "need 9 samples of each class; class 0 has 8"),
         ({"shot": 0}, "shot must be at least 1; got 0"),
-        ({"classes": [0, 1, 2, 3, 99]}, "no sample has the label 99"),
+        ({"classes": [0, 1, 2, 3, 99]}, "classes must be labels of the data; got 99, which is none of its 12 labels"),
         ({"labels": LABELS[:5]}, r"labels must be one for each of the 96 samples; got shape \[5\]"),
         ({"labels": None}, "a tensor or an array needs labels"),
         ({"data": DATA.numpy(), "labels": None}, "a tensor or an array needs labels"),
-        ({"classes": [0, 1, 2, 3, 3]}, r"each class may come once; got \[0, 1, 2, 3, 3\]"),
+        ({"classes": [0, 1, 2, 3, 3]}, r"each class must appear once; got \[0, 1, 2, 3, 3\]"),
     ],
 )
 def test_errors(changes, message):
@@ -149,7 +149,7 @@ class _Dicts(_WithTargets):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": list(DATA)}, "its sample 0 is a Tensor. Of a list of tensors make one: torch.stack"),
+        ({"data": list(DATA)}, "its sample 0 is a Tensor. Stack a list of tensors: torch.stack"),
         ({"data": DATA.tolist()}, "its sample 0 is a list"),
         ({"data": [(x, y, 0) for x, y in PAIRS]}, "its sample 0 is a tuple of 3"),
         ({"data": _Dicts(), "labels": None}, "its sample 0 is a dict"),
@@ -167,10 +167,10 @@ def test_type_errors(changes, message):
 @pytest.mark.parametrize("episodes", [_episodes(length=4), Sinusoids(shot=1, queries=1, length=4)])
 def test_index_errors(episodes):
     for i in (-1, 4):
-        with pytest.raises(IndexError, match="indices 0 to 3; got"):
+        with pytest.raises(IndexError, match="index of an episode must be from 0 to 3; got"):
             episodes[i]
     for i in (slice(0, 2), "0", 1.0):
-        with pytest.raises(TypeError, match=rf"one integer for index; got {re.escape(repr(i))}"):
+        with pytest.raises(TypeError, match=rf"index of an episode must be an integer; got {re.escape(repr(i))}"):
             episodes[i]
     assert_close(episodes[np.int64(3)], episodes[3])
     assert len(episodes) == 4
@@ -186,5 +186,5 @@ def test_split_classes():
     assert parts != split_classes(range(100), (0.7, 0.1, 0.2), seed=4)
     with pytest.raises(ValueError, match="sum to 1"):
         split_classes(range(10), (0.5, 0.2))
-    with pytest.raises(ValueError, match="come once"):
+    with pytest.raises(ValueError, match=r"must appear once; got \[1, 1\]"):
         split_classes([1, 1], (1.0,))

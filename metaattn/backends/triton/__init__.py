@@ -1,23 +1,20 @@
-"""Fused kernels for all four primitives, and for F and T, B and S at once, in Triton.
+"""Fused kernels in Triton: the backend ``triton``, and batched matrix products with tangents.
 
-Runs on CUDA devices; on a CPU only in Triton's interpreter (``TRITON_INTERPRET=1``), for tests. The kernels
-know no autograd, and nothing above this package knows Triton.
+Purpose: compute all six primitives, and :func:`multiply`, on CUDA devices. On a CPU the kernels run only in Triton's
+interpreter (``TRITON_INTERPRET=1``), for tests.
+
+Entry point: ``backend``, an instance of :class:`TritonBackend` (``interface.py``).
+
+Mechanism: ``interface.py`` brings operands into the kernels' form with ``layout.py``, takes block sizes from
+``block_sizes.py`` and launches through ``launch.py``. ``flash_fwd.py`` is the kernel of F and T, ``flash_bwd.py`` and
+``flash_bwd_bias.py`` those of B and S; ``tile_ops.py`` has what they share. ``matmul_jvp.py`` launches
+``matmul_jvp_kernel.py``.
+
+Only :mod:`metaattn.backends` may import this package, and it does so on first use: Triton may be missing. No other
+package knows Triton, and the kernels know no autograd.
 """
 
-from .interface import backward, backward_jvp, backward_with_jvp, forward, forward_jvp, forward_with_jvp, fuses, refuses
-from .matmul_jvp import multiplies, multiply
+from .interface import TritonBackend, backend
+from .matmul_jvp import matmul_supported, multiply
 
-name = "triton"
-
-__all__ = [
-    "backward",
-    "backward_jvp",
-    "backward_with_jvp",
-    "forward",
-    "forward_jvp",
-    "forward_with_jvp",
-    "fuses",
-    "multiplies",
-    "multiply",
-    "refuses",
-]
+__all__ = ["TritonBackend", "backend", "matmul_supported", "multiply"]

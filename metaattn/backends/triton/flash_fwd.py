@@ -1,7 +1,8 @@
-"""F, T and both at once: one walk over the keys for each block of rows.
+"""The kernel of F, of T, and of both at once: one loop over the keys for each block of rows.
 
-Read beside ``docs/mathematics.md``. With VALUE the softmax is online (Milakov and Gimelshein 2018, arXiv
-1805.02867); without, ``out`` and ``lse`` are given and only their tangents are computed.
+Read this with ``docs/mathematics.md``. FORWARD and JVP say which of the two are computed. With FORWARD the softmax is
+online (Milakov and Gimelshein 2018, arXiv 1805.02867). Without it ``out`` and ``lse`` are given, and only their
+tangents are computed.
 """
 
 import triton
@@ -10,24 +11,27 @@ import triton.language as tl
 from .tile_ops import (
     LN2,
     LOG2E,
-    batch_of,
-    held,
-    hide,
-    kept,
+    HeadTerms,
+    bias_and_mask,
+    dropout_keeps,
+    keep_in_registers,
     key_head,
     key_range,
-    load_key,
+    load_key_rows,
     load_lse,
-    load_plane,
-    load_query,
-    locate,
-    part_of,
+    load_query_rows,
+    load_score_tile,
+    load_seed,
+    locate_optional,
     product,
-    product_of,
-    rounded,
-    row_block,
+    product_with_rest,
+    reversed_row_block,
+    round_with_rest,
     schedule,
-    sees_few,
+    sees_few_keys,
+    segment_bounds,
+    segment_exists,
+    split_head_index,
     store,
 )
 
@@ -38,23 +42,21 @@ def scores(
     q_t,
     k,
     k_t,
+    terms,
     x_t,
     problem,
-    bias_at,
-    bias_t_at,
-    mask_at,
     i,
     j,
-    TANGENT: tl.constexpr,
-    FOLD: tl.constexpr,
+    JVP: tl.constexpr,
+    FOLD_SCALE: tl.constexpr,
     EDGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scores of one tile, and their tangent."""
+    """Return the scores of one tile and, with JVP, their tangent."""
     kt = tl.trans(k)
     s = product(q, kt, None, PRECISION)
     s_t = s
-    if TANGENT:
+    if JVP:
         s_t = tl.zeros_like(s)
         if q_t is not None:
             s_t = product(q_t, kt, s_t, PRECISION)
@@ -62,45 +64,45 @@ def scores(
             s_t = product(q, tl.trans(k_t), s_t, PRECISION)
         s_t = s_t * problem.scale
         if x_t.bias.ptr is not None:
-            s_t += load_plane(x_t.bias, bias_t_at, i, j, problem.NQ, problem.NK).to(tl.float32)
-    return hide(s, problem, bias_at, mask_at, i, j, FOLD, EDGE), s_t
+            s_t += load_score_tile(x_t.bias, terms.bias_t, i, j, problem.NQ, problem.NK).to(tl.float32)
+    return bias_and_mask(s, problem, terms, i, j, FOLD_SCALE, EDGE), s_t
 
 
 @triton.jit
-def values(
-    x,  # query, key, value
-    x_t,  # their tangents; a part may be absent
-    problem,
-    out,  # View; written with VALUE, else read
-    lse,  # [L, NQ] contiguous; likewise
+def attention_forward(
+    x,  # Inputs: query, key, value
+    x_t,  # Inputs: their tangents; each may be absent
+    problem,  # KernelProblem
+    out,  # View; written with FORWARD, otherwise read
+    lse,  # [heads, NQ] contiguous; written with FORWARD, otherwise read
     out_t,  # View, written
-    lse_t,
+    lse_t,  # [heads, NQ] contiguous, written
     D: tl.constexpr,
     DV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    VALUE: tl.constexpr,
-    TANGENT: tl.constexpr,
-    FOLD: tl.constexpr,
-    FEW: tl.constexpr,
-    EXACT: tl.constexpr,
+    FORWARD: tl.constexpr,
+    JVP: tl.constexpr,
+    FOLD_SCALE: tl.constexpr,
+    FEW_KEYS: tl.constexpr,
+    COMPENSATE: tl.constexpr,
     SPLIT: tl.constexpr,
-    HOLD: tl.constexpr,
+    KEEP_IN_REGISTERS: tl.constexpr,
     EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows ``[row, row + BM)`` of one query head.
+    """Compute rows ``[row, row + BM)`` of one query head.
 
-    FEW: some rows of the problem see few keys. What rounding takes from their ``P s.`` would show beside ``P (s. -
-    mu)``, so that a first walk over the keys finds mu.
+    FEW_KEYS: some rows see few keys. There ``P (s. - mu)`` is small compared with ``P s.``, so that the rounding of
+    ``P s.`` to 16 bits would be a large error. A first loop over the keys of such rows therefore computes mu.
     """
     NQ = problem.NQ
     blocks = tl.cdiv(NQ, BM)
-    block, flat = schedule(blocks, problem.LANES, problem.WAVE)
-    row = row_block(block, blocks, FEW) * BM
-    where = batch_of(flat, problem.BATCH1, problem.HEADS)
-    shared = key_head(where, problem)
+    block, head_index = schedule(blocks, problem.TOTAL_HEADS, problem.L2_GROUP)
+    row = reversed_row_block(block, blocks, FEW_KEYS) * BM
+    where = split_head_index(head_index, problem.BATCH1, problem.HEADS)
+    kv_where = key_head(where, problem)
     r = tl.arange(0, BM)
     c = tl.arange(0, BN)
     d = tl.arange(0, D)
@@ -108,45 +110,46 @@ def values(
     i = row + r
     row_ok = i < NQ
 
-    q = load_query(x.query, where, problem, row, r, d, EVEN_M)
+    q = load_query_rows(x.query, where, problem, row, r, d, EVEN_M)
     dtype = q.dtype
-    q = held(q, HOLD)
-    q_t = held(load_query(x_t.query, where, problem, row, r, d, EVEN_M), HOLD)
-    bias_at = locate(problem.bias, where) if problem.bias.ptr is not None else None
-    mask_at = locate(problem.mask, where) if problem.mask.ptr is not None else None
-    bias_t_at = locate(x_t.bias, where) if x_t.bias.ptr is not None else None
-    if TANGENT:
+    q = keep_in_registers(q, KEEP_IN_REGISTERS)
+    q_t = keep_in_registers(load_query_rows(x_t.query, where, problem, row, r, d, EVEN_M), KEEP_IN_REGISTERS)
+    terms = HeadTerms(
+        locate_optional(problem.bias, where),
+        locate_optional(x_t.bias, where),
+        locate_optional(problem.mask, where),
+        load_seed(problem, head_index),
+    )
+    if JVP:
         acc_t = tl.zeros([BM, DV], tl.float32)
         mu = tl.zeros([BM], tl.float32)
-    if problem.seeds is not None:
-        seed = tl.load(problem.seeds + flat)
-    factor = 1.0 if FOLD else problem.scale * LOG2E
-    if VALUE:
+    factor = 1.0 if FOLD_SCALE else problem.scale * LOG2E
+    if FORWARD:
         acc = tl.zeros([BM, DV], tl.float32)
         total = tl.zeros([BM], tl.float32)
         peak = tl.full([BM], float("-inf"), tl.float32)
     else:
-        peak = load_lse(lse, flat, i, NQ)
+        peak = load_lse(lse, head_index, i, NQ)
 
-    walk = key_range(problem, row, BM, BN)
-    if TANGENT:
-        centre = tl.zeros([BM], tl.float32)  # what is taken from s.: mu, or nothing
-        if FEW:
-            if sees_few(problem, row, BM):
+    bounds = key_range(problem, row, BM, BN)
+    if JVP:
+        centre = tl.zeros([BM], tl.float32)  # subtracted from s.: mu, or zero
+        if FEW_KEYS:
+            if sees_few_keys(problem, row, BM):
                 weight = tl.zeros([BM], tl.float32)
-                for n in tl.range(walk[0], walk[3], BN, num_stages=1):
-                    k = load_key(x.key, shared, problem, n, c, d, False)
-                    k_t = load_key(x_t.key, shared, problem, n, c, d, False)
+                for n in tl.range(bounds[0], bounds[3], BN, num_stages=1):
+                    k = load_key_rows(x.key, kv_where, problem, n, c, d, False)
+                    k_t = load_key_rows(x_t.key, kv_where, problem, n, c, d, False)
                     s, s_t = scores(
-                        q, q_t, k, k_t, x_t, problem, bias_at, bias_t_at, mask_at,
-                        i[:, None], (n + c)[None, :], TANGENT, FOLD, True, PRECISION,
+                        q, q_t, k, k_t, terms, x_t, problem,
+                        i[:, None], (n + c)[None, :], JVP, FOLD_SCALE, True, PRECISION,
                     )  # fmt: skip
                     new = peak
-                    if VALUE:
+                    if FORWARD:
                         new = tl.maximum(peak, tl.max(s, 1) * factor)
                     base = tl.where(new == float("-inf"), 0.0, new)
                     p = tl.exp2(s * factor - base[:, None])
-                    if VALUE:
+                    if FORWARD:
                         decay = tl.exp2(peak - base)
                         weight = weight * decay
                         centre = centre * decay
@@ -154,28 +157,24 @@ def values(
                     weight += tl.sum(p, 1)
                     centre += tl.sum(p * s_t, 1)
                 centre = centre / tl.where(weight == 0.0, 1.0, weight)
-                if VALUE:
+                if FORWARD:
                     peak = tl.full([BM], float("-inf"), tl.float32)
 
     for segment in tl.static_range(3):
-        if (
-            (segment == 1 and SPLIT)
-            or (segment == 0 and SPLIT and problem.left is not None)
-            or (segment == 2 and (not SPLIT or not EVEN_N or problem.right is not None))
-        ):
-            first, last = part_of(walk, segment, SPLIT)
+        if segment_exists(segment, problem.left is not None, not EVEN_N or problem.right is not None, SPLIT):
+            first, last = segment_bounds(bounds, segment, SPLIT)
             even = EVEN_N or segment == 1
             for n in range(first, last, BN):
                 j = n + c
-                k = load_key(x.key, shared, problem, n, c, d, even)
-                k_t = load_key(x_t.key, shared, problem, n, c, d, even)
+                k = load_key_rows(x.key, kv_where, problem, n, c, d, even)
+                k_t = load_key_rows(x_t.key, kv_where, problem, n, c, d, even)
                 s, s_t = scores(
-                    q, q_t, k, k_t, x_t, problem, bias_at, bias_t_at, mask_at,
-                    i[:, None], j[None, :], TANGENT, FOLD, segment != 1, PRECISION,
+                    q, q_t, k, k_t, terms, x_t, problem,
+                    i[:, None], j[None, :], JVP, FOLD_SCALE, segment != 1, PRECISION,
                 )  # fmt: skip
-                if VALUE:
+                if FORWARD:
                     new = tl.maximum(peak, tl.max(s, 1) * factor)
-                    # A row that has seen no key yet: subtract 0, not -inf.
+                    # For a row that has seen no key yet subtract 0, not -inf.
                     base = tl.where(new == float("-inf"), 0.0, new)
                     p = tl.exp2(s * factor - base[:, None])
                     decay = tl.exp2(peak - base)
@@ -184,42 +183,44 @@ def values(
                     acc = acc * decay[:, None]
                 else:
                     p = tl.exp2(s * factor - peak[:, None])
-                if TANGENT:
-                    # Unnormalised: P (s. - mu) V = P (s. - c) V - (mu - c) P V for any c; P V is at hand at the end.
+                if JVP:
+                    # Not yet normalised. For any c, P (s. - mu) V = P (s. - c) V - (mu - c) P V, and P V is available
+                    # at the end.
                     p_t = p * (s_t - centre[:, None])
-                    if VALUE:
+                    if FORWARD:
                         mu = mu * decay
                         acc_t = acc_t * decay[:, None]
                     mu += tl.sum(p_t, 1)
                 if problem.seeds is not None:
-                    keep = kept(seed, problem.threshold, i[:, None], j[None, :])
+                    keep = dropout_keeps(terms.seed, problem.dropout_threshold, i[:, None], j[None, :])
                     p = tl.where(keep, p, 0.0)
-                    if TANGENT:
+                    if JVP:
                         p_t = tl.where(keep, p_t, 0.0)
-                v = load_key(x.value, shared, problem, n, c, dv, even)
-                pz = rounded(p, dtype, EXACT)
-                if VALUE:
-                    acc = product_of(pz, v, acc, EXACT, PRECISION)
-                if TANGENT:
-                    acc_t = product_of(rounded(p_t, dtype, EXACT), v, acc_t, EXACT, PRECISION)
-                    v_t = load_key(x_t.value, shared, problem, n, c, dv, even)
+                v = load_key_rows(x.value, kv_where, problem, n, c, dv, even)
+                pz = round_with_rest(p, dtype, COMPENSATE)
+                if FORWARD:
+                    acc = product_with_rest(pz, v, acc, COMPENSATE, PRECISION)
+                if JVP:
+                    pz_t = round_with_rest(p_t, dtype, COMPENSATE)
+                    acc_t = product_with_rest(pz_t, v, acc_t, COMPENSATE, PRECISION)
+                    v_t = load_key_rows(x_t.value, kv_where, problem, n, c, dv, even)
                     if v_t is not None:
-                        acc_t = product_of(pz, v_t, acc_t, EXACT, PRECISION)
+                        acc_t = product_with_rest(pz, v_t, acc_t, COMPENSATE, PRECISION)
 
-    if VALUE:
+    if FORWARD:
         empty = total == 0.0  # a row without keys
         total = tl.where(empty, 1.0, total)
         inverse = 1.0 / total
-        o = acc * (inverse * problem.boost)[:, None]
-        store(out, out.ptr, o, where, flat, problem, row, r, dv, NQ, DV)
+        o = acc * (inverse * problem.dropout_scale)[:, None]
+        store(out, out.ptr, o, where, head_index, problem, row, r, dv, NQ, DV)
         natural = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN2)
-        tl.store(lse + flat * NQ + i, natural, mask=row_ok)
-        if TANGENT:
+        tl.store(lse + head_index * NQ + i, natural, mask=row_ok)
+        if JVP:
             mu = mu * inverse
-            acc_t = acc_t * (inverse * problem.boost)[:, None]
+            acc_t = acc_t * (inverse * problem.dropout_scale)[:, None]
     else:
-        o = load_query(out, where, problem, row, r, dv, EVEN_M).to(tl.float32)
-        acc_t = acc_t * problem.boost
-    if TANGENT:
-        store(out_t, out_t.ptr, acc_t - mu[:, None] * o, where, flat, problem, row, r, dv, NQ, DV)
-        tl.store(lse_t + flat * NQ + i, mu + centre, mask=row_ok)
+        o = load_query_rows(out, where, problem, row, r, dv, EVEN_M).to(tl.float32)
+        acc_t = acc_t * problem.dropout_scale
+    if JVP:
+        store(out_t, out_t.ptr, acc_t - mu[:, None] * o, where, head_index, problem, row, r, dv, NQ, DV)
+        tl.store(lse_t + head_index * NQ + i, mu + centre, mask=row_ok)

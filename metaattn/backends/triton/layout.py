@@ -1,8 +1,9 @@
-"""Operands as the kernels take them: pointers with strides, batches merged into two dimensions.
+"""Operands in the form that the kernels take: pointers with strides, and batch dimensions merged into two.
 
-No operand is copied, whatever is expanded, transposed or broadcast in it, but one whose rows are not dense and
-aligned in steps of 16 elements (a head size that is not a power of two is padded to one), and those of batches that
-no two strides describe (three and more that do not merge).
+Expanded, transposed and broadcast operands are read where they are. An operand is copied only if
+
+* its rows are not dense and aligned in steps of 16 elements (a head size that is not a power of two is padded to one);
+* or the batch dimensions of the call do not merge into two (three or more, with unrelated strides).
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from torch import Tensor
 
 from ..base import Operands, Problem, Rows, Tangent, Values
 
-WAVE_BYTES = 2**24  # half the L2 cache of a large GPU is more
-FEW_ROWS = 16  # fill the smallest block that a product takes
+L2_GROUP_BYTES = 2**24  # less than half the L2 cache of a large GPU
+FEW_ROWS = 16  # these fit into the smallest block that a product takes
 
 
 class View(NamedTuple):
     """Matrices ``[batch0, batch1, head, row, column]`` by their strides; columns are dense.
 
-    ``row`` is ``None`` where it is the common one, of :class:`Scores`; ``head`` of what is written contiguously.
+    ``row`` is ``None`` where it equals ``ROW_STRIDE`` of :class:`KernelProblem`; ``head`` is ``None`` for results that
+    are contiguous.
     """
 
     ptr: Tensor | None = None
@@ -34,8 +36,11 @@ class View(NamedTuple):
     row: int | None = None
 
 
-class Plane(NamedTuple):
-    """The same of a mask or a bias. ``row`` or ``col`` is ``None`` where it is broadcast to all rows or keys."""
+class ScoreLayout(NamedTuple):
+    """A mask, a bias or a bias's tangent by its strides.
+
+    ``row`` or ``col`` is ``None`` where the tensor is broadcast to all rows or all keys.
+    """
 
     ptr: Tensor | None = None
     batch0: int = 0
@@ -51,11 +56,30 @@ class Inputs(NamedTuple):
     query: View
     key: View
     value: View
-    bias: Plane = Plane()
+    bias: ScoreLayout = ScoreLayout()
 
 
-class Scores(NamedTuple):
-    """All that makes scores of products: the problem on the device."""
+class KernelProblem(NamedTuple):
+    """The problem, its sizes, and all that turns products of queries and keys into scores.
+
+    Attributes:
+        scale: Factor of the scores.
+        left: Limit of the band; ``None`` without one.
+        right: Limit of the band; ``None`` without one.
+        NQ: Number of query rows.
+        NK: Number of keys.
+        HEADS: Number of query heads.
+        GROUP: Number of query heads that share a key head.
+        BATCH1: Size of the second of the two batch dimensions.
+        TOTAL_HEADS: Number of query heads in all batches.
+        L2_GROUP: Number of heads that programs process together, so that their keys stay in the L2 cache.
+        ROW_STRIDE: Row stride of all views whose ``row`` is ``None``.
+        bias: Added to the scores.
+        mask: As 0 and -inf, added to the scores.
+        seeds: Dropout seeds by head, contiguous.
+        dropout_threshold: Dropout keeps elements whose 32 random bits are at least this.
+        dropout_scale: Factor of the elements that dropout keeps.
+    """
 
     scale: float
     left: int | None
@@ -65,135 +89,151 @@ class Scores(NamedTuple):
     HEADS: int
     GROUP: int
     BATCH1: int
-    LANES: int
-    WAVE: int
-    ROW: int
-    bias: Plane
-    mask: Plane
+    TOTAL_HEADS: int
+    L2_GROUP: int
+    ROW_STRIDE: int
+    bias: ScoreLayout
+    mask: ScoreLayout
     seeds: Tensor | None
-    threshold: int
-    boost: float
+    dropout_threshold: int
+    dropout_scale: float
 
 
-class Cotangents(NamedTuple):
-    """Cotangents of out and lse with their tangents, the values with theirs; room for the deltas, and for gains."""
+class RowInputs(NamedTuple):
+    """Inputs of the backward kernels by row: cotangents and values, with tangents (``_t``); and scratch memory.
 
+    The rows kernel writes ``delta``, ``delta_t`` and ``row_renorm``; the others read them.
+    """
+
+    out_bar: View
+    out_bar_t: View
+    lse_bar: Tensor | None
+    lse_bar_t: Tensor | None
     out: View
     out_t: View
-    lse: Tensor | None
+    lse: Tensor
     lse_t: Tensor | None
-    out_value: View
-    out_value_t: View
-    lse_value: Tensor
-    lse_value_t: Tensor | None
     delta: Tensor | None
     delta_t: Tensor | None
-    gain: Tensor | None
+    row_renorm: Tensor | None
 
 
-class Share(NamedTuple):
-    """Which heads a part of a bias has for its own and which it serves, and how the sum over these is split."""
+class BiasSplit(NamedTuple):
+    """Layout of the gradient of a bias, and the split of its sum over what the bias is broadcast to.
+
+    Attributes:
+        row: Row stride of the gradient; ``None`` where the bias is broadcast to all rows.
+        col: Column stride; ``None`` where the bias is broadcast to all keys.
+        BIAS_HEADS: Number of matrices in the bias: its batch dimensions times its heads.
+        HEADS: Heads of the bias.
+        BATCH1: Size of its second batch dimension.
+        SUMMED: Number of heads of the call that each matrix of the bias is broadcast to: the sum goes over them.
+        SUMMED_HEADS: The part of SUMMED that comes from the head dimension.
+        SUMMED_BATCH1: The part of SUMMED that comes from the second batch dimension.
+        SPLITS: Number of partial sums. Each is the gradient from every SPLITS-th of the heads.
+        SIZE: Elements of one partial sum.
+        MATRIX: Elements of one matrix of the bias.
+    """
 
     row: int | None
     col: int | None
-    OWN: int
+    BIAS_HEADS: int
     HEADS: int
     BATCH1: int
-    SERVES: int
-    SERVES_HEADS: int
-    SERVES_BATCH1: int
+    SUMMED: int
+    SUMMED_HEADS: int
+    SUMMED_BATCH1: int
     SPLITS: int
     SIZE: int
     MATRIX: int
 
 
-class Batch:
-    """The batch dimensions of one call, and how they merge into two.
+class BatchLayout:
+    """The batch dimensions of one call, merged into two, and the operands as views with these.
 
     Args:
         x: The operands.
-        others: More tensors with all their batch dimensions, or ``None``: those that kernels load in their loops.
-        once: The same, loaded once.
-        planes: More tensors that broadcast to the scores, or ``None``.
+        in_loops: Further tensors with all batch dimensions that kernels load in their loops; ``None`` is absent.
+        score_tensors: Further tensors that broadcast to the scores; ``None`` is absent.
+        once: Further tensors with all batch dimensions that kernels load once; ``None`` is absent.
     """
 
     def __init__(
         self,
         x: Operands,
-        others: Sequence[Tensor | None] = (),
-        planes: Sequence[Tensor | None] = (),
+        in_loops: Sequence[Tensor | None] = (),
+        score_tensors: Sequence[Tensor | None] = (),
         once: Sequence[Tensor | None] = (),
     ) -> None:
         self.x = x
         self.sizes = tuple(x.query.shape[:-3])
         self.heads, self.rows = x.query.shape[-3:-1]
         self.kv_heads, self.keys = x.key.shape[-3:-1]
-        self.lanes = math.prod(self.sizes) * self.heads
-        present = [t for t in (*x[:3], x.bias, x.mask, *others, *planes, *once) if t is not None]
+        self.total_heads = math.prod(self.sizes) * self.heads
+        present = [t for t in (*x[:3], x.bias, x.mask, *in_loops, *score_tensors, *once) if t is not None]
         self.groups = _merge(self.sizes, present)
-        # Three or more that do not merge: everything is made contiguous, and merges.
+        # If three or more dimensions do not merge, all tensors are made contiguous, and then they merge.
         self.copies = len(self.groups) > 2
         if self.copies:
             self.groups = [list(range(len(self.sizes)))]
-        # One row stride for all that kernels load in their loops, if it is one.
-        strides = {t.stride(-2) for t in (*x[:3], *others) if t is not None}
-        self.common = strides.pop() if len(strides) == 1 and not self.copies else None
+        # If all tensors that kernels load in their loops have the same row stride, offsets are computed once for all.
+        strides = {t.stride(-2) for t in (*x[:3], *in_loops) if t is not None}
+        self.row_stride = strides.pop() if len(strides) == 1 and not self.copies else None
 
     @property
     def batch1(self) -> int:
-        """The size of the second of the two batch dimensions."""
+        """Return the size of the second of the two batch dimensions."""
         return math.prod(self.sizes[d] for d in self.groups[-1]) if self.groups else 1
 
     @property
-    def exact(self) -> bool:
-        """Whether the rows are so few that what products lose to rounding does not average out, nor costs time."""
+    def compensate(self) -> bool:
+        """Return whether kernels compensate the rounding of products.
+
+        They do so for few rows, whose rounding errors do not average out. There it costs no time.
+        """
         return self.rows <= FEW_ROWS
 
     @property
-    def wave(self) -> int:
-        """How many lanes to work on at once: those whose keys, values and tangents of these fill half an L2 cache."""
-        lane = 2 * self.keys * (self.x.key.shape[-1] + self.x.value.shape[-1]) * self.x.key.element_size()
-        return max(1, min(self.lanes, WAVE_BYTES // max(1, lane)))
+    def l2_group(self) -> int:
+        """Return how many heads have keys, values and tangents of both that together fill half an L2 cache."""
+        head_bytes = 2 * self.keys * (self.x.key.shape[-1] + self.x.value.shape[-1]) * self.x.key.element_size()
+        return max(1, min(self.total_heads, L2_GROUP_BYTES // max(1, head_bytes)))
 
     def view(self, t: Tensor | None) -> View:
-        """A tensor ``[*B, H, N, ·]``."""
+        """Return a tensor ``[*B, H, N, ·]`` as a view."""
         if t is None:
             return View()
         if self.copies:
             t = t.contiguous()
         row = t.stride(-2)
-        return View(t, *self._batch_strides(t), t.stride(-3), None if row == self.common else row)
+        return View(t, *self._batch_strides(t), t.stride(-3), None if row == self.row_stride else row)
 
-    def room(self, t: Tensor | None) -> View:
-        """One that is written."""
+    def output_view(self, t: Tensor | None) -> View:
+        """Return the view of a tensor that a kernel writes."""
         return View(t, head=None) if t is None or t.is_contiguous() else self.view(t)
 
-    def plane(self, t: Tensor | None) -> Plane:
-        """A tensor that broadcasts to the scores."""
+    def score_layout(self, t: Tensor | None) -> ScoreLayout:
+        """Return the layout of a tensor that broadcasts to the scores. A boolean mask becomes 0 and -inf."""
         if t is None:
-            return Plane()
+            return ScoreLayout()
         if t.dtype == torch.bool:
-            t = _barrier(t)
+            t = _additive_mask(t)
         if self.copies:
             t = t.expand(*self.sizes, *t.shape[-3:]).contiguous()
         rows, keys = t.shape[-2:]
         head = 0 if t.shape[-3] == 1 else t.stride(-3)
         row = None if rows == 1 and self.rows != 1 else t.stride(-2)
         col = None if keys == 1 and self.keys != 1 else t.stride(-1)
-        return Plane(t, *self._batch_strides(t), head, row, col)
+        return ScoreLayout(t, *self._batch_strides(t), head, row, col)
 
-    def lane(self, t: Tensor | None) -> Tensor | None:
-        """A number for each row, ``[*B, H, N]``, contiguous."""
-        return None if t is None else t.contiguous()
-
-    def scores(self, problem: Problem) -> Scores:
-        """The problem with the operands' bias, mask and seeds."""
-        far = self.rows + self.keys  # as good as no limit, and an int32
-        left, right = (None if side is None else min(side, far) for side in (problem.left, problem.right))
+    def kernel_problem(self, problem: Problem) -> KernelProblem:
+        """Return the problem with the bias, mask and seeds of the operands."""
+        no_limit = self.rows + self.keys  # larger limits mean the same, and may not fit into an int32
+        left, right = (None if side is None else min(side, no_limit) for side in (problem.left, problem.right))
         seeds = self.x.seeds
         if seeds is not None:
             seeds = seeds.expand(*self.sizes, self.heads, 1, 1).contiguous()
-        return Scores(
+        return KernelProblem(
             problem.scale,
             left,
             right,
@@ -202,127 +242,137 @@ class Batch:
             self.heads,
             self.heads // max(1, self.kv_heads),
             self.batch1,
-            self.lanes,
-            self.wave,
-            self.common or 0,
-            self.plane(self.x.bias),
-            self.plane(self.x.mask),
+            self.total_heads,
+            self.l2_group,
+            self.row_stride or 0,
+            self.score_layout(self.x.bias),
+            self.score_layout(self.x.mask),
             seeds,
             round(problem.dropout_p * 2**32),
             1.0 / (1.0 - problem.dropout_p),
         )
 
     def inputs(self, t: Operands | Tangent) -> Inputs:
-        """Query, key and value of the operands; or all of a tangent."""
-        bias = self.plane(t.bias) if isinstance(t, Tangent) else Plane()
+        """Return the views of query, key and value of the operands; or of all of a tangent."""
+        bias = self.score_layout(t.bias) if isinstance(t, Tangent) else ScoreLayout()
         return Inputs(self.view(t.query), self.view(t.key), self.view(t.value), bias)
 
-    def cotangents(self, values: Rows, values_t: Rows, w: Rows, w_t: Rows) -> Cotangents:
-        """Cotangents, values and room for what kernels tell one another."""
+    def row_inputs(self, values: Rows, values_t: Rows, w: Rows, w_t: Rows) -> RowInputs:
+        """Return values and cotangents with their tangents, and scratch memory for what kernels pass on."""
         assert values.out is not None
         assert values.lse is not None
-        second = values_t.out is not None
-        room = self.x.query.new_empty(1 + second + self.exact, self.lanes, self.rows, dtype=torch.float32)
-        # A row of zeros for all rows stands for an absent cotangent.
-        out = values.out.new_zeros(values.out.shape[-1]).expand_as(values.out) if w.out is None else w.out
-        return Cotangents(
-            self.view(out),
+        jvp = values_t.out is not None
+        scratch = self.x.query.new_empty(1 + jvp + self.compensate, self.total_heads, self.rows, dtype=torch.float32)
+        # An absent cotangent is one row of zeros, expanded to all rows.
+        out_bar = values.out.new_zeros(values.out.shape[-1]).expand_as(values.out) if w.out is None else w.out
+        return RowInputs(
+            self.view(out_bar),
             self.view(w_t.out),
-            self.lane(w.lse),
-            self.lane(w_t.lse),
+            _contiguous(w.lse),
+            _contiguous(w_t.lse),
             self.view(values.out),
             self.view(values_t.out),
             values.lse.contiguous(),
-            self.lane(values_t.lse),
-            room[0],
-            room[1] if second else None,
-            room[-1] if self.exact else None,
+            _contiguous(values_t.lse),
+            scratch[0],
+            scratch[1] if jvp else None,
+            scratch[-1] if self.compensate else None,
         )
 
-    def share(self, bias: Tensor, splits: int) -> tuple[Share, tuple[int, ...]]:
-        """How the gradient of ``bias`` is laid out and split; and its shape, batch dimensions merged."""
+    def bias_split(self, bias: Tensor, splits: int) -> tuple[BiasSplit, tuple[int, ...]]:
+        """Return how the gradient of ``bias`` is laid out and split, and its shape with merged batch dimensions."""
         own = [math.prod(bias.shape[d] for d in g) for g in self.groups]
         own = [1] * (2 - len(own)) + (own if not self.copies else [math.prod(self.sizes)])
-        all_ = [math.prod(self.sizes[d] for d in g) for g in self.groups]
-        all_ = [1] * (2 - len(all_)) + all_
+        every = [math.prod(self.sizes[d] for d in g) for g in self.groups]
+        every = [1] * (2 - len(every)) + every
         heads, rows, keys = bias.shape[-3:]
         row = None if rows == 1 and self.rows != 1 else keys
         col = None if keys == 1 and self.keys != 1 else 1
-        serves = [a // o for a, o in zip((*all_, self.heads), (*own, heads), strict=True)]
-        served = math.prod(serves)
+        summed_by_dim = [a // o for a, o in zip((*every, self.heads), (*own, heads), strict=True)]
+        summed = math.prod(summed_by_dim)
         shape = (*own, heads, rows, keys)
-        share = Share(
+        split = BiasSplit(
             row,
             col,
             math.prod(own) * heads,
             heads,
             own[1],
-            served,
-            serves[2],
-            serves[1],
-            min(splits, served),
+            summed,
+            summed_by_dim[2],
+            summed_by_dim[1],
+            min(splits, summed),
             math.prod(shape),
             rows * keys,
         )
-        return share, shape
+        return split, shape
 
     def _batch_strides(self, t: Tensor) -> tuple[int, int]:
-        # Within a group the last dimension larger than 1 has the stride of the whole.
+        # Within a group of merged dimensions the last one larger than 1 has the stride of the whole group.
         last = [next((d for d in reversed(g) if self.sizes[d] != 1), g[-1]) for g in self.groups]
         strides = [0 if t.shape[d] == 1 else t.stride(d) for d in last]
         first, second = [0] * (2 - len(strides)) + strides
         return first, second
 
 
-def aligned(t: Tensor, size: int | None = None) -> Tensor:
-    """A tensor whose last dimension is a dense power of two, and whose rows begin at multiples of 16 elements.
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
 
-    All other dimensions stay as they are, expanded ones as well, unless it must be copied for that. With ``size``
-    columns, or as many as the next power of two.
+
+def aligned(t: Tensor, size: int | None = None) -> Tensor:
+    """Return a tensor with dense last dimension, whose rows begin at multiples of 16 elements.
+
+    All other dimensions keep their strides, also expanded ones, unless the tensor must be copied.
+
+    Args:
+        t: The tensor.
+        size: Size of the last dimension of the result, padded with zeros; by default the next power of two.
     """
-    size = block(t.shape[-1]) if size is None else size
+    size = power_of_two(t.shape[-1]) if size is None else size
     if t.shape[-1] != size:
         return F.pad(t, (0, size - t.shape[-1]))
     steps = [step for step, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1]
     dense = t.stride(-1) == 1 and all(step % 16 == 0 for step in steps) and t.data_ptr() % 16 == 0
-    return t if dense and near_rows(t) else t.clone(memory_format=torch.contiguous_format)
+    return t if dense and row_offsets_fit(t) else t.clone(memory_format=torch.contiguous_format)
 
 
-def near_rows(t: Tensor) -> bool:
-    """Whether the rows of a block are so near each other that their offsets are an int32."""
+def row_offsets_fit(t: Tensor) -> bool:
+    """Return whether the offsets of a block's rows fit into an int32."""
     return abs(t.stride(-2)) < 2**23
 
 
 def align(x: Operands, size: int | None) -> Operands:
-    """Operands whose query, key and value are :func:`aligned`, to ``size`` columns or each to its own."""
+    """Return operands whose query, key and value are :func:`aligned`, to ``size`` columns or each to its own."""
     return x._replace(query=aligned(x.query, size), key=aligned(x.key, size), value=aligned(x.value, size))
 
 
 def align_tangent(t: Tangent, size: int | None) -> Tangent:
-    """The same for a tangent."""
+    """Return a tangent whose query, key and value are :func:`aligned`."""
     query, key, value = (None if part is None else aligned(part, size) for part in t[:3])
     return Tangent(query, key, value, t.bias)
 
 
 def align_rows(rows: Rows | Values, size: int | None) -> Rows:
-    """The same for values, their tangents or their cotangents."""
+    """Return values, their tangents or their cotangents with ``out`` :func:`aligned`."""
     return Rows(None if rows.out is None else aligned(rows.out, size), rows.lse)
 
 
-def block(size: int) -> int:
-    """The power of two, at least 16, that holds ``size``: what a matrix product takes."""
+def power_of_two(size: int) -> int:
+    """Return the smallest power of two that is at least ``size`` and at least 16, as matrix products need."""
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _barrier(mask: Tensor) -> Tensor:
-    """0 where a boolean mask shows, -inf where it hides, broadcast as the mask is: a kernel adds it like a bias."""
+def _additive_mask(mask: Tensor) -> Tensor:
+    """Return 0 where a boolean mask shows and -inf where it hides, broadcast as the mask is.
+
+    A kernel adds it to the scores like a bias.
+    """
     own = mask[tuple(slice(0, 1) if step == 0 else slice(None) for step in mask.stride())]
     zero = torch.zeros((), dtype=torch.bfloat16, device=mask.device)
     return torch.where(own, zero, zero - torch.inf).expand(mask.shape)
 
 
 def _merge(sizes: tuple[int, ...], tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Adjacent batch dimensions that one stride describes in every tensor, together."""
+    """Group adjacent batch dimensions that a single stride describes in every tensor."""
     groups: list[list[int]] = []
     last = -1  # the last dimension larger than 1
     for d, size in enumerate(sizes):
@@ -342,7 +392,7 @@ def _merge(sizes: tuple[int, ...], tensors: Sequence[Tensor]) -> list[list[int]]
 
 
 def _one_stride(t: Tensor, a: int, b: int) -> bool:
-    """Whether dimensions ``a`` and ``b``, with nothing but ones between, are steps of one stride."""
+    """Return whether a single stride describes ``a`` and ``b``, with only dimensions of size 1 between them."""
     if (t.shape[a] == 1) != (t.shape[b] == 1):
         return False
     return t.shape[a] == 1 or t.stride(a) == t.stride(b) * t.shape[b]

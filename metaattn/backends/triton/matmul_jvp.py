@@ -1,4 +1,4 @@
-"""Launching :mod:`._products`: which products it serves, with which blocks."""
+"""Launches of the kernel of ``matmul_jvp_kernel.py``: the products that it supports, and its block sizes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from ..matmul_jvp import Product
-from .block_sizes import OLDEST, arithmetic
-from .layout import block
-from .matmul_jvp_kernel import products
+from .block_sizes import MIN_CAPABILITY, arithmetic
+from .layout import power_of_two
+from .matmul_jvp_kernel import matmul_jvp
 
 
 class Matrix(NamedTuple):
-    """A batch of matrices by its strides, of which ``None`` is 1."""
+    """A batch of matrices by its strides; ``None`` is a stride of 1."""
 
     ptr: Tensor | None = None
     batch: int | None = None
@@ -27,7 +27,7 @@ class Matrix(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A product on the device: factors, results, sizes."""
+    """One product in the form that the kernel takes: factors, results (``None`` if not requested) and sizes."""
 
     a: Matrix = Matrix()
     b: Matrix = Matrix()
@@ -41,7 +41,7 @@ class Job(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Rows, columns and inner size of a block, warps, stages."""
+    """Rows, columns and inner size of a block; warps and pipeline stages."""
 
     rows: int
     cols: int
@@ -50,24 +50,29 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By scripts/tune_matmul_jvp.py on an H100: one with a tangent; two, or without; and what fills the GPU several times.
+# Found by scripts/tune_matmul_jvp.py on an H100. ONE: one product with a tangent. SEVERAL: two products, or one without
+# a tangent. LARGE: products that fill the GPU several times.
 ONE, SEVERAL, LARGE = Blocks(64, 64, 32, 4, 3), Blocks(64, 128, 32, 4, 4), Blocks(128, 128, 64, 8, 3)
-# For tf32 on an H200, small or large. Two warps take older instructions, which read factors as they lie; Hopper's want
-# both along the sum, as those of a layer's gradients are not, and what is turned for them took three times as long.
+# For tf32, found on an H200, for small and large products. With two warps the compiler uses the older tensor-core
+# instructions, which read factors in any layout. Hopper's need both factors contiguous along the sum. Those of a
+# layer's gradients are not, and transposing them for these instructions took three times as long.
 ONE_TF32, SEVERAL_TF32 = Blocks(64, 128, 32, 4, 3), Blocks(64, 64, 32, 2, 3)
 LARGE_FROM = 1024  # blocks of 64 x 128
-_stages: dict[tuple[Any, ...], int] = {}  # as many as fit; found when more first did not
+_stages: dict[tuple[Any, ...], int] = {}  # the largest number that fits, for launches whose first choice did not fit
 
 
-def multiplies(like: Tensor) -> bool:
-    """Serves 16 bits, and float32 as tf32, on GPUs of compute capability 8.0 and newer."""
+def matmul_supported(like: Tensor) -> bool:
+    """Return whether the kernel supports factors like this one.
+
+    It supports 16-bit dtypes, and float32 if PyTorch may use tf32, on GPUs of compute capability 8.0 and newer.
+    """
     half = like.dtype in (torch.float16, torch.bfloat16)
     tf32 = like.dtype == torch.float32 and arithmetic(like.dtype) == "tf32"
-    return (half or tf32) and torch.cuda.get_device_capability(like.device) >= OLDEST
+    return (half or tf32) and torch.cuda.get_device_capability(like.device) >= MIN_CAPABILITY
 
 
 def _fits(job: Product) -> bool:
-    """Whether no matrix is empty, or too large for 32-bit offsets."""
+    """Return whether no matrix is empty, or too large for 32-bit offsets."""
     (batch, m, k), n = job.a.shape, job.b.shape[2]
     factors = [t for t in job[:4] if t is not None]
     far = [sum((size - 1) * step for size, step in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in factors]
@@ -84,7 +89,11 @@ def _blocks_for(jobs: Sequence[Product]) -> Blocks:
 
 
 def multiply(jobs: Sequence[Product], blocks: Blocks | None = None) -> list[Tensor] | None:
-    """See :func:`metaattn.backends.matmul_jvp.multiply`; ``None`` where no blocks fit, or 32-bit offsets do not reach."""
+    """Compute one or two products, as :func:`metaattn.backends.matmul_jvp.multiply` does.
+
+    Returns:
+        The results; ``None`` if no block sizes fit the device, or the offsets do not fit into 32 bits.
+    """
     if not all(map(_fits, jobs)):
         return None
     x, tile = jobs[0].a, blocks or _blocks_for(jobs)
@@ -99,7 +108,11 @@ def multiply(jobs: Sequence[Product], blocks: Blocks | None = None) -> list[Tens
         results += [t for t in (value, tangent) if t is not None]
         a, b, a_t, b_t = map(_matrix, job[:4])
         arguments.append(Job(a, b, a_t, b_t, value, tangent, m, n, k))
-        bm, bn, bk = min(tile.rows, block(m)), min(tile.cols, block(n)), min(tile.inner, block(k))
+        bm, bn, bk = (
+            min(tile.rows, power_of_two(m)),
+            min(tile.cols, power_of_two(n)),
+            min(tile.inner, power_of_two(k)),
+        )
         counts.append(batch * triton.cdiv(m, bm) * triton.cdiv(n, bn))
         sizes = {"BM": bm, "BN": bn, "BK": bk, "EVEN_M": m % bm == 0, "EVEN_N": n % bn == 0, "EVEN_K": k % bk == 0}
         options |= {name + end: size for name, size in sizes.items()}
@@ -108,17 +121,17 @@ def multiply(jobs: Sequence[Product], blocks: Blocks | None = None) -> list[Tens
         options |= {name + "2": size for name, size in options.items()}
     options["PRECISION"] = "tf32" if arithmetic(x.dtype) != "float32" else "ieee"
     if x.dtype == torch.float32:
-        options["maxnreg"] = 255  # see _launch.run
-    # No more warps than the blocks have rows in sixteens: see _tiles.fit.
+        options["maxnreg"] = 255  # for the reason in launch.launch_kernel
+    # No more warps than one for 16 rows of a block, for the reason in block_sizes.limit_warps.
     rows = min(options[name] for name in ("BM", "BM2"))
     warps = min(tile.warps, max(4, rows // 16))
-    there = [t is not None for job in arguments for t in (job.value, job.tangent)]
-    key = (x.device.index, x.dtype, warps, *options.values(), *there)
+    requested = [t is not None for job in arguments for t in (job.value, job.tangent)]
+    key = (x.device.index, x.dtype, warps, *options.values(), *requested)
     stages = min(tile.stages, _stages.get(key, tile.stages))
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         while stages:
             try:
-                products[(sum(counts),)](*arguments, counts[0], **options, num_warps=warps, num_stages=stages)
+                matmul_jvp[(sum(counts),)](*arguments, counts[0], **options, num_warps=warps, num_stages=stages)
                 return results
             except OutOfResources:
                 _stages[key] = stages = stages - 1

@@ -1,4 +1,4 @@
-"""Products of matrices and their tangents: one kernel for one or two of them, independent of each other."""
+"""The kernel of batched matrix products and their tangents: one or two products, independent of each other."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from .tile_ops import product
 
 @triton.jit
 def stepped(i, stride):
-    """Offsets of numbers; a stride of ``None`` is 1, for an integer 1 in a tuple in a tuple confuses Triton 3.6."""
+    """Return ``i * stride``. A stride of ``None`` is 1, because an integer 1 in a nested tuple breaks Triton 3.6."""
     if stride is None:
         return i
     else:
@@ -17,7 +17,7 @@ def stepped(i, stride):
 
 @triton.jit
 def load_block(x, batch, m, n, M, N, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr):
-    """Elements ``[m, n]`` of a matrix ``[M, N]``; zeros past its end, which EVEN says is not reached."""
+    """Load elements ``[m, n]`` of a matrix ``[M, N]``; zeros past its ends. EVEN says that an end is not exceeded."""
     p = x.ptr + stepped(batch, x.batch) + stepped(m, x.row)[:, None] + stepped(n, x.col)[None, :]
     if EVEN_M and EVEN_N:
         return tl.load(p)
@@ -31,14 +31,14 @@ def load_block(x, batch, m, n, M, N, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr)
 
 @triton.jit
 def store_block(at, x, batch, m, n, M, N):
-    """A block of a contiguous result."""
+    """Store a block of a contiguous result."""
     p = at + batch * (M * N) + m[:, None] * N + n[None, :]
     tl.store(p, x.to(at.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
-def multiply(
-    job,  # factors, results, sizes
+def matmul_jvp_block(
+    job,  # Job: factors, results, sizes
     pid,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -48,7 +48,7 @@ def multiply(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One block of ``a b`` and of its tangent ``a. b + a b.``; either may not be asked for."""
+    """Compute one block of ``a b`` and of its tangent ``a. b + a b.``, each if it is requested."""
     M = job.M
     N = job.N
     K = job.K
@@ -78,10 +78,10 @@ def multiply(
 
 
 @triton.jit
-def products(
-    first,
-    second,
-    split,  # programs of the first; all others are of the second
+def matmul_jvp(
+    first,  # Job
+    second,  # Job; without factors if there is only one product
+    split,  # number of programs of the first product; all others compute the second
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -96,12 +96,12 @@ def products(
     EVEN_K2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One or two products, side by side."""
+    """Compute one or two products side by side."""
     pid = tl.program_id(0)
     if second.a.ptr is None:
-        multiply(first, pid, BM, BN, BK, EVEN_M, EVEN_N, EVEN_K, PRECISION)
+        matmul_jvp_block(first, pid, BM, BN, BK, EVEN_M, EVEN_N, EVEN_K, PRECISION)
     else:
         if pid < split:
-            multiply(first, pid, BM, BN, BK, EVEN_M, EVEN_N, EVEN_K, PRECISION)
+            matmul_jvp_block(first, pid, BM, BN, BK, EVEN_M, EVEN_N, EVEN_K, PRECISION)
         else:
-            multiply(second, pid - split, BM2, BN2, BK2, EVEN_M2, EVEN_N2, EVEN_K2, PRECISION)
+            matmul_jvp_block(second, pid - split, BM2, BN2, BK2, EVEN_M2, EVEN_N2, EVEN_K2, PRECISION)

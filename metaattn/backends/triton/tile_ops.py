@@ -1,9 +1,19 @@
-"""Scores, mask, window, bias and dropout of one tile, on the device: the one home of each for every kernel.
+"""Operations on one tile, on the device: loads and stores, products, scores, mask, window, bias and dropout.
 
-A tile is ``[rows, keys]`` in the kernels that walk over keys and ``[keys, rows]`` in those that walk over
-rows. All here works for both: ``i`` (row numbers) and ``j`` (key numbers) come shaped to broadcast to the
-tile. Scores are in base 2: ``exp2(s * c - lse * LOG2E)`` are the probabilities.
+All kernels share these. A tile is ``[rows, keys]`` in the kernels that loop over keys, and ``[keys, rows]`` in those
+that loop over rows. Everything here works for both: the caller shapes the row numbers ``i`` and the key numbers ``j``
+to broadcast to its tile. Scores are in base 2: the probabilities are ``exp2(s * c - lse * LOG2E)``.
+
+Compile-time arguments are in capitals. Four of them are measures against rounding and against slow code:
+
+* FEW_KEYS: some rows see few keys. What a kernel computes for such rows from rounded sums is too inaccurate; a first
+  loop over the keys computes it exactly.
+* COMPENSATE: there are few rows. Each product is computed twice, for its rounded factor and for what rounding lost.
+* SINGLE_KEY_BLOCK: one block holds all keys, so that one kernel computes all gradients.
+* KEEP_IN_REGISTERS: see :func:`keep_in_registers`.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -11,19 +21,28 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-MANY = tl.constexpr(64)  # keys of a row, above which what it loses to rounding averages out
+MAX_FEW_KEYS = tl.constexpr(64)  # in rows that see more keys, the effect of rounding averages out
+
+
+class HeadTerms(NamedTuple):
+    """Addresses of one head's bias, bias tangent and mask; and its dropout seed. ``None`` is absent."""
+
+    bias: Any
+    bias_t: Any
+    mask: Any
+    seed: Any
 
 
 @triton.jit
-def nearest(x):
-    """float32 rounded to tf32, as cuBLAS does it: the tensor cores would cut the rest off, 3 times the error."""
+def round_to_tf32(x):
+    """Round float32 to tf32 as cuBLAS does. The tensor cores would truncate, with three times the error."""
     if INTERPRETED:
         bits = x.to(tl.int32, bitcast=True)
         rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-        return tl.where(x == x, rounded, x)  # in a NaN the carry would reach the sign
+        return tl.where(x == x, rounded, x)  # the carry could reach the sign of a NaN
     else:
-        # One instruction: by bits there are four, and a predicate for each element. A thread kept 128 of these, and
-        # ptxas made wrong code of it (docs/benchmarks).
+        # One instruction. With integer operations there are four, and a predicate for each element; ptxas generated
+        # wrong code for a thread that held 128 of these (docs/benchmarks).
         asm: tl.constexpr = "cvt.rna.tf32.f32 $0, $1;"
         bits = tl.inline_asm_elementwise(asm, "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
         return bits.to(tl.float32, bitcast=True)
@@ -31,11 +50,11 @@ def nearest(x):
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
-    """``a b + acc`` on the tensor cores, in float32; ``acc`` may be ``None``."""
+    """Compute ``a b + acc`` on the tensor cores, in float32; ``acc`` may be ``None``."""
     if PRECISION == "tf32" and a.dtype == tl.float32:
-        # Here and not where they are loaded, once: that is slower by a tenth (T, F with T, S at head size 128).
-        a = nearest(a)
-        b = nearest(b)
+        # Rounding here is faster by a tenth than rounding once after the load (T, F with T, S at head size 128).
+        a = round_to_tf32(a)
+        b = round_to_tf32(b)
     if acc is None:
         return tl.dot(a, b, input_precision=PRECISION)
     else:
@@ -43,44 +62,45 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def rounded(p, dtype: tl.constexpr, EXACT: tl.constexpr):
-    """``p``, in float32, as a factor of products: rounded; and with EXACT, in 16 bits, what rounding took from it.
+def round_with_rest(p, dtype: tl.constexpr, COMPENSATE: tl.constexpr):
+    """Round a float32 factor of products to ``dtype``; with COMPENSATE return also what rounding lost, rounded.
 
-    Where a result sums over few rows that shows: it does not average out.
+    Only 16-bit dtypes have a rest. It matters in sums over few rows, where the rounding errors do not average out.
     """
     high = p.to(dtype)
     low = high
-    if EXACT and dtype != tl.float32:
+    if COMPENSATE and dtype != tl.float32:
         low = (p - high.to(tl.float32)).to(dtype)
     return high, low
 
 
 @triton.jit
-def product_of(p, b, acc, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """``p b + acc`` of what :func:`rounded` made."""
+def product_with_rest(p, b, acc, COMPENSATE: tl.constexpr, PRECISION: tl.constexpr):
+    """Compute ``p b + acc`` for a factor ``p`` from :func:`round_with_rest`."""
     high, low = p
     acc = product(high, b, acc, PRECISION)
-    if EXACT and b.dtype != tl.float32:
+    if COMPENSATE and b.dtype != tl.float32:
         acc = product(low, b, acc, PRECISION)
     return acc
 
 
 @triton.jit
-def transposed(p):
-    """The transpose of what :func:`rounded` made."""
+def transpose_with_rest(p):
+    """Transpose a factor from :func:`round_with_rest`."""
     high, low = p
     return tl.trans(high), tl.trans(low)
 
 
 @triton.jit
-def held(x, HOLD: tl.constexpr):
-    """With HOLD ``x`` times the identity, exact in 16 bits: what a product gave, the next can read from registers.
+def keep_in_registers(x, KEEP_IN_REGISTERS: tl.constexpr):
+    """Multiply ``x`` by the identity, which is exact in 16 bits, so that the compiler keeps it in registers.
 
-    Reading it from shared memory for each product keeps that 70% busy on an H100, and the tensor cores at 43 to 52%.
+    The result of a product is in registers, and the next product can read it there. Otherwise each product reads it
+    from shared memory: on an H100 that keeps the shared memory 70% busy, and the tensor cores only 43 to 52%.
     """
     if x is None:
         return  # noqa: RET502
-    elif HOLD:
+    elif KEEP_IN_REGISTERS:
         c = tl.arange(0, x.shape[1])
         return tl.dot(x, (c[:, None] == c[None, :]).to(x.dtype)).to(x.dtype)
     else:
@@ -89,63 +109,83 @@ def held(x, HOLD: tl.constexpr):
 
 @triton.jit
 def locate(x, where):
-    """Where the matrix of batch ``(b0, b1)`` and head begins in a view."""
+    """Return the address of the matrix of a view for ``where = (b0, b1, head)``."""
     return locate_like(x.ptr, x, where)
 
 
 @triton.jit
 def locate_like(at, x, where):
-    """The same in a tensor that begins ``at`` and lies like a view."""
+    """Return the same address in a tensor that begins at ``at`` and has the strides of a view."""
     b0, b1, head = where
     return at + b0 * x.batch0 + b1 * x.batch1 + head * x.head
 
 
 @triton.jit
-def stride_of(x, problem):
-    """The row stride of a view: its own, or the common one, whose offsets are then computed once for all."""
+def row_stride(x, problem):
+    """Return the row stride of a view: its own, or the common one, for which all offsets are computed once."""
     if x.row is None:
-        return problem.ROW
+        return problem.ROW_STRIDE
     else:
         return x.row
 
 
 @triton.jit
-def batch_of(index, BATCH1, HEADS):
-    """The batch ``(b0, b1)`` and head of a flat index, in int64: offsets pass 2^31."""
-    index = index.to(tl.int64)
-    head = index % HEADS
-    b = index // HEADS
+def split_head_index(head_index, BATCH1, HEADS):
+    """Return ``(b0, b1, head)`` of a flat head index, in int64: offsets exceed 2^31."""
+    head_index = head_index.to(tl.int64)
+    head = head_index % HEADS
+    b = head_index // HEADS
     return b // BATCH1, b % BATCH1, head
 
 
 @triton.jit
 def key_head(where, problem):
-    """The key head that a query head shares, computed once: its division would stay in a loop."""
+    """Return ``where`` of the key head that a query head shares. Called once, to keep the division out of loops."""
     b0, b1, head = where
     return b0, b1, head // problem.GROUP
 
 
 @triton.jit
-def schedule(BLOCKS, LANES, WAVE):
-    """Which block of which lane (batch and head) a program has: first blocks of WAVE lanes, then their second ones.
-
-    With the heaviest blocks first no multiprocessor is left with a long one at the end, and the lanes of a wave are
-    few enough that their keys stay in the L2 cache.
-    """
-    pid = tl.program_id(0)
-    first = pid // (WAVE * BLOCKS) * WAVE
-    lanes = tl.minimum(WAVE, LANES - first)
-    rest = pid % (WAVE * BLOCKS)
-    return rest // lanes, (first + rest % lanes).to(tl.int64)
+def locate_optional(x, where):
+    """Return :func:`locate`, or ``None`` if the tensor is absent."""
+    if x.ptr is None:
+        return  # noqa: RET502 (Triton 3.6 turns `return None` into a tensor, and cannot return tuples with None)
+    else:
+        return locate(x, where)
 
 
 @triton.jit
-def row_block(block, blocks, FEW: tl.constexpr):
-    """Which block of rows a program has: under a causal mask the last rows have the most keys, and come first.
+def load_seed(problem, head_index):
+    """Load the dropout seed of a head; return ``None`` without dropout."""
+    if problem.seeds is None:
+        return  # noqa: RET502
+    else:
+        return tl.load(problem.seeds + head_index)
 
-    With FEW the first one is before them: under a causal mask it sees few keys, walks twice, and would end alone.
+
+@triton.jit
+def schedule(BLOCKS, TOTAL_HEADS, L2_GROUP):
+    """Return which block of which head a program computes.
+
+    Heads are taken in groups of L2_GROUP; in a group all first blocks come before all second ones. With the heaviest
+    blocks first no multiprocessor is left with a long one at the end. The heads of a group are so few that their keys
+    stay in the L2 cache.
     """
-    if FEW:
+    pid = tl.program_id(0)
+    first = pid // (L2_GROUP * BLOCKS) * L2_GROUP
+    heads = tl.minimum(L2_GROUP, TOTAL_HEADS - first)
+    rest = pid % (L2_GROUP * BLOCKS)
+    return rest // heads, (first + rest % heads).to(tl.int64)
+
+
+@triton.jit
+def reversed_row_block(block, blocks, FEW_KEYS: tl.constexpr):
+    """Return which block of rows comes at a place of the schedule.
+
+    Under a causal mask the last rows see the most keys, and come first. With FEW_KEYS the first block of rows comes
+    before them: it sees few keys, but loops over them twice, and would otherwise end last.
+    """
+    if FEW_KEYS:
         return (blocks - block) % blocks
     else:
         return blocks - 1 - block
@@ -153,50 +193,53 @@ def row_block(block, blocks, FEW: tl.constexpr):
 
 @triton.jit
 def load_rows(at, stride, start, r, d, limit, EVEN: tl.constexpr):
-    """Rows ``start + r`` of a matrix; zeros past row ``limit``, unless EVEN says that there are none."""
+    """Load rows ``start + r`` of a matrix; zeros from row ``limit`` on. EVEN says that there are no such rows."""
     start = tl.cast(start, tl.int64)
     p = at + start * stride + r[:, None] * stride + d[None, :]
     return tl.load(p) if EVEN else tl.load(p, mask=(r < limit - start)[:, None], other=0.0)
 
 
 @triton.jit
-def load_query(x, where, problem, start, r, d, EVEN: tl.constexpr):
-    """Rows of what belongs to query heads: the query, a cotangent, a value; ``None`` of what is absent."""
-    if x.ptr is None:
-        return  # noqa: RET502 (of None itself Triton 3.6 makes a tensor)
-    else:
-        return load_rows(locate(x, where), stride_of(x, problem), start, r, d, problem.NQ, EVEN)
-
-
-@triton.jit
-def load_key(x, where, problem, start, r, d, EVEN: tl.constexpr):
-    """The same of what belongs to key heads, each shared by a group of query heads: the key, the value."""
+def load_query_rows(x, where, problem, start, r, d, EVEN: tl.constexpr):
+    """Load rows of a view of query heads (query, cotangent, result); return ``None`` if it is absent."""
     if x.ptr is None:
         return  # noqa: RET502
     else:
-        return load_rows(locate(x, where), stride_of(x, problem), start, r, d, problem.NK, EVEN)
+        return load_rows(locate(x, where), row_stride(x, problem), start, r, d, problem.NQ, EVEN)
+
+
+@triton.jit
+def load_key_rows(x, where, problem, start, r, d, EVEN: tl.constexpr):
+    """Load rows of a view of key heads (key, value); return ``None`` if it is absent."""
+    if x.ptr is None:
+        return  # noqa: RET502
+    else:
+        return load_rows(locate(x, where), row_stride(x, problem), start, r, d, problem.NK, EVEN)
 
 
 @triton.jit
 def store_rows(at, stride, x, start, r, d, limit):
-    """The same rows, written."""
+    """Store rows ``start + r`` of a matrix that are below ``limit``."""
     start = tl.cast(start, tl.int64)
     p = at + start * stride + r[:, None] * stride + d[None, :]
     tl.store(p, x.to(at.dtype.element_ty), mask=(r < limit - start)[:, None])
 
 
 @triton.jit
-def store(view, at, x, where, flat, problem, start, r, d, limit, SIZE: tl.constexpr):
-    """Rows of what lies ``at`` like a view: that has strides, or is contiguous, with ``limit`` rows of SIZE columns."""
+def store(view, at, x, where, head_index, problem, start, r, d, limit, SIZE: tl.constexpr):
+    """Store rows of a tensor that begins at ``at`` and has the strides of ``view``.
+
+    If ``view.head`` is ``None``, the tensor is contiguous, with ``limit`` rows of SIZE columns for each head.
+    """
     if view.head is None:
-        store_rows(at + flat * limit * SIZE, SIZE, x, start, r, d, limit)
+        store_rows(at + head_index * limit * SIZE, SIZE, x, start, r, d, limit)
     else:
-        store_rows(locate_like(at, view, where), stride_of(view, problem), x, start, r, d, limit)
+        store_rows(locate_like(at, view, where), row_stride(view, problem), x, start, r, d, limit)
 
 
 @triton.jit
-def load_plane(x, at, i, j, NQ, NK):
-    """A tile of a mask, a bias or its tangent; a stride of ``None`` is a broadcast dimension, read once."""
+def load_score_tile(x, at, i, j, NQ, NK):
+    """Load a tile of a mask, a bias or a bias's tangent. Broadcast dimensions (stride ``None``) are read once."""
     if x.row is None and x.col is None:
         return tl.load(at)
     elif x.row is None:
@@ -208,17 +251,17 @@ def load_plane(x, at, i, j, NQ, NK):
 
 
 @triton.jit
-def hide(s, problem, bias_at, mask_at, i, j, FOLD: tl.constexpr, EDGE: tl.constexpr):
-    """Scores with bias, -inf where hidden. With FOLD they are scaled here, else by their user.
+def bias_and_mask(s, problem, terms, i, j, FOLD_SCALE: tl.constexpr, EDGE: tl.constexpr):
+    """Return scores with bias, -inf where hidden. With FOLD_SCALE they are scaled here, otherwise by the caller.
 
-    EDGE: the tile may reach past the band or the last key.
+    EDGE: the tile may extend beyond the band or the last key.
     """
-    if FOLD:
+    if FOLD_SCALE:
         s = s * (problem.scale * LOG2E)
     if problem.bias.ptr is not None:
-        s += load_plane(problem.bias, bias_at, i, j, problem.NQ, problem.NK).to(tl.float32) * LOG2E
+        s += load_score_tile(problem.bias, terms.bias, i, j, problem.NQ, problem.NK).to(tl.float32) * LOG2E
     if problem.mask.ptr is not None:
-        s += load_plane(problem.mask, mask_at, i, j, problem.NQ, problem.NK).to(tl.float32)
+        s += load_score_tile(problem.mask, terms.mask, i, j, problem.NQ, problem.NK).to(tl.float32)
     if EDGE:
         shown = j < problem.NK
         if problem.right is not None:
@@ -230,26 +273,29 @@ def hide(s, problem, bias_at, mask_at, i, j, FOLD: tl.constexpr, EDGE: tl.conste
 
 
 @triton.jit
-def mix(x):
-    """The 32-bit finaliser of MurmurHash3 (Appleby)."""
+def murmur_mix(x):
+    """Apply the 32-bit finaliser of MurmurHash3 (Appleby)."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
     return x ^ (x >> 16)
 
 
 @triton.jit
-def kept(seed, threshold, i, j):
-    """Which elements dropout keeps: the function of seed, row and column of ``backends/_scores.py``, bit for bit."""
+def dropout_keeps(seed, threshold, i, j):
+    """Return which elements dropout keeps: bit for bit those of ``dropout_weight`` in ``backends/masking.py``."""
     low = (seed & 0xFFFFFFFF).to(tl.uint32)
     high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    row = mix((i.to(tl.uint32) * 0x9E3779B9) ^ low)
-    bits = mix(mix(j.to(tl.uint32) * 0x9E3779B9 + row) ^ high)
+    row = murmur_mix((i.to(tl.uint32) * 0x9E3779B9) ^ low)
+    bits = murmur_mix(murmur_mix(j.to(tl.uint32) * 0x9E3779B9 + row) ^ high)
     return bits.to(tl.int64) >= threshold
 
 
 @triton.jit
 def key_range(problem, row, BM: tl.constexpr, BN: tl.constexpr):
-    """Keys that rows ``[row, row + BM)`` see: ``lo <= a <= b <= hi``, with no edge in tiles between ``a`` and ``b``."""
+    """Return the range of keys that rows ``[row, row + BM)`` see, as ``lo <= a <= b <= hi``.
+
+    The edges of the band do not cross the tiles between ``a`` and ``b``.
+    """
     lo = 0
     a = 0
     hi = problem.NK
@@ -264,24 +310,8 @@ def key_range(problem, row, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def sees_few(problem, row, BM: tl.constexpr):
-    """Whether one of the rows ``[row, row + BM)`` sees no more than MANY keys: the first or the last one then does."""
-    first = row
-    last = tl.minimum(row + BM, problem.NQ) - 1
-    fewest_first = problem.NK
-    fewest_last = problem.NK
-    if problem.right is not None:
-        fewest_first = tl.minimum(fewest_first, first + problem.right + 1)
-        fewest_last = tl.minimum(fewest_last, last + problem.right + 1)
-    if problem.left is not None:
-        fewest_first -= tl.maximum(first - problem.left, 0)
-        fewest_last -= tl.maximum(last - problem.left, 0)
-    return tl.minimum(fewest_first, fewest_last) <= MANY
-
-
-@triton.jit
 def row_range(problem, key, BM: tl.constexpr, BN: tl.constexpr):
-    """Rows that see keys ``[key, key + BN)``: the same, for tiles of BM rows."""
+    """Return the range of rows that see keys ``[key, key + BN)``, as :func:`key_range` does, for tiles of BM rows."""
     lo = 0
     a = 0
     hi = problem.NQ
@@ -295,10 +325,28 @@ def row_range(problem, key, BM: tl.constexpr, BN: tl.constexpr):
     return lo, tl.maximum(a, lo), tl.maximum(b, a), hi
 
 
+@triton.constexpr_function
+def segment_exists(segment, starts_with_edge, ends_with_edge, SPLIT):
+    """Return whether a loop over a range ``lo <= a <= b <= hi`` has a segment.
+
+    With SPLIT the loop has up to three: 0, from ``lo`` to ``a``, if the range starts with tiles that an edge crosses;
+    1, from ``a`` to ``b``, which needs no comparisons; 2, from ``b`` to ``hi``, if it ends with such tiles. Without
+    SPLIT it has one, number 2.
+
+    Each kernel has one loop body, inside ``for segment in tl.static_range(3)``. The loop itself cannot be shared: its
+    body updates the accumulators of the kernel, and Triton has no function arguments that could do so.
+    """
+    if segment == 0:
+        return SPLIT and starts_with_edge
+    if segment == 1:
+        return SPLIT
+    return ends_with_edge or not SPLIT
+
+
 @triton.jit
-def part_of(walk, segment: tl.constexpr, SPLIT: tl.constexpr):
-    """Where a segment of a walk ``lo <= a <= b <= hi`` begins and ends: before, within, or past the band's inside."""
-    lo, a, b, hi = walk
+def segment_bounds(bounds, segment: tl.constexpr, SPLIT: tl.constexpr):
+    """Return where a segment of a range ``bounds = (lo, a, b, hi)`` begins and ends."""
+    lo, a, b, hi = bounds
     if not SPLIT:
         return lo, hi
     elif segment == 0:
@@ -310,35 +358,54 @@ def part_of(walk, segment: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def load_stat(at, flat, i, NQ, OTHER: tl.constexpr):
-    """One number for each row, from a contiguous ``[L, NQ]``; OTHER past the last row."""
-    return tl.load(at + flat * NQ + i, mask=i < NQ, other=OTHER)
+def sees_few_keys(problem, row, BM: tl.constexpr):
+    """Return whether one of the rows ``[row, row + BM)`` sees at most MAX_FEW_KEYS keys.
+
+    If one does, then so does the first or the last of them.
+    """
+    first = row
+    last = tl.minimum(row + BM, problem.NQ) - 1
+    keys_of_first = problem.NK
+    keys_of_last = problem.NK
+    if problem.right is not None:
+        keys_of_first = tl.minimum(keys_of_first, first + problem.right + 1)
+        keys_of_last = tl.minimum(keys_of_last, last + problem.right + 1)
+    if problem.left is not None:
+        keys_of_first -= tl.maximum(first - problem.left, 0)
+        keys_of_last -= tl.maximum(last - problem.left, 0)
+    return tl.minimum(keys_of_first, keys_of_last) <= MAX_FEW_KEYS
 
 
 @triton.jit
-def load_lse(at, flat, i, NQ):
-    """The lse to subtract, base 2: 0 for a row without keys, and +inf past the last row, whose P are then 0."""
-    lse = load_stat(at, flat, i, NQ, float("inf")) * LOG2E
+def load_row_value(at, head_index, i, NQ, OTHER: tl.constexpr):
+    """Load one number for each row from a contiguous ``[heads, NQ]``; OTHER past the last row."""
+    return tl.load(at + head_index * NQ + i, mask=i < NQ, other=OTHER)
+
+
+@triton.jit
+def load_lse(at, head_index, i, NQ):
+    """Load the lse to subtract, in base 2: 0 for rows without keys; +inf past the last row, so that P is 0 there."""
+    lse = load_row_value(at, head_index, i, NQ, float("inf")) * LOG2E
     return tl.where(lse == float("-inf"), 0.0, lse)
 
 
 @triton.jit
-def minus_lse_bar(at, lse_at, flat, i, NQ):
-    """What a cotangent of lse adds to the deltas. The lse of a row without keys is constant."""
+def minus_lse_bar(at, lse_at, head_index, i, NQ):
+    """Return what a cotangent of the lse adds to the deltas: nothing for rows without keys, whose lse is constant."""
     delta = tl.zeros(i.shape, tl.float32)
     if at is not None:
-        lse = load_stat(lse_at, flat, i, NQ, 0.0)
-        delta = tl.where(lse == float("-inf"), 0.0, -load_stat(at, flat, i, NQ, 0.0))
+        lse = load_row_value(lse_at, head_index, i, NQ, 0.0)
+        delta = tl.where(lse == float("-inf"), 0.0, -load_row_value(at, head_index, i, NQ, 0.0))
     return delta
 
 
 @triton.jit
-def deltas(e, e_t, o, o_t, SECOND: tl.constexpr):
-    """``rowsum(out_bar * out)`` and its tangent."""
+def deltas(e, e_t, o, o_t, JVP: tl.constexpr):
+    """Return ``rowsum(out_bar * out)`` and, with JVP, its tangent."""
     e = e.to(tl.float32)
     delta = tl.sum(e * o.to(tl.float32), 1)
     delta_t = delta
-    if SECOND:
+    if JVP:
         delta_t = tl.sum(e * o_t.to(tl.float32), 1)
         if e_t is not None:
             delta_t += tl.sum(e_t.to(tl.float32) * o.to(tl.float32), 1)

@@ -1,6 +1,17 @@
-"""Meta-learning algorithms: what is learned across tasks, and how a task adapts it."""
+"""Meta-learning algorithms: what is learned across tasks, and how it is adapted to one task.
 
-from ._learner import Batch, Learner, MetaParams
+Entry point: a function per algorithm (:func:`maml`, :func:`anil`, :func:`reptile`, …), which takes a loss and options
+and returns a :class:`Learner`. A learner makes the meta-parameters (``init``), adapts them to a task (``adapt``), and
+returns losses and meta-gradients of a batch of tasks (``value_and_grad``); an ordinary :mod:`torch.optim` optimizer
+applies the meta-gradients. Learners build on :mod:`metaattn.meta.gradients`, which does not know them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from ._learner import Learner, MetaParams, Samples
 from .anil import anil, boil
 from .cavia import Cavia, cavia
 from .imaml import imaml
@@ -11,7 +22,6 @@ from .prototypes import Prototypical, proto_maml, prototypical
 from .reptile import Reptile, reptile
 
 __all__ = [
-    "Batch",
     "Cavia",
     "GradientBased",
     "Learner",
@@ -19,6 +29,7 @@ __all__ = [
     "MetaParams",
     "Prototypical",
     "Reptile",
+    "Samples",
     "anil",
     "boil",
     "cavia",
@@ -31,3 +42,10 @@ __all__ = [
     "prototypical",
     "reptile",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Batch":  # renamed, because metaattn.tasks.Batch is another thing; the old name works for one release
+        warnings.warn("metaattn.meta.algorithms.Batch is now Samples", DeprecationWarning, stacklevel=2)
+        return Samples
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

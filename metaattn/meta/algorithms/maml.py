@@ -1,4 +1,4 @@
-"""Learning of initial parameters and learning rates, by gradients through adaptation: MAML."""
+"""Learning of initial parameters and learning rates by gradients through the adaptation: MAML."""
 
 from __future__ import annotations
 
@@ -12,33 +12,51 @@ from torch import Tensor
 from .._checks import check_count, check_learning_rate, check_meta, check_optimizer, check_params
 from ..gradients import Gradient, check_gradient, trajectory
 from ..optim import InnerOptimizer, Params, Rates, sgd
-from ._learner import Batch, Learner, MetaParams, copies
+from ._learner import Learner, MetaParams, Samples, copies
 
 
 @dataclass(frozen=True)
 class GradientBased(Learner):
-    """Learning of initial parameters, and of learning rates if asked, by gradients through adaptation.
+    """Learning of initial parameters, and optionally of learning rates, by gradients through the adaptation.
 
-    :func:`maml`, :func:`first_order_maml`, :func:`anil`, :func:`boil`, :func:`meta_sgd` and :func:`imaml` are its
-    named settings.
+    :func:`maml`, :func:`first_order_maml`, :func:`anil`, :func:`boil`, :func:`meta_sgd` and :func:`imaml` return it
+    with the settings of the respective paper. See :class:`Learner` for its use and the shapes.
 
     Args:
-        loss: ``loss(params, inputs, targets)`` of one batch, a scalar; with ``has_aux`` a pair of it and a
-            dict of tensors (metrics) that are carried along.
-        steps: Inner steps, at least 1.
-        learning_rate: Of the inner steps, at the start if it is learned.
-        optimizer: Of the inner steps.
-        gradient: How the inner loop is differentiated, see :func:`metaattn.meta.trajectory`.
-        adapts: Patterns (:mod:`fnmatch`) of the names of the parameters that a task adapts; what matches one
-            that begins with ``!`` it does not.
-        learns: Which learning rates are meta-parameters: ``"nothing"``; one ``"scalar"``; one for each
-            ``"tensor"``; one for each ``"element"``.
-        per_step: Whether each inner step has learning rates of its own.
-        has_aux: Whether the loss returns metrics.
+        loss: ``loss(params, *samples)`` of one task's samples, such as inputs ``[shots, tokens, width]`` and targets
+            ``[shots]``: a scalar; with ``has_aux`` a pair of it and metrics.
+        steps: Number of inner steps, at least 1.
+        learning_rate: Learning rate of the inner steps, at least 0; its initial value if it is learned.
+        optimizer: Optimizer of the inner steps.
+        gradient: Mode in which the inner loop is differentiated: ``"reverse"``, ``"mixed"``, ``"first_order"``,
+            ``"truncated"``, ``"implicit"``, or an object with settings; see :func:`metaattn.meta.trajectory`.
+        adapts: Patterns (:mod:`fnmatch`) for the names of the parameters that a task adapts. A pattern that begins with
+            ``!`` excludes the names that it matches.
+        learns: Learning rates that are meta-parameters: ``"nothing"``; one ``"scalar"`` for all parameters, of shape
+            ``[steps]``; one per ``"tensor"``, ``[steps]``; or one per ``"element"``, ``[steps, *parameter.shape]``. The
+            dimension of steps has length 1 without ``per_step``.
+        per_step: Learn separate learning rates for each inner step.
+        has_aux: The loss returns a pair of the scalar and metrics, a pytree of tensors.
 
     Raises:
-        ValueError: A value that is none of those allowed; patterns that match no parameter (on use).
-        TypeError: A value of another type, such as an optimizer's name.
+        ValueError: A setting is outside its range; in use, ``adapts`` matches no parameter.
+        TypeError: A setting has the wrong type, such as an optimizer given by name.
+
+    Source:
+        Finn, Abbeel and Levine 2017 (arXiv 1703.03400), algorithm 1; learned rates: Li et al. 2017 (arXiv 1707.09835)
+        and Antoniou, Edwards and Storkey 2019 (arXiv 1810.09502).
+
+    Example:
+        >>> import torch
+        >>> from metaattn.meta import GradientBased, adam
+        >>> def loss(params, x, y):
+        ...     return (params["w"] * x - y).square().mean()
+        >>> learner = GradientBased(loss, steps=3, optimizer=adam(), learning_rate=0.01, learns="scalar")
+        >>> meta = learner.init({"w": torch.tensor(0.0)})
+        >>> x, y = torch.randn(8, 5), torch.randn(8, 5)  # eight tasks of five samples
+        >>> losses, gradients = learner.value_and_grad(meta, (x, y), (x, y))
+        >>> losses.shape, gradients["params"]["w"].shape, gradients["rates"]["all"].shape
+        (torch.Size([8]), torch.Size([]), torch.Size([1]))
     """
 
     loss: Callable[..., Any]
@@ -64,22 +82,35 @@ class GradientBased(Learner):
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """See :class:`Learner`."""
+        """Names of the groups of meta-parameters: ``"params"`` and, if rates are learned, ``"rates"``."""
         return ("params",) if self.learns == "nothing" else ("params", "rates")
 
     def init(self, params: Params) -> MetaParams:
-        """Meta-parameters from a model's: copies that require gradients, of it and of the learned rates.
+        """Return copies of the model's parameters and of the learned rates, which require gradients.
+
+        Args:
+            params: A model's parameters, ``{name: tensor}`` of any shapes.
+
+        Returns:
+            ``{"params": {name: tensor}, "rates": {name: tensor}}``; no rates with ``learns="nothing"``.
 
         Raises:
-            TypeError: Anything but a dict of tensors, such as a module.
-            ValueError: No parameters, or none that a task adapts.
+            TypeError: ``params`` is not a dict of tensors, but for example a module.
+            ValueError: There are no parameters, or none that a task adapts.
         """
         check_params(params)
         self.adapted(params)
         return copies({"params": params, "rates": self.initial_rates(params)})
 
     def initial_rates(self, params: Params) -> Params:
-        """Those that are learned, as they are at first; of the parameters that a task adapts."""
+        """Return the initial values of the learned rates, for the parameters that a task adapts.
+
+        Args:
+            params: A model's parameters, ``{name: tensor}``.
+
+        Returns:
+            ``{}``, ``{"all": [steps]}``, ``{name: [steps]}`` or ``{name: [steps, *parameter.shape]}``, by ``learns``.
+        """
         steps = self.steps if self.per_step else 1
         like = next(iter(params.values()))
         if self.learns == "nothing":
@@ -90,33 +121,60 @@ class GradientBased(Learner):
         return {k: params[k].new_full((steps, *shapes[k]), self.learning_rate) for k in self.adapted(params)}
 
     def rates(self, meta: MetaParams) -> Rates:
-        """As the inner optimizer takes them."""
+        """Return the learning rates in the form that the inner optimizer takes.
+
+        Args:
+            meta: Meta-parameters of :meth:`init`.
+
+        Returns:
+            A number, a tensor ``[steps]``, or a dict of tensors; see :func:`metaattn.meta.rate`.
+        """
         if self.learns == "nothing":
             return self.learning_rate
         return meta["rates"]["all"] if self.learns == "scalar" else meta["rates"]
 
     def adapted(self, params: Params) -> list[str]:
-        """The names of the parameters that a task adapts."""
-        wanted = [p for p in self.adapts if not p.startswith("!")]
-        unwanted = [p[1:] for p in self.adapts if p.startswith("!")]
-        names = [k for k in params if _matches(k, wanted) and not _matches(k, unwanted)]
+        """Return the names of the parameters that a task adapts, in the order of ``params``.
+
+        Args:
+            params: A model's parameters, ``{name: tensor}``.
+
+        Raises:
+            ValueError: The patterns match no name.
+        """
+        included = [p for p in self.adapts if not p.startswith("!")]
+        excluded = [p[1:] for p in self.adapts if p.startswith("!")]
+        names = [k for k in params if _matches(k, included) and not _matches(k, excluded)]
         if not names:
-            raise ValueError(f"no parameter matches {list(self.adapts)}; there are {sorted(params)}")
+            raise ValueError(
+                f"adapts must match the name of a parameter; got {list(self.adapts)}, and the parameters are "
+                f"{sorted(params)}"
+            )
         return names
 
-    def start(self, meta: MetaParams, support: Batch) -> Params:
-        """What a task's inner steps start from."""
+    def start(self, meta: MetaParams, support: Samples) -> Params:
+        """Return the parameters from which a task's inner steps start.
+
+        Args:
+            meta: Meta-parameters of :meth:`init`.
+            support: One task's support set, such as inputs ``[shots, tokens, width]`` and targets ``[shots]``.
+        """
         return meta["params"]
 
     def differentiated(self) -> str | Gradient:
-        """How the inner loop is differentiated now."""
+        """Return the mode in which the inner loop is differentiated at this time of meta-training."""
         return self.gradient
 
-    def plain_loss(self, params: Params, *batch: Tensor) -> Tensor:
-        """The loss without metrics."""
-        return self.loss(params, *batch)[0] if self.has_aux else self.loss(params, *batch)
+    def plain_loss(self, params: Params, *samples: Tensor) -> Tensor:
+        """Return the loss without metrics.
 
-    def trajectory(self, meta: MetaParams, support: Batch, steps: int | None = None) -> list[Params]:
+        Args:
+            params: A model's parameters, ``{name: tensor}``.
+            *samples: One task's samples, such as inputs ``[shots, tokens, width]`` and targets ``[shots]``.
+        """
+        return self.loss(params, *samples)[0] if self.has_aux else self.loss(params, *samples)
+
+    def trajectory(self, meta: MetaParams, support: Samples, steps: int | None = None) -> list[Params]:
         """See :class:`Learner`."""
         check_meta(meta, self.groups)
         params = self.start(meta, support)
@@ -136,14 +194,46 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def maml(loss: Callable[..., Any], **settings: Any) -> GradientBased:
-    """Model-agnostic meta-learning, second order.
+def maml(
+    loss: Callable[..., Any],
+    *,
+    steps: int = 1,
+    learning_rate: float = 0.1,
+    optimizer: InnerOptimizer | None = None,
+    gradient: str | Gradient = "reverse",
+    adapts: Sequence[str] = ("*",),
+    learns: Literal["nothing", "scalar", "tensor", "element"] = "nothing",
+    per_step: bool = False,
+    has_aux: bool = False,
+) -> GradientBased:
+    """Model-agnostic meta-learning with second-order gradients: MAML.
+
+    A task starts from shared initial parameters and takes gradient steps on its support set. The initial parameters are
+    trained by the gradient of the loss on the query set, through those steps. See :class:`Learner` for the shapes.
 
     Args:
-        loss: As for :class:`GradientBased`.
-        **settings: Of :class:`GradientBased`.
+        loss: ``loss(params, *samples)`` of one task's samples, such as inputs ``[shots, tokens, width]`` and targets
+            ``[shots]``: a scalar; with ``has_aux`` a pair of it and metrics.
+        steps: Number of inner steps, at least 1.
+        learning_rate: Learning rate of the inner steps, at least 0; its initial value if it is learned.
+        optimizer: Optimizer of the inner steps; ``None`` for :func:`metaattn.meta.sgd`.
+        gradient: Mode in which the inner loop is differentiated: ``"reverse"``, ``"mixed"``, ``"first_order"``,
+            ``"truncated"``, ``"implicit"``, or an object with settings; see :func:`metaattn.meta.trajectory`.
+        adapts: Patterns (:mod:`fnmatch`) for the names of the parameters that a task adapts. A pattern that begins with
+            ``!`` excludes the names that it matches.
+        learns: Learning rates that are meta-parameters: ``"nothing"``, one ``"scalar"`` for all parameters, one per
+            ``"tensor"``, or one per ``"element"``.
+        per_step: Learn separate learning rates for each inner step.
+        has_aux: The loss returns a pair of the scalar and metrics, a pytree of tensors.
 
-    FunctionKey:
+    Returns:
+        A :class:`GradientBased` learner. Its meta-parameters are ``"params"`` and, if rates are learned, ``"rates"``.
+
+    Raises:
+        ValueError: A setting is outside its range; in use, ``adapts`` matches no parameter.
+        TypeError: A setting has the wrong type, such as an optimizer given by name; an option does not exist.
+
+    Source:
         Finn, Abbeel and Levine 2017 (arXiv 1703.03400), algorithm 1.
 
     Example:
@@ -158,17 +248,55 @@ def maml(loss: Callable[..., Any], **settings: Any) -> GradientBased:
         >>> losses.shape, gradients["params"]["w"].shape
         (torch.Size([8]), torch.Size([]))
     """
-    return GradientBased(loss, **settings)
+    return GradientBased(
+        loss,
+        steps=steps,
+        learning_rate=learning_rate,
+        optimizer=sgd() if optimizer is None else optimizer,
+        gradient=gradient,
+        adapts=adapts,
+        learns=learns,
+        per_step=per_step,
+        has_aux=has_aux,
+    )
 
 
-def first_order_maml(loss: Callable[..., Any], **settings: Any) -> GradientBased:
-    """MAML with the inner gradients taken for constants.
+def first_order_maml(
+    loss: Callable[..., Any],
+    *,
+    steps: int = 1,
+    learning_rate: float = 0.1,
+    optimizer: InnerOptimizer | None = None,
+    adapts: Sequence[str] = ("*",),
+    learns: Literal["nothing", "scalar", "tensor", "element"] = "nothing",
+    per_step: bool = False,
+    has_aux: bool = False,
+) -> GradientBased:
+    """MAML with constant inner gradients: first-order MAML.
+
+    The meta-gradient of the initial parameters is the gradient of the query loss at the adapted ones.
 
     Args:
-        loss: As for :class:`GradientBased`.
-        **settings: Of :class:`GradientBased`, but for ``gradient``.
+        loss: ``loss(params, *samples)`` of one task's samples, such as inputs ``[shots, tokens, width]`` and targets
+            ``[shots]``: a scalar; with ``has_aux`` a pair of it and metrics.
+        steps: Number of inner steps, at least 1.
+        learning_rate: Learning rate of the inner steps, at least 0; its initial value if it is learned.
+        optimizer: Optimizer of the inner steps; ``None`` for :func:`metaattn.meta.sgd`.
+        adapts: Patterns (:mod:`fnmatch`) for the names of the parameters that a task adapts. A pattern that begins with
+            ``!`` excludes the names that it matches.
+        learns: Learning rates that are meta-parameters: ``"nothing"``, one ``"scalar"`` for all parameters, one per
+            ``"tensor"``, or one per ``"element"``.
+        per_step: Learn separate learning rates for each inner step.
+        has_aux: The loss returns a pair of the scalar and metrics, a pytree of tensors.
 
-    FunctionKey:
+    Returns:
+        A :class:`GradientBased` learner. Its meta-parameters are ``"params"`` and, if rates are learned, ``"rates"``.
+
+    Raises:
+        ValueError: A setting is outside its range; in use, ``adapts`` matches no parameter.
+        TypeError: A setting has the wrong type, such as an optimizer given by name; an option does not exist.
+
+    Source:
         Finn, Abbeel and Levine 2017 (arXiv 1703.03400), section 5.2.
 
     Example:
@@ -176,7 +304,17 @@ def first_order_maml(loss: Callable[..., Any], **settings: Any) -> GradientBased
         >>> from metaattn.meta import first_order_maml
         >>> learner = first_order_maml(lambda params, x: (params["w"] - x).square().sum(), learning_rate=0.25)
         >>> meta, x = learner.init({"w": torch.zeros(1)}), torch.ones(3, 1)
-        >>> learner.value_and_grad(meta, (x,), (x,))[1]["params"]["w"]  # at 0.5, the end; maml halves it
+        >>> learner.value_and_grad(meta, (x,), (x,))[1]["params"]["w"]  # the gradient at 0.5; with maml it is half that
         tensor([-1.])
     """
-    return GradientBased(loss, **{**settings, "gradient": "first_order"})
+    return GradientBased(
+        loss,
+        steps=steps,
+        learning_rate=learning_rate,
+        optimizer=sgd() if optimizer is None else optimizer,
+        adapts=adapts,
+        learns=learns,
+        per_step=per_step,
+        has_aux=has_aux,
+        gradient="first_order",
+    )

@@ -1,4 +1,4 @@
-"""Spectra of Hessians on the way of adaptation, against the dense Hessian by autograd of attention written out."""
+"""Spectra of Hessians during adaptation, against the full Hessian by autograd of dense attention."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from experiments.errors import UserError
 from experiments.studies import curvature
 from experiments.studies.curvature import Settings, Study
 from experiments.training import checkpoint
-from tests.helpers import assert_close
+from tests.helpers import assert_close, dense
 
 pytest.importorskip("curvlinops")
 
@@ -29,12 +29,12 @@ def study(run, **settings):
 
 
 def dense_hessian(study, params, x, y):
-    """Of the squared error, by double backward through PyTorch's own operations."""
+    """Return the Hessian of the squared error, by double backward through PyTorch operations."""
     sizes = [p.numel() for p in params.values()]
     flat = torch.cat([p.detach().flatten() for p in params.values()]).requires_grad_()
     named = {k: t.view_as(params[k]) for k, t in zip(params, flat.split(sizes), strict=True)}
     for block in study.run.model.blocks:
-        block.attention.attention = lambda q, k, v, **_: torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+        block.attention.attention = lambda q, k, v, **_: dense(q, k, v)[0]
     loss = (functional_call(study.run.model, named, (x,)) - y).square().mean()
     (gradient,) = torch.autograd.grad(loss, flat, create_graph=True)
     return torch.stack([torch.autograd.grad(g, flat, retain_graph=True)[0] for g in gradient])
@@ -53,35 +53,35 @@ def test_all_eigenvalues(run):
 
 
 def test_lanczos(run):
-    """A quadrature: its shares sum to the number of eigenvalues, its ends are theirs, its mean is near the trace's."""
+    """The weights of the quadrature sum to the number of eigenvalues; its extremes and its trace are close."""
     support = [t[0] for t in study(run).run.tasks("test", 0, 1).support]
-    exact, few = (study(run, lanczos=n) for n in (None, 40))
+    exact, quadrature = (study(run, lanczos=n) for n in (None, 40))
     params = exact.run.learner.trajectory(exact.meta, support)[-1]
-    want, got = (s.spectrum(s.hessian(params, support)) for s in (exact, few))
+    want, got = (s.spectrum(s.hessian(params, support)) for s in (exact, quadrature))
     assert len(got.values) == 40
-    assert got.counts.sum().item() == pytest.approx(few.size)
+    assert got.counts.sum().item() == pytest.approx(quadrature.size)
     assert_close(got.values[[0, -1]], want.values[[0, -1]], factor=1e4)
     spread = (want.values.square().sum() * 2).sqrt()  # the standard deviation of a Gaussian probe's estimate
     assert (got.values @ got.counts - want.values.sum()).abs() < 4 * spread
 
 
-def test_a_task_that_adapts_a_part(run, tmp_path):
+def test_a_task_that_adapts_some_parameters(run, tmp_path):
     content = checkpoint.load(run / "best.pt")
     content["config"]["algorithm"]["adapts"] = ["head.*"]
     torch.save(content, tmp_path / "best.pt")
     s = study(tmp_path)
     assert s.size == 8 + 1
-    # The loss is quadratic in the head: its Hessian is that of least squares wherever the head is.
+    # The loss is quadratic in the head, so that its Hessian is constant.
     (task,) = s.points(1)
     assert_close(task[0].spectrum.values, task[-1].spectrum.values)
     assert task[0].spectrum.values.min() > -1e-12
 
 
-def test_stability_is_of_one_fixed_rate(run):
+def test_the_stability_limit_needs_one_fixed_rate(run):
     config = study(run).run.config
-    assert curvature.stable_up_to(config) == pytest.approx(40)
+    assert curvature.stability_limit(config) == pytest.approx(40)
     learned = replace(config, algorithm=replace(config.algorithm, learns=curvature.Learns.tensor))
-    assert curvature.stable_up_to(learned) is None
+    assert curvature.stability_limit(learned) is None
 
 
 def _main(monkeypatch, *arguments):
@@ -103,7 +103,7 @@ def test_command(run, monkeypatch, tmp_path, capsys):
     assert (tmp_path / "curvature.png").stat().st_size > 10_000
     out = capsys.readouterr().out
     assert "Hessian of the support loss in 721 parameters, means of 1 held-out tasks" in out
-    # Products that are not symmetric are told.
+    # Products that are not symmetric are reported.
     points = [[curvature.Point(1.0, 1.0, curvature.Spectrum(*torch.ones(2, 3)))] * 6]
     monkeypatch.setattr(Study, "points", lambda s, _: (setattr(s, "asymmetry", 0.1), points)[1])
     assert _main(monkeypatch, *options) == 1
@@ -111,15 +111,15 @@ def test_command(run, monkeypatch, tmp_path, capsys):
 
 
 def test_mistakes(run, monkeypatch, tmp_path, capsys):
-    def told(*arguments):
+    def message(*arguments):
         assert _main(monkeypatch, f"out={tmp_path}", *arguments) == 2
         return capsys.readouterr().err
 
-    assert "lanczos must be at least 2, or null; got 1" in told("lanczos=1")
-    assert "no checkpoint at" in told(f"checkpoint={tmp_path}/none.pt")
+    assert "lanczos must be at least 2, or null; got 1" in message("lanczos=1")
+    assert "no checkpoint at" in message(f"checkpoint={tmp_path}/none.pt")
     monkeypatch.setitem(sys.modules, "curvlinops", None)
-    assert told().endswith('pip install -r requirements.txt -c requirements-integrations.txt -e ".[curvlinops]"\n')
-    monkeypatch.setattr(curvature, "MOST", 100)
+    assert message().endswith('pip install -r requirements.txt -c requirements-integrations.txt -e ".[curvlinops]"\n')
+    monkeypatch.setattr(curvature, "MAX_PARAMETERS", 100)
     with pytest.raises(UserError, match=r"adapts 721 parameters, too many for all eigenvalues .*lanczos=60"):
         study(run)
     content = checkpoint.load(run / "best.pt")

@@ -1,4 +1,4 @@
-"""Learned weights of data: the clean source wins, by a derivative that finite differences confirm."""
+"""Learned data weights: the clean source gets the largest one, and finite differences confirm the meta-gradient."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ def test_weights_separate_clean_from_corrupted(learned):
     assert clean > 0.5
     assert clean > 1.5 * shuffled
     assert clean > 50 * max(half_noise, noise)
-    # The shuffled source falls behind once the model has learned which bytes there are and turns to their order.
+    # The weight of the shuffled source decreases once the model knows the frequencies of bytes and learns their order.
     assert shuffled < 0.7 * weights[10, 3]
     assert losses[-1] < losses[0] - 1
 
@@ -43,7 +43,7 @@ def test_learning_is_deterministic(learned):
 
 def test_the_meta_gradient_is_that_of_finite_differences():
     study = Study(Settings(**TINY, inner_learning_rate=0.3))
-    # A head of zeros hides the rest of the model from the first step.
+    # With a head of zeros, the first step would not depend on the rest of the model.
     start = {k: 0.1 * torch.randn_like(p) if k == "head.weight" else p for k, p in study.start.items()}
     start = {k: p.double() for k, p in start.items()}
 
@@ -70,19 +70,19 @@ def test_the_corpus_is_split_by_files():
     assert [[head in whole for whole in wholes] for head in heads] == [[i == j for j in range(3)] for i in range(3)]
 
 
-def test_sources_are_what_they_say():
+def test_sources_have_their_noise():
     text = torch.full((1000,), 65, dtype=torch.uint8)
-    text[::2] = 66  # every window alternates
+    text[::2] = 66  # the bytes of every window alternate
     s = Settings(length=99, batch=50)
     clean, some, half, noise, shuffled = data_weights.mixed_batch(s, text, 3)
     assert clean.shape == (50, 100)
     assert (clean[:, 1:] != clean[:, :-1]).all()
-    unlike = lambda x: ((x[:, 1:] != x[:, :-1]) & (x[:, 1:] >= 65) & (x[:, 1:] <= 66)).double().mean().item()
-    known = lambda x: ((x == 65) | (x == 66)).double().mean().item()
+    changes = lambda x: ((x[:, 1:] != x[:, :-1]) & (x[:, 1:] >= 65) & (x[:, 1:] <= 66)).double().mean().item()
+    original = lambda x: ((x == 65) | (x == 66)).double().mean().item()
     for source, rate in ((some, 0.2), (half, 0.5), (noise, 1.0)):
-        assert known(source) == pytest.approx(1 - rate * 254 / 256, abs=0.02)
+        assert original(source) == pytest.approx(1 - rate * 254 / 256, abs=0.02)
     assert (shuffled.sort(1).values == clean.sort(1).values).all()
-    assert unlike(shuffled) == pytest.approx(0.5, abs=0.03)
+    assert changes(shuffled) == pytest.approx(0.5, abs=0.03)
     assert torch.equal(data_weights.mixed_batch(s, text, 3)[3], noise)
     assert not torch.equal(data_weights.mixed_batch(s, text, 4)[3], noise)
 
@@ -92,7 +92,7 @@ def test_sources_are_what_they_say():
     [
         ({"batch": 0}, "batch must be at least 1; got 0"),
         ({"inner_learning_rate": 0.0}, "inner_learning_rate must be positive and finite; got 0.0"),
-        ({"noise": [1.5]}, r"noise must be rates above 0 and at most 1, beside the clean source; got \[1.5\]"),
+        ({"noise": [1.5]}, r"noise must be rates above 0 and at most 1, for .* besides the clean one; got \[1.5\]"),
         ({"noise": [], "shuffled": False}, "noise must be rates"),
         ({"gradient": GradientName.first_order}, "give gradient=reverse"),
     ],
@@ -117,13 +117,13 @@ def test_command(monkeypatch, tmp_path, capsys):
     content = json.loads((tmp_path / "data_weights.json").read_text())
     assert content["sources"] == ["clean", "50% noise", "100% noise"]
     assert [len(content["weights"]), len(content["held_out_loss"])] == [5, 4]
-    assert set(content["test_loss"]) == {"clean source alone", "learned weights", "equal parts"}
+    assert set(content["test_loss"]) == {"clean source only", "learned weights", "equal parts"}
     assert content["settings"]["gradient"] == "reverse"
     assert (tmp_path / "data_weights.png").stat().st_size > 10_000
     assert "Bits per byte" in capsys.readouterr().out
-    # Weights that move away from the clean source are told.
+    # Weights that move away from the clean source are reported.
     monkeypatch.setattr(data_weights, "learn", lambda study: (torch.tensor([[1, 1, 1], [1, 2, 1]]) / 4, [0.0]))
     assert _main(monkeypatch, *short, "meta_steps=1") == 1
-    assert "the clean source is not above all others" in capsys.readouterr().err
+    assert "the clean source does not have the largest weight" in capsys.readouterr().err
     assert _main(monkeypatch, *short, "gradient=first_order") == 2
-    assert capsys.readouterr().err.startswith("error: gradient=first_order takes inner gradients for constants")
+    assert capsys.readouterr().err.startswith("error: gradient=first_order does not differentiate through")

@@ -29,8 +29,8 @@ def random_params(s):
     return {k: 0.3 * torch.randn(p.shape, generator=g, dtype=torch.float64) for k, p in s.start.items()}
 
 
-def test_reads_by_the_definition():
-    """Chunk by chunk: the loss of each, then a step of plain gradient descent on it."""
+def test_read_follows_its_definition():
+    """For each chunk: its loss, then a step of plain gradient descent on it."""
     s = study()
     s.model.double()
     params, tokens = random_params(s), s.texts("train", 0, 1)[0]
@@ -52,19 +52,19 @@ def test_reads_by_the_definition():
     torch.testing.assert_close(got, torch.stack(want), rtol=1e-12, atol=1e-12)
 
 
-def test_chunks_see_all_that_the_window_reaches():
-    """The loss of a chunk read from where its windows begin is that of the whole text read at once."""
+def test_a_chunk_has_its_complete_context():
+    """The loss of a chunk with its context equals that in the complete text."""
     s = study(depth=2)
     s.model.double()
     params, tokens = random_params(s), s.texts("train", 0, 1)[0]
     logits = functional_call(s.model, params, (tokens[:-1],))
     want = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none").view(3, 6).mean(1)
-    # Rotary positions count from the first token read, and only differences matter.
+    # Rotary positions count from the first token of the context, and only differences matter.
     torch.testing.assert_close(s.read(params, {}, tokens), want, rtol=1e-10, atol=1e-10)
 
 
 def letters(length=300, documents=200):
-    """Text whose every document has an alphabet of four letters of its own: what is read tells what will come."""
+    """Return documents that each use four letters, so that reading the first part helps to predict the rest."""
     g = torch.Generator().manual_seed(0)
     parts = [torch.randperm(256, generator=g)[torch.randint(4, (length,), generator=g)] for _ in range(documents)]
     return torch.cat(parts).to(torch.uint8)
@@ -80,8 +80,8 @@ def test_reading_helps(tmp_path, monkeypatch, capsys):
     )
     long_context.main()
     content = json.loads((out / "long_context.json").read_text())
-    with_steps, without = (content["bits_per_byte"][k] for k in ("learns as it reads", "the same, steps left out"))
-    assert with_steps[0] == pytest.approx(without[0])  # nothing has been read before the first chunk
+    with_steps, without = (content["bits_per_byte"][k] for k in ("learns as it reads", "the same, without steps"))
+    assert with_steps[0] == pytest.approx(without[0])  # before the first chunk no step has been taken
     assert with_steps[-1] < without[-1] - 0.5
     assert content["training"]["meta-training"][-1] < content["training"]["meta-training"][0] - 0.5
     assert (out / "long_context.png").stat().st_size > 10_000
@@ -91,7 +91,7 @@ def test_reading_helps(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"chunks": 1}, "chunks must be at least 2, for there is nothing to remember in the first; got 1"),
+        ({"chunks": 1}, "chunks must be at least 2, because the first has nothing to remember; got 1"),
         ({"window": 0}, "window must be at least 1; got 0"),
         ({"inner_learning_rate": 0.0}, "inner_learning_rate must be positive and finite; got 0.0"),
     ],
@@ -102,5 +102,5 @@ def test_mistakes(changes, message):
 
 
 def test_nothing_to_adapt():
-    with pytest.raises(UserError, match=r"no parameter matches adapts=\['blocks.9.*'\]; there are "):
+    with pytest.raises(UserError, match=r"no parameter matches adapts=\['blocks.9.*'\]; the parameters are "):
         study(adapts=["blocks.9.*"])

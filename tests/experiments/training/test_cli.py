@@ -1,6 +1,7 @@
-"""The command line: what a run leaves, its errors and exit codes, kill and resume."""
+"""The command ``train_maml.py``: the files of a run, errors and exit codes, kill and resume."""
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.training import checkpoint, report, setup
+from experiments.training import checkpoint, loop, metrics, report, setup
 from experiments.training.config import Backend, Config, TaskConfig, TaskName
 from experiments.training.main import main
 from metaattn.compile import compiler
@@ -26,36 +28,46 @@ ROOT = Path(__file__).parents[3]
 SMOKE = ["experiment=smoke", "threads=1"]
 
 
-@pytest.fixture
-def command(monkeypatch, tmp_path, capsys):
-    """``train_maml.py`` in this process and in an empty directory: exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    before = torch.get_float32_matmul_precision()
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train_maml.py", *arguments])
-        code = 0
+def _main(cwd, *arguments):
+    """Run ``train_maml.py`` in this process, in a directory; return the exit code, stdout and stderr."""
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    precision = torch.get_float32_matmul_precision()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["train_maml.py", *arguments])
         try:
             main()
         except SystemExit as end:
             code = end.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        finally:
+            torch.set_float32_matmul_precision(precision)  # precision=tf32 sets it
+    return code, out.getvalue(), err.getvalue()
 
-    yield call
-    torch.set_float32_matmul_precision(before)  # precision=tf32 sets it
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Run ``train_maml.py`` in an empty directory. Plots, which take half of the time, are only drawn on request."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments, draw=False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not draw:
+                for name in ("learning", "adaptation", "episode"):
+                    patch.setattr(report, name, lambda path, *_, **__: path.touch())
+            return _main(tmp_path, *arguments)
+
+    return call
+
+
+def _program(*arguments):
+    """Return the command line of ``train_maml.py``, and the options to start it as a process."""
+    options = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "text": True}
+    return [sys.executable, str(ROOT / "train_maml.py"), *arguments], options
 
 
 def _start(cwd, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train_maml.py"), *SMOKE, *arguments],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    program, options = _program(*SMOKE, *arguments)
+    return subprocess.Popen(program, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def _only(path):
@@ -64,7 +76,7 @@ def _only(path):
 
 
 def _wait_for_step(out, step, process):
-    """Until ``latest.pt`` is of at least this step."""
+    """Wait until ``latest.pt`` has reached a step; return its path."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
@@ -77,15 +89,14 @@ def _wait_for_step(out, step, process):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A whole smoke run of 20 steps."""
+    """A complete smoke run of 20 steps: its directory and its stdout."""
     cwd = tmp_path_factory.mktemp("finished")
-    process = _start(cwd)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    code, out, err = _main(cwd, *SMOKE)
+    assert code == 0, err
     return _only(cwd / "outputs" / "glyphs"), out
 
 
-def test_a_run_leaves_everything(finished):
+def test_a_run_writes_all_files(finished):
     run, out = finished
     names = {p.name for p in run.iterdir()}
     plots = {"adaptation.png", "learning.png", "episode.png"}
@@ -127,7 +138,7 @@ def test_config_is_resolved(finished):
     assert "${" not in text
 
 
-def test_checkpoint_holds_what_goes_on(finished):
+def test_checkpoint_has_what_a_resumed_run_needs(finished):
     content = checkpoint.load(finished[0] / "latest.pt")
     assert content["step"] == 20
     assert {"torch", "cuda", "numpy", "python"} == set(content["rng"])
@@ -138,34 +149,32 @@ def test_checkpoint_holds_what_goes_on(finished):
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_kill_and_resume_is_bit_exact(tmp_path, dropout, finished):
-    """20 steps equal some, kill -9 and the rest; with dropout the states of the generators count too."""
+    """20 steps equal some steps, kill -9, and the rest after a resume. Dropout depends on the random generators."""
     extra = [f"model.dropout={dropout}", f"model.attention_dropout={dropout}"]
+    killed = _start(tmp_path, *extra, "train.checkpoint_every=1")
     if dropout:
-        whole = _start(tmp_path / "..", *extra, f"hydra.run.dir={tmp_path}/whole")
-        _, err = whole.communicate(timeout=300)
-        assert whole.returncode == 0, err
         reference = tmp_path / "whole"
+        code, _, err = _main(tmp_path, *SMOKE, *extra, f"hydra.run.dir={reference}")  # while the other process starts
+        assert code == 0, err
     else:
         reference = finished[0]
-    killed = _start(tmp_path, *extra, "train.checkpoint_every=1")
     path = _wait_for_step(tmp_path / "outputs" / "glyphs", 8, killed)
     killed.send_signal(signal.SIGKILL)
     killed.communicate(timeout=30)
     assert checkpoint.load(path)["step"] < 20
-    resumed = subprocess.run(
-        [sys.executable, str(ROOT / "train_maml.py"), f"resume={path.parent}", "threads=1"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    resume = [f"resume={path.parent}", "threads=1"]
+    if dropout:
+        code, _, err = _main(tmp_path, *resume)
+    else:
+        program, options = _program(*resume)
+        done = subprocess.run(program, cwd=tmp_path, capture_output=True, timeout=300, **options)
+        code, err = done.returncode, done.stderr
+    assert code == 0, err
     got, want = checkpoint.load(path), checkpoint.load(reference / "latest.pt")
     for part in ("meta", "optimizer", "step", "best", "rng"):
         _assert_identical(got[part], want[part])
     rows = [
-        [{k: v for k, v in r.items() if k != "steps_per_second"} for r in report.read_metrics(p / "metrics.csv")]
+        [{k: v for k, v in r.items() if k != "steps_per_second"} for r in metrics.read_metrics(p / "metrics.csv")]
         for p in (path.parent, reference)
     ]
     assert rows[0] == rows[1]
@@ -188,19 +197,59 @@ def _assert_identical(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_stops(tmp_path, number, code):
+def test_ctrl_c_saves_and_stops(tmp_path):
     process = _start(tmp_path, "train.steps=100000", "train.checkpoint_every=100000")
     run = tmp_path / "outputs" / "glyphs"
     _wait_for_step(run, 0, process)
     while not any(len(p.read_text().splitlines()) > 2 for p in run.glob("*/metrics.csv")):
         time.sleep(0.1)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "go on with resume=" in err
+    assert process.returncode == 130
+    assert "continue with resume=" in err
     assert "Traceback" not in err
     assert checkpoint.load(_only(run) / "latest.pt")["step"] >= 5
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    """Send signals to this process in the sixth step; a signal that the program does not handle fails the test."""
+
+    def unhandled(number, _):
+        raise AssertionError(f"signal {number} is not handled")
+
+    def send(*numbers):
+        take_step = loop.Trainer._take_step
+
+        def step(trainer):
+            if trainer.state.step == 5:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+            return take_step(trainer)
+
+        monkeypatch.setattr(loop.Trainer, "_take_step", step)
+
+    before = {number: signal.signal(number, unhandled) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield send
+    assert all(signal.signal(number, handler) is unhandled for number, handler in before.items())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_after_the_step(command, tmp_path, signals, number, code):
+    signals(number)
+    result, out, err = command(*SMOKE, "train.checkpoint_every=100")
+    run = _only(tmp_path / "outputs" / "glyphs")
+    assert (result, out) == (code, "")
+    assert err.endswith(f"stopped after a complete step, which is saved; continue with resume={run}\n")
+    assert checkpoint.load(run / "latest.pt")["step"] == 6
+    assert (run / "learning.png").exists()
+
+
+def test_a_second_signal_stops_immediately(command, tmp_path, signals):
+    signals(signal.SIGTERM, signal.SIGINT)
+    result, _, err = command(*SMOKE, "train.checkpoint_every=100")
+    assert (result, err.splitlines()[-1]) == (130, "stopped immediately")
+    assert checkpoint.load(_only(tmp_path / "outputs" / "glyphs") / "latest.pt")["step"] == 0
 
 
 def test_evaluate(finished, command):
@@ -216,7 +265,7 @@ def test_evaluation_repeats_that_of_the_run(finished, command):
     assert out.splitlines()[1] in finished[1]
 
 
-def test_evaluation_takes_what_does_not_touch_what_was_learned(finished, command, tmp_path):
+def test_evaluation_accepts_changes_of_tasks_and_execution(finished, command, tmp_path):
     changes = ["task.shot=5", "task.queries=2", "task.augment=false", "seed=3", "test.steps=2", "test.chunk_size=7"]
     code, out, err = command("mode=evaluate", f"checkpoint={finished[0]}", "test.tasks=30", "threads=1", *changes)
     assert code == 0, err
@@ -230,7 +279,7 @@ LEARNED = ["task=sinusoid", "task.way=3", "task.way=7", "model.dim=64", "algorit
 
 
 @pytest.mark.parametrize("override", [*LEARNED, "train.steps=3", "experiment=smoke", "resume=x", "+foo=1", "test={}"])
-def test_evaluation_refuses_the_rest(finished, command, override):
+def test_evaluation_rejects_other_changes(finished, command, override):
     _assert_mistake(
         command("mode=evaluate", f"checkpoint={finished[0]}", override),
         f"{override.split('=')[0].lstrip('+')} cannot change when a run is evaluated, it comes from the checkpoint; "
@@ -246,11 +295,11 @@ def test_evaluation_refuses_the_rest(finished, command, override):
         ("task.shot=9", "9 shots and 5 queries need 14 samples of each class"),
     ],
 )
-def test_evaluation_checks_what_it_takes(finished, command, override, message):
+def test_evaluation_checks_the_changes(finished, command, override, message):
     _assert_mistake(command("mode=evaluate", f"checkpoint={finished[0]}", override), message)
 
 
-def test_null_takes_back_what_the_checkpoint_says(command, tmp_path):
+def test_null_resets_a_value_of_the_checkpoint(command, tmp_path):
     assert command(*SMOKE, "train.steps=1", "test.tasks=2", "test.steps=1", f"hydra.run.dir={tmp_path}/run")[0] == 0
     steps = lambda: len(json.loads((tmp_path / "e" / "summary.json").read_text())["at_each_step"])
     evaluate = ["mode=evaluate", f"checkpoint={tmp_path}/run", f"hydra.run.dir={tmp_path}/e"]
@@ -274,7 +323,13 @@ REGRESSION = ["maml", "first_order_maml", "anil", "boil", "meta_sgd", "maml_plus
 @pytest.mark.parametrize("algorithm", REGRESSION)
 def test_algorithms_and_sinusoids(command, algorithm, tmp_path):
     code, out, _ = command(
-        *SMOKE, "task=sinusoid", f"algorithm={algorithm}", "train.steps=3", "train.validate_every=3", "test.tasks=4"
+        *SMOKE,
+        "task=sinusoid",
+        f"algorithm={algorithm}",
+        "train.steps=3",
+        "train.validate_every=3",
+        "test.tasks=4",
+        draw=algorithm in ("maml", "reptile"),
     )
     assert code == 0
     assert "loss on 4 held-out test tasks" in out
@@ -283,7 +338,9 @@ def test_algorithms_and_sinusoids(command, algorithm, tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["prototypical", "proto_maml"])
 def test_algorithms_of_classification(command, algorithm, tmp_path):
-    code, out, _ = command(*SMOKE, f"algorithm={algorithm}", "train.steps=3", "train.validate_every=3", "test.tasks=4")
+    code, out, _ = command(
+        *SMOKE, f"algorithm={algorithm}", "train.steps=3", "train.validate_every=3", "test.tasks=4", draw=True
+    )
     assert code == 0
     inner = algorithm != "prototypical"
     assert ("after 3 inner steps" in out) == ("before adaptation" in out) == inner
@@ -305,28 +362,30 @@ def test_gradients(command, gradient):
         (["algorithm=maml_plus_plus"], "algorithm=maml_plus_plus changes from step to step, and a compiled or"),
     ],
 )
-def test_a_step_that_no_graph_can_hold_runs_eagerly(command, options, reason):
-    with pytest.warns(UserWarning, match=f"run.? eagerly: {reason}") as said:
+def test_a_step_that_cannot_be_captured_runs_eagerly(command, options, reason):
+    with pytest.warns(UserWarning, match=f"run.? eagerly: {reason}") as warned:
         assert command(*SMOKE, "train.steps=2", "device=cpu", "compile=graph", *options)[0] == 0
-    assert len([w for w in said if "eagerly" in str(w.message)]) == 1
+    assert len([w for w in warned if "eagerly" in str(w.message)]) == 1
 
 
 def test_compiled_steps_learn_as_eager_ones_do(command, monkeypatch):
-    """Recorded and cut, and not lowered: that takes minutes of a C++ compiler."""
+    """The steps are recorded and split, but not lowered, because the C++ compiler would take minutes."""
     lowered = []
     monkeypatch.setattr(
-        compiler, "inductor", lambda options: lambda module, inputs: lowered.append(module) or as_recorded(module)
+        compiler,
+        "inductor_compiler",
+        lambda options: lambda module, inputs: lowered.append(module) or as_recorded(module),
     )
     losses = {}
     for how in ("none", "inductor"):
         options = ["train.steps=2", "test.tasks=2", "precision=float64", "device=cpu", f"hydra.run.dir={how}"]
         assert command(*SMOKE, *options, f"compile={how}")[0] == 0
-        losses[how] = [row["loss_after"] for row in report.read_metrics(Path(how) / "metrics.csv")]
+        losses[how] = [row["loss_after"] for row in metrics.read_metrics(Path(how) / "metrics.csv")]
     assert lowered
     assert losses["inductor"] == pytest.approx(losses["none"], rel=1e-9)
 
 
-def test_every_algorithm_is_tried():
+def test_every_algorithm_is_tested():
     assert {*REGRESSION, "prototypical", "proto_maml"} == {p.stem for p in (ROOT / "conf" / "algorithm").iterdir()}
 
 
@@ -340,7 +399,7 @@ def test_options(command, options):
 
 
 @pytest.mark.skipif(NO_KERNELS is not None, reason=NO_KERNELS or "")
-def test_kernels_are_taken_in_their_interpreter():
+def test_the_triton_backend_runs_in_its_interpreter():
     c = Config(TaskConfig(TaskName.sinusoid), backend=Backend.triton, device="cpu")
     assert setup.setup(c).model.config.backend == "triton"
 
@@ -360,8 +419,8 @@ MISTAKES = {
     "nested_key": (["train.stps=3"], "did you mean 'steps'"),
     "value": (["backend=tritn"], "auto, reference, blockwise, triton"),
     "type": (["train.steps=many"], "many"),
-    "group": (["task=glyph"], "did you mean 'glyphs'?); there are glyphs, omniglot, sinusoid"),
-    "far_group": (["task=foo"], "Could not find 'task/foo'; there are glyphs, omniglot, sinusoid"),
+    "group": (["task=glyph"], "did you mean 'glyphs'?); the choices are glyphs, omniglot, sinusoid"),
+    "far_group": (["task=foo"], "Could not find 'task/foo'; the choices are glyphs, omniglot, sinusoid"),
     "no_value": (["train.steps"], "Error parsing override 'train.steps'; expected key=value"),
     "flag": (["--steps", "3"], "unrecognized arguments: --steps; settings are key=value, without dashes"),
     "experiment": (["experiment=smok"], "did you mean 'smoke'"),
@@ -372,7 +431,7 @@ MISTAKES = {
     "patch": (["model.patch_size=5"], "patch_size must be a divisor of image_size, 28; got 5"),
     "way": (["task.way=3000"], "3000-way episodes need at least 3000 classes"),
     "shots": (["task.shot=10"], "need 15 samples of each class; class"),
-    "patterns": (["algorithm.adapts=[tail.*]"], "no parameter matches ['tail.*']"),
+    "patterns": (["algorithm.adapts=[tail.*]"], "adapts must match the name of a parameter; got ['tail.*']"),
     "no_steps": (["algorithm.steps=0"], "steps must be at least 1; got 0"),
     "no_classes": (
         ["task=sinusoid", "algorithm=prototypical"],
@@ -389,11 +448,11 @@ MISTAKES = {
     "added_nested_key": (["++train.stps=1"], "Key 'stps' not in 'TrainConfig' (did you mean 'steps'?)"),
     "mlp_ratio": (
         ["model.mlp_ratio=1e-5"],
-        "mlp_ratio must be positive and finite, and with dim=64 give a hidden unit",
+        "mlp_ratio must be positive and finite, and large enough for a hidden unit at dim=64",
     ),
     "training_a_checkpoint": (
         ["checkpoint=a/b"],
-        "checkpoint=a/b is for mode=evaluate; to train on from it give resume=",
+        "checkpoint=a/b is for mode=evaluate; to train it further give resume=",
     ),
     "no_checkpoint": (["mode=evaluate"], "mode=evaluate needs checkpoint=PATH"),
     "lost_checkpoint": (["resume=/nowhere/latest.pt"], "no checkpoint at /nowhere/latest.pt"),
@@ -439,14 +498,14 @@ def test_damaged_checkpoints(finished, command, tmp_path):
         assert (code, name in err, message in err) == (2, True, True), err
 
 
-def test_a_directory_that_is_no_run(command, tmp_path):
+def test_a_directory_without_a_run(command, tmp_path):
     (tmp_path / "empty").mkdir()
     code, _, err = command(f"resume={tmp_path / 'empty'}")
     assert code == 2
-    assert "holds no latest.pt" in err
+    assert "contains no latest.pt" in err
 
 
-def test_only_its_own_empty_directory_is_removed(command, tmp_path):
+def test_only_an_empty_directory_of_this_command_is_removed(command, tmp_path):
     mistake = ["model.heads=5", "threads=1"]
     (tmp_path / "empty").mkdir()
     assert command(*mistake, f"hydra.run.dir={tmp_path / 'empty'}")[0] == 2
@@ -458,7 +517,7 @@ def test_only_its_own_empty_directory_is_removed(command, tmp_path):
     assert not [p for p in (tmp_path / "outputs" / "sweep").glob("*/*") if p.is_dir()]
 
 
-def test_resume_refuses_another_run(finished, command):
+def test_resume_rejects_another_model(finished, command):
     code, _, err = command(f"resume={finished[0]}", "model.dim=32")
     assert code == 2
     assert "model.dim cannot change when a run is resumed" in err
@@ -466,11 +525,11 @@ def test_resume_refuses_another_run(finished, command):
 
 @pytest.fixture
 def copy(finished, tmp_path):
-    """The finished run, to resume."""
+    """A copy of the finished run, to resume."""
     return shutil.copytree(finished[0], tmp_path / "copy")
 
 
-def test_resume_refuses_fewer_steps_than_are_done(copy, command):
+def test_resume_rejects_fewer_steps_than_were_taken(copy, command):
     _assert_mistake(
         command(f"resume={copy}", "train.steps=3"),
         "the run is at step 20 already; train.steps=3 would do nothing",
@@ -487,13 +546,13 @@ def test_resuming_a_finished_run_evaluates_it_again(copy, finished, command):
     assert again == summary
 
 
-def test_a_copy_without_its_best_checkpoint_takes_the_next_validation(copy, command):
+def test_a_copy_without_its_best_checkpoint_validates_again(copy, command):
     (copy / "best.pt").unlink()
     assert command(f"resume={copy}", "threads=1", "test.tasks=2")[0] == 0
     assert checkpoint.load(copy / "best.pt")["step"] == 20
 
 
-@pytest.mark.parametrize("before", [{"seconds": 1000.0}, {}])  # older checkpoints have none
+@pytest.mark.parametrize("before", [{"seconds": 1000.0}, {}])  # older checkpoints do not have it
 def test_the_seconds_of_all_sessions_count(before, copy, command):
     content = checkpoint.load(copy / "latest.pt")
     del content["seconds"]

@@ -1,4 +1,4 @@
-"""The schema: every number has its limit, every key is known."""
+"""The schema: every number has a limit, and unknown keys are errors."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from experiments.training.main import CONF
 
 
 def _raw(*overrides):
-    """What Hydra hands over: a typed config to which ``+key=value`` may have added keys."""
+    """A config as Hydra passes it: typed, with the keys that ``+key=value`` adds."""
     raw = OmegaConf.structured(config.Config)
     raw.merge_with_dotlist(["task.name=glyphs", "algorithm.name=maml"])
     OmegaConf.set_struct(raw, False)
@@ -35,7 +35,7 @@ def _numbers(node, prefix=""):
             yield f"{prefix}{f.name}"
 
 
-def test_every_number_has_a_limit_that_its_default_keeps():
+def test_every_number_has_a_limit_that_its_default_satisfies():
     assert sorted(_numbers(config.Config())) == sorted(config.LIMITS)
     assert config.checked(_raw()) == config.Config(
         config.TaskConfig(config.TaskName.glyphs), algorithm=config.AlgorithmConfig("maml")
@@ -66,7 +66,7 @@ def test_a_number_that_is_not_allowed_is_named(key):
         (config.SEED, [0, 2**63 - 1], [-1, 2**63]),
         (config.POSITIVE, [1e-9, 3.0], [0.0, -1.0, math.nan, math.inf]),
         (config.FINITE, [0, 1.0], [-1.0, math.inf, math.nan]),
-        (config.SHARE, [0.0, 0.5, 1.0], [-0.1, 1.1, math.nan]),
+        (config.FRACTION, [0.0, 0.5, 1.0], [-0.1, 1.1, math.nan]),
         (config.PROBABILITY, [0.0, 0.99], [-0.1, 1.0, math.nan]),
         (config._or_null(config.ONE), [None, 1], [0]),
     ],
@@ -78,6 +78,6 @@ def test_limits(limit, good, bad):
 
 
 @pytest.mark.parametrize("key", ["foo", "train.foo"])
-def test_an_added_key_is_refused(key):
+def test_an_added_key_is_rejected(key):
     with pytest.raises(ConfigKeyError, match="Key 'foo' not in"):
         config.checked(_raw((key, 1)))

@@ -1,4 +1,4 @@
-"""A run on several processes is the run on one, whatever happens to one of them."""
+"""A run on several processes equals the run on one process, and survives the death of a process."""
 
 import json
 import os
@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from experiments.errors import UserError
-from experiments.training import checkpoint, distributed, report
+from experiments.training import checkpoint, distributed, metrics
 from tests.helpers import assert_close, error
 
 ROOT = Path(__file__).parents[3]
 STEPS = 12
-# Five tasks: no number of processes here but one divides them.
+# Five tasks, which cannot be split evenly over the numbers of processes below.
 TINY = [
     *("experiment=smoke", "task=sinusoid", "precision=float64", "threads=1", "algorithm.learning_rate=0.02"),
     *(f"train.steps={STEPS}", "train.tasks=5", "train.validate_every=4", "train.checkpoint_every=100"),
@@ -23,26 +23,26 @@ TINY = [
 ]
 FILES = {"config.yaml", "metrics.csv", "summary.json", "latest.pt", "best.pt", "tensorboard"}
 FILES |= {"learning.png", "adaptation.png", "episode.png"}
-# The program, but for what befalls the second process in its sixth step.
+# The program, with a failure of the second process in its sixth step.
 DRIVER = """
 import os, signal
-from experiments.training import loop as train
+from experiments.training import loop
 from experiments.training.main import main
 
-take_step = train.Trainer._take_step
+take_step = loop.Trainer._take_step
 
-def befallen(self):
-    if os.environ["RANK"] == "1" and self.step == 5:
+def failing(self):
+    if os.environ["RANK"] == "1" and self.state.step == 5:
         {what}
     return take_step(self)
 
-train.Trainer._take_step = befallen
+loop.Trainer._take_step = failing
 main()
 """
 
 
 def _run(cwd, ranks, *arguments, program=ROOT / "train_maml.py"):
-    """The program on so many processes, and whatever it printed."""
+    """Run the program on a number of processes, and capture its output."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return subprocess.run(
         [sys.executable, *torchrun, str(program), *arguments],
@@ -59,9 +59,9 @@ def _only(path):
     return found
 
 
-def _befall(tmp_path, what):
-    """A job of two processes, the second of which meets its end."""
-    program = tmp_path / "befallen.py"
+def _fail(tmp_path, what):
+    """Run a job of two processes, the second of which fails."""
+    program = tmp_path / "failing.py"
     program.write_text(DRIVER.format(what=what))
     done = _run(tmp_path, 2, *TINY, program=program)
     assert done.returncode != 0
@@ -69,14 +69,14 @@ def _befall(tmp_path, what):
 
 
 def _errors(done):
-    """The lines of ours, from all processes."""
+    """The error lines of our program, from all processes."""
     return [line.split("\r")[-1] for line in done.stderr.splitlines() if "error: " in line]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The run in an ordinary process."""
-    cwd = tmp_path_factory.mktemp("alone")
+def single(tmp_path_factory):
+    """The run in a single ordinary process."""
+    cwd = tmp_path_factory.mktemp("single")
     done = _run(cwd, 1, *TINY)
     assert done.returncode == 0, done.stderr
     return _only(cwd / "outputs" / "sinusoid")
@@ -85,7 +85,7 @@ def alone(tmp_path_factory):
 def _assert_same_run(got, want):
     """Metrics, summaries, parameters and the optimizer's state, all within rounding; files by name."""
     assert {p.name for p in got.iterdir()} == {p.name for p in want.iterdir()} == FILES
-    rows = [report.read_metrics(run / "metrics.csv") for run in (got, want)]
+    rows = [metrics.read_metrics(run / "metrics.csv") for run in (got, want)]
     assert [(r["step"], r["split"]) for r in rows[0]] == [(r["step"], r["split"]) for r in rows[1]]
     for name in ("loss_before", "loss_after"):
         assert_close(*([torch.tensor([r[name] for r in part], dtype=torch.float64)] for part in rows))
@@ -107,33 +107,33 @@ def _assert_same_run(got, want):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_run(tmp_path, alone):
+def test_two_processes_give_the_same_run(tmp_path, single):
     done = _run(tmp_path, 2, *TINY)
     assert done.returncode == 0, done.stderr
-    _assert_same_run(_only(tmp_path / "outputs" / "sinusoid"), alone)
-    # One process alone prints.
+    _assert_same_run(_only(tmp_path / "outputs" / "sinusoid"), single)
+    # Only one process prints.
     assert done.stdout.count("held-out test tasks") == 1
     assert [line.split()[1] for line in done.stdout.splitlines() if "validation" in line] == ["4", "8", "12"]
     assert done.stderr.count("| 0/12 [00:00<?, ?it/s]") == 1
 
 
 @pytest.mark.slow
-def test_a_death_ends_the_job_which_resumes_at_another_size(tmp_path, alone):
-    run, errors = _befall(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+def test_a_death_ends_the_job_which_resumes_at_another_size(tmp_path, single):
+    run, errors = _fail(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
     assert len(errors) == 1
-    assert errors[0].startswith("error: another process of this job has ended, or does not answer; go on from the last")
-    assert errors[0].endswith(f"checkpoint with resume={run}")
-    assert checkpoint.load(run / "latest.pt")["step"] == 5  # saved on the way out: the last regular one is of step 0
-    # Not yet the same as at the end: what follows can fail.
-    assert error(checkpoint.load(run / "latest.pt")["meta"], checkpoint.load(alone / "latest.pt")["meta"]) > 1e-4
-    resumed = _run(tmp_path, 4, f"resume={run}", "threads=1")
+    assert errors[0].startswith("error: another process of this job has ended or does not answer; continue from the")
+    assert errors[0].endswith(f"last checkpoint with resume={run}")
+    assert checkpoint.load(run / "latest.pt")["step"] == 5  # not 0, the last regular one
+    # It differs from the final state, so that the comparison below can fail.
+    assert error(checkpoint.load(run / "latest.pt")["meta"], checkpoint.load(single / "latest.pt")["meta"]) > 1e-4
+    resumed = _run(tmp_path, 3, f"resume={run}", "threads=1")
     assert resumed.returncode == 0, resumed.stderr
-    _assert_same_run(run, alone)
+    _assert_same_run(run, single)
 
 
 @pytest.mark.slow
 def test_an_exception_of_one_process_ends_the_job(tmp_path):
-    run, errors = _befall(tmp_path, "raise ArithmeticError('of one rank')")
+    run, errors = _fail(tmp_path, "raise ArithmeticError('of one rank')")
     assert errors == ["error: rank 1: ArithmeticError: of one rank (METAATTN_TRACEBACK=1 shows where)"]
     assert checkpoint.load(run / "latest.pt")["step"] == 5
 
@@ -151,7 +151,7 @@ def test_a_sweep_shares_its_directory(tmp_path):
 
 @pytest.fixture
 def be(monkeypatch):
-    """Take this process for one of several."""
+    """Make this process appear as one of several."""
 
     def call(rank, size):
         monkeypatch.setattr(distributed, "rank", lambda: rank)
@@ -190,7 +190,7 @@ def test_ranks_draw_different_numbers_the_same_again(be):
     assert drawn == [draw(rank, step) for rank in (0, 1) for step in (0, 1)]
 
 
-def test_alone_nothing_is_seeded():
+def test_a_single_process_is_not_seeded():
     state = torch.get_rng_state()
     distributed.seed(7, 0)
     assert torch.equal(torch.get_rng_state(), state)
@@ -209,5 +209,5 @@ def test_devices(be, monkeypatch):
     with pytest.raises(UserError, match="device=cuda:1 is one device for 2 processes"):
         distributed.device("cuda:1")
     be(2, 4)
-    with pytest.raises(UserError, match="4 processes need as many GPUs, and there are 2; give --nproc-per-node=2"):
+    with pytest.raises(UserError, match="4 processes need as many GPUs, but there are 2; give --nproc-per-node=2"):
         distributed.device("auto")

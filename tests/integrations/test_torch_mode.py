@@ -1,4 +1,4 @@
-"""What replace_sdpa refuses, before any work and in words, and what it cannot see."""
+"""Calls that the mode of replace_sdpa rejects with an error, and calls that it cannot see."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.integrations.models import F64, encoder
 X = torch.randn(2, 4, 5, 8, **F64)
 Y = torch.randn(2, 4, 5, 8)
 LAYER = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval()
-REFUSED = {
+FUSED = {
     "flash": lambda: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(Y, Y, Y),
     "flash overload": lambda: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(Y, Y, Y),
     "flash binding": lambda: torch._scaled_dot_product_flash_attention_for_cpu(Y, Y, Y),
@@ -24,14 +24,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_one_fused_kernel_is_refused(name):
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_kernels_are_rejected(name):
     with metaattn.replace_sdpa(), pytest.raises(NotImplementedError, match="replace_sdpa cannot replace _"):
-        REFUSED[name]()
+        FUSED[name]()
 
 
 @pytest.mark.filterwarnings("ignore")  # FlexAttention warns that it is not compiled
-def test_flex_attention_is_refused():
+def test_flex_attention_is_rejected():
     from torch.nn.attention.flex_attention import flex_attention
 
     with metaattn.replace_sdpa(), pytest.raises(Exception, match="replace_sdpa cannot replace flex_attention"):
@@ -39,13 +39,13 @@ def test_flex_attention_is_refused():
     torch._dynamo.reset()
 
 
-def test_nested_tensors_are_refused():
+def test_nested_tensors_are_rejected():
     nested = torch.nested.nested_tensor([Y[0, :2], Y[0]], layout=torch.jagged).transpose(1, 2)
     with metaattn.replace_sdpa(), pytest.raises(TypeError, match="query must be a dense tensor; got a nested one"):
         F.scaled_dot_product_attention(nested, nested, nested)
 
 
-def test_arguments_that_are_refused():
+def test_arguments_that_are_rejected():
     with metaattn.replace_sdpa(), pytest.raises(ValueError, match="attn_mask and is_causal exclude each other"):
         F.scaled_dot_product_attention(X, X, X, torch.ones(5, 5, dtype=torch.bool), is_causal=True)
     with pytest.raises(ValueError, match=r"backend must be one of .*; got 'flash'"):
@@ -54,7 +54,7 @@ def test_arguments_that_are_refused():
         metaattn.replace_sdpa.install(backend="flash")
 
 
-def test_functions_in_steps_are_not_decorated():
+def test_generators_and_coroutines_are_not_decorated():
     def steps():
         yield 1
 
@@ -62,13 +62,16 @@ def test_functions_in_steps_are_not_decorated():
         return 1
 
     for function in (steps, wait):
-        with pytest.raises(TypeError, match="open one inside"):
+        with pytest.raises(TypeError, match=r"got the generator or coroutine function .*Open one inside"):
             metaattn.replace_sdpa()(function)
 
 
 def test_a_mask_of_a_wrong_shape_is_an_error():
     model, padding = encoder(), torch.zeros(4, 2, dtype=torch.bool)  # transposed
-    with metaattn.replace_sdpa(), pytest.raises(ValueError, match=r"key_padding_mask must be \[2, 4\]; got \[4, 2\]"):
+    with (
+        metaattn.replace_sdpa(),
+        pytest.raises(ValueError, match=r"key_padding_mask must have shape \[2, 4\]; got \[4, 2\]"),
+    ):
         model.layers[0].self_attn(*[torch.randn(2, 4, 8, **F64)] * 3, key_padding_mask=padding)
 
 
@@ -77,7 +80,7 @@ def _scriptable(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_scripts_are_left_as_they_are(used):
-    """No mode is shown their calls."""
+    """PyTorch does not show the calls of a script to any mode."""
     script = torch.jit.script(_scriptable)
     with metaattn.replace_sdpa():
         script(Y)

@@ -1,0 +1,108 @@
+"""The state of meta-training: what a checkpoint saves and a resumed run restores."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from metaattn.meta.algorithms import MetaParams
+
+from ..errors import UserError
+from . import checkpoint
+from .config import Config
+from .setup import Setup
+
+# Names and types of a checkpoint's entries that a resumed run needs, besides its config.
+ENTRIES: dict[str, type] = {"meta": dict, "optimizer": dict, "step": int, "best": float, "rng": dict}
+
+
+def restore_meta(run: Setup, saved: MetaParams) -> MetaParams:
+    """Return the meta-parameters of a checkpoint on the run's device, as leaves that require gradients."""
+    return {g: {k: t.to(run.device).requires_grad_() for k, t in group.items()} for g, group in saved.items()}
+
+
+@dataclass
+class TrainState:
+    """The mutable state of a run.
+
+    Args:
+        meta: The meta-parameters, by group and name.
+        optimizer: The outer optimizer of ``meta``.
+        step: How many steps have been taken.
+        best: The best validation score so far; larger is better.
+        seconds_before: How long earlier sessions of the run trained, in seconds.
+    """
+
+    meta: MetaParams
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    best: float = -math.inf
+    seconds_before: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """The training time of all sessions of the run, in seconds."""
+        return self.seconds_before + time.perf_counter() - self._started
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All meta-parameters."""
+        return [t for group in self.meta.values() for t in group.values()]
+
+    def content(self, config: Config) -> dict[str, Any]:
+        """Return the content of a checkpoint of now, with the states of the random number generators."""
+        return {
+            "meta": {g: {k: t.detach() for k, t in group.items()} for g, group in self.meta.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "best": self.best,
+            "seconds": self.seconds,
+            "rng": checkpoint.rng_state(),
+            "config": OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True),
+            "torch": str(torch.__version__),
+        }
+
+
+def start(run: Setup) -> TrainState:
+    """Return the state before the first step."""
+    return _state(run, run.learner.init(dict(run.model.named_parameters())))
+
+
+def resume(run: Setup, saved: dict[str, Any], out: Path) -> TrainState:
+    """Return the state of a checkpoint, and set the random number generators to theirs.
+
+    Args:
+        run: The run to resume.
+        saved: The content of the checkpoint, with at least :data:`ENTRIES`.
+        out: The directory in which the run continues. Without a ``best.pt`` there, the next validation counts as the
+            best: the directory may be a partial copy.
+
+    Raises:
+        UserError: The checkpoint has more steps than the run is to have.
+    """
+    steps = run.config.train.steps
+    if saved["step"] > steps:
+        raise UserError(f"the run is at step {saved['step']} already; train.steps={steps} would do nothing")
+    state = _state(run, restore_meta(run, saved["meta"]))
+    state.step = saved["step"]
+    state.seconds_before = saved.get("seconds", 0.0)  # older checkpoints do not have it
+    if (out / "best.pt").is_file():
+        state.best = saved["best"]
+    state.optimizer.load_state_dict(saved["optimizer"])
+    checkpoint.set_rng_state(saved["rng"])
+    return state
+
+
+def _state(run: Setup, meta: MetaParams) -> TrainState:
+    tensors = [t for group in meta.values() for t in group.values()]
+    return TrainState(meta, torch.optim.Adam(tensors, run.config.train.learning_rate))

@@ -1,0 +1,41 @@
+"""Operands in the form that the kernels take: what is copied, and what is read where it is (triton/layout.py)."""
+
+import pytest
+import torch
+
+from metaattn.backends.base import Operands
+
+layout = pytest.importorskip("metaattn.backends.triton.layout", exc_type=ImportError)
+
+
+def test_batches_merge_without_copies():
+    q = torch.randn(2, 3, 4, 16, 16)
+    shared = torch.randn(1, 3, 4, 16, 16).expand(2, -1, -1, -1, -1)
+    batch = layout.BatchLayout(Operands(q, shared, shared))
+    assert batch.groups == [[0], [1]]
+    assert batch.view(shared).ptr is shared
+    assert layout.BatchLayout(Operands(q, q, q)).groups == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "copied"),
+    [
+        (torch.randn(2, 8, 32), False),
+        (torch.randn(8, 2, 32).transpose(0, 1), False),
+        (torch.randn(1, 8, 32).expand(2, 8, 32), False),
+        (torch.randn(2, 8, 64)[..., :32], False),
+        (torch.randn(2, 8, 40)[..., :32], True),
+        (torch.randn(2, 32, 8).mT, True),
+        (torch.randn(2, 8, 33)[..., 1:], True),
+        (torch.randn(2, 8, 24), True),
+        (torch.randn(2 * 8 * 32 + 1)[1:].view(2, 8, 32), True),
+    ],
+)
+def test_alignment(tensor, copied):
+    got = layout.aligned(tensor)
+    assert (got is not tensor) == copied
+    assert got.shape[-1] in (16, 32)
+    assert torch.equal(got[..., : tensor.shape[-1]], tensor)
+    assert got.stride(-1) == 1
+    assert all(s % 16 == 0 for s in got.stride()[:-1])
+    assert got.data_ptr() % 16 == 0
