@@ -11,7 +11,6 @@ TRAIN_EXTRA = {
     "matplotlib": "matplotlib",
     "PIL": "pillow",
     "tensorboard": "tensorboard",
-    "tqdm": "tqdm",
 }
 
 

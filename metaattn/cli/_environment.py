@@ -13,6 +13,7 @@ import torch
 from torch.utils import collect_env
 
 import metaattn
+from metaattn.tasks.cache import directory
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -67,10 +68,6 @@ def _installed(packages: list[str]) -> list[str]:
 
 
 def _cache() -> str:
-    try:
-        from ..tasks.cache import directory
-    except ModuleNotFoundError as error:
-        return str(error)
     return f"{directory()} ({'exists' if directory().is_dir() else 'will be created when needed'})"
 
 

@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 from ..ops import sdpa
 from . import _options
 from ._derivatives import Attention, derivative
 from ._environment import facts
 from ._metrics import milliseconds, peak_bytes, relative_error
-from ._progress import Progress
 
 TIMED = ("fwd", "bwd", "jvp", "hvp", "dbl")
 PEERS = ("metaattn", "torch", "math")
@@ -79,11 +79,11 @@ def run(options: argparse.Namespace) -> int:
         print(f"using one thread, because the machine is busy (load {load:.1f} on {cores} cores)")
     print(HEADER)
     rows: list[Row] = []
-    with Progress(len(shapes) * len(TIMED), "bench") as bar:
+    with tqdm(total=len(shapes) * len(TIMED), desc="bench", leave=False, disable=None) as bar:
         for row in measure(shapes, dtype, device, options.causal):
             rows.append(row)
-            bar.advance()
-            bar.print(line(row))
+            bar.update()
+            bar.write(line(row))
     print(LEGEND)
     if options.json is not None:
         setting = {"device": str(device), "dtype": str(dtype)[6:], "causal": options.causal}

@@ -13,12 +13,12 @@ import time
 from collections.abc import Sequence
 
 import torch
+from tqdm import tqdm
 
 from ..backends import NAMES
 from . import _options
 from ._derivatives import RULES
 from ._environment import facts
-from ._progress import Progress
 from ._selfcheck import BOUND, CALLS, CHECKED, PRIMITIVES, Finding, check, interpreted, working
 
 
@@ -51,10 +51,10 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # the calls are so small that threads would only wait for each other
     try:
         findings: list[Finding] = []
-        with Progress(len(pairs), "self-check") as bar:
+        with tqdm(total=len(pairs), desc="self-check", leave=False, disable=None) as bar:
             for name, dtype in pairs:
                 findings += check(name, dtype, device)
-                bar.advance()
+                bar.update()
     finally:
         torch.set_num_threads(threads)
     print(f"\nLargest relative errors against float64 of {len(CALLS)} calls ({', '.join(c.name for c in CALLS)}):")

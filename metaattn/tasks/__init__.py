@@ -9,16 +9,9 @@ Imports nothing else of :mod:`metaattn`. :func:`glyphs` and :func:`omniglot` imp
 called; the extra ``train`` installs both.
 """
 
-try:
-    from .episodes import Batch, Episode, Episodes, split_classes, stack
-    from .glyphs import glyphs
-    from .omniglot import omniglot
-    from .sinusoid import Sinusoids
-except ModuleNotFoundError as error:
-    if error.name is None or error.name.split(".")[0] not in ("matplotlib", "PIL", "tqdm"):
-        raise
-    raise ModuleNotFoundError(
-        f'metaattn.tasks needs {error.name}, of the extra "train": pip install "metaattn[train]"', name=error.name
-    ) from error
+from .episodes import Batch, Episode, Episodes, split_classes, stack
+from .glyphs import glyphs
+from .omniglot import omniglot
+from .sinusoid import Sinusoids
 
 __all__ = ["Batch", "Episode", "Episodes", "Sinusoids", "glyphs", "omniglot", "split_classes", "stack"]
