@@ -1,4 +1,4 @@
-"""What importing the library loads besides PyTorch: nothing that takes long. The modules are looked at, not a clock."""
+"""Importing the library loads no module beside PyTorch that takes long. The modules are looked at, not a clock."""
 
 import subprocess
 import sys

@@ -98,12 +98,12 @@ def explain(
         >>> import torch, metaattn
         >>> q = torch.randn(1, 2, 64, 16)
         >>> print(metaattn.explain(q, q, q))
-        forward           blockwise  tensors on cpu: tiles in plain PyTorch
-        backward          blockwise  tensors on cpu: tiles in plain PyTorch
-        forward_jvp       blockwise  tensors on cpu: tiles in plain PyTorch
-        forward_with_jvp  blockwise  tensors on cpu: tiles in plain PyTorch
-        backward_jvp      blockwise  tensors on cpu: tiles in plain PyTorch
-        backward_with_jvp blockwise  backward, then backward_jvp: no kernel for both here
+        forward            blockwise  tensors on cpu: tiles in plain PyTorch
+        backward           blockwise  tensors on cpu: tiles in plain PyTorch
+        forward_jvp        blockwise  tensors on cpu: tiles in plain PyTorch
+        forward_with_jvp   blockwise  tensors on cpu: tiles in plain PyTorch
+        backward_jvp       blockwise  tensors on cpu: tiles in plain PyTorch
+        backward_with_jvp  blockwise  backward, then backward_jvp: no kernel for both here
     """
     with torch.random.fork_rng(enabled=dropout_p > 0.0):
         p = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, backend)

@@ -19,7 +19,7 @@ class Declining:
 
 
 def in_thread(call):
-    """What a call returns in another thread."""
+    """Return what a call returns in another thread."""
     results = []
     thread = threading.Thread(target=lambda: results.append(call()))
     thread.start()

@@ -44,7 +44,7 @@ NESTINGS = {
 
 
 def garbage(call):
-    """What a call leaves in reference cycles, after it has run before."""
+    """Return what a call leaves in reference cycles, after it has run before."""
     call()
     gc.collect()
     gc.freeze()  # so that the second collection takes milliseconds
