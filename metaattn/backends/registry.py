@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import types
 from contextvars import ContextVar, Token
 
@@ -17,6 +18,7 @@ _current: ContextVar[str] = ContextVar("metaattn_backend", default="auto")
 # Number of open `use_backend` blocks in all threads. torch.compile guards on it: it cannot trace the read of a context
 # variable, and does not need to while no block is open.
 _open = 0
+_lock = threading.Lock()  # of two threads that count at once, one would be lost
 
 
 def check_name(name: object) -> str:
@@ -52,7 +54,8 @@ class use_backend:  # noqa: N801 - a context manager, named like those of torch
     def __enter__(self) -> None:
         global _open
         self._tokens.append(_current.set(self._name))
-        _open += 1
+        with _lock:
+            _open += 1
 
     def __exit__(
         self,
@@ -61,7 +64,8 @@ class use_backend:  # noqa: N801 - a context manager, named like those of torch
         trace: types.TracebackType | None,
     ) -> None:
         global _open
-        _open -= 1
+        with _lock:
+            _open -= 1
         _current.reset(self._tokens.pop())
 
 
