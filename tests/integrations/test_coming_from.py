@@ -119,7 +119,8 @@ def _plain(model):
 )
 def test_norms_that_are_wrong(norm):
     model = _Net(norm).double()
-    assert error(_ours(model), _plain(model)) > 1e-4, "PyTorch has fixed this norm under vmap: remove the pitfall from the page"
+    fixed = "PyTorch has fixed this norm under vmap: remove the pitfall from the page"
+    assert error(_ours(model), _plain(model)) > 1e-4, fixed
 
 
 RIGHT = [
