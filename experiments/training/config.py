@@ -20,6 +20,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from ..errors import UserError
+from . import directory
 
 
 class Backend(Enum):
@@ -352,7 +353,7 @@ def run_dir(resume: str | None, checkpoint: str | None, task: TaskName, started:
     if resume and (path := Path(resume)).exists():
         return str(path if path.is_dir() else path.parent)
     # The task of a checkpoint is unknown until the checkpoint is read.
-    return f"outputs/{'evaluate' if checkpoint else task.value}/{started}"
+    return directory.new(f"outputs/{'evaluate' if checkpoint else task.value}/{started}")
 
 
 def register(started: datetime) -> None:
@@ -366,5 +367,9 @@ def register(started: datetime) -> None:
     store.store(group="task", name="schema", node=TaskConfig)
     store.store(group="model", name="schema", node=ModelConfig)
     store.store(group="algorithm", name="schema", node=AlgorithmConfig)
+    directory.forget()
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+    OmegaConf.register_new_resolver(
+        "sweep_dir", lambda started: directory.new(f"outputs/sweep/{started}"), replace=True
+    )
     OmegaConf.register_new_resolver("started", lambda: f"{started:%Y-%m-%d_%H-%M-%S}", replace=True)

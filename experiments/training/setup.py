@@ -10,10 +10,12 @@ from torch import Tensor
 
 import metaattn
 from metaattn.meta import GradientBased
+from metaattn.meta.algorithms import MetaParams
 from metaattn.tasks import Batch, Episode, Sinusoids, glyphs, omniglot, stack
 
 from ..errors import UserError
 from . import distributed
+from ._checks import check_meta
 from .checkpoint import seed_everything
 from .config import Config, TaskConfig, TaskName
 from .learner import build_learner
@@ -56,20 +58,30 @@ class Setup:
         return t.to(self.device, self.dtype if t.is_floating_point() else None)
 
 
-def setup(config: Config) -> Setup:
+def setup(config: Config, saved: MetaParams | None = None) -> Setup:
     """Build the objects of a run.
+
+    Args:
+        config: The config of the run.
+        saved: The meta-parameters of its checkpoint. They are compared with the config before memory is allocated.
 
     Raises:
         UserError: The config contradicts itself, the backend does not support it, or the device does not exist.
+        CheckpointError: ``saved`` does not fit the config.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     device = find_device(distributed.device(config.device))
     dtype = config.precision.parameters
     torch.set_float32_matmul_precision(config.precision.products)
-    seed_everything(config.seed)
     try:
-        model = _model(config).to(device, dtype)
+        if saved is not None:
+            with torch.device("meta"):
+                described = _model(config).to(dtype)
+                check_meta(saved, build_learner(config, described).init(dict(described.named_parameters())))
+        seed_everything(config.seed)
+        try:
+            model = _model(config).to(device, dtype)
+        except (RuntimeError, MemoryError) as error:
+            raise UserError(f"the model cannot be built: {str(error).splitlines()[0]}; reduce model.dim") from error
         learner = build_learner(config, model)
         learner.init(dict(model.named_parameters()))
         _probe(model, config.precision.network)
@@ -81,7 +93,7 @@ def setup(config: Config) -> Setup:
         with distributed.first_then_rest():
             for split in SPLITS:
                 run.tasks(split, 0, 1)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     return run
 
