@@ -32,7 +32,7 @@ class ContentError(ValueError):
     """Content that a checkpoint cannot hold; the message says which and where."""
 
 
-def digest(content: dict[str, Any], limit: int | None = None) -> str:
+def digest_of(content: dict[str, Any], limit: int | None = None) -> str:
     """Return the SHA-256 digest of nested dicts, lists and tuples of plain values and tensors.
 
     Args:

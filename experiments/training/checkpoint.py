@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_map_only
 from metaattn.tasks.cache import replacing
 
 from ..errors import CheckpointError, UserError
-from ._digest import ContentError, digest
+from ._digest import ContentError, digest_of
 
 FORMAT, VERSION = "metaattn.checkpoint", 1
+DIGEST = "/metaattn_digest"  # the part of the file that has the digest of its content
 MOST_PICKLED = 2**24  # bytes besides tensors, which are read slowly: a checkpoint has some kilobytes
 
 
@@ -77,25 +78,18 @@ def save(path: Path, content: dict[str, Any]) -> None:
         ContentError: The content has something besides plain values and tensors.
         OSError: The file cannot be written.
     """
-    content = {k: tree_map_only(Tensor, _plain, v) for k, v in content.items() if k != "digest"}
-    content |= {"format": FORMAT, "version": VERSION}
+    content = tree_map_only(Tensor, _plain, {"format": FORMAT, "version": VERSION, **content})
     with io.BytesIO() as buffer:  # written to a file by PyTorch, a full disk would be an error without its name
-        torch.save({**content, "digest": _digest_to_save(content)}, buffer)
-        with replacing(path) as file:
-            file.write(buffer.getbuffer())
+        torch.save(content, buffer)
+        with zipfile.ZipFile(buffer, "a") as file:  # torch.load does not read this part
+            file.writestr(zipfile.ZipInfo(file.namelist()[0].split("/")[0] + DIGEST), digest_of(content))
+        with replacing(path) as out:
+            out.write(buffer.getbuffer())
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)  # so that the new name survives a crash of the machine
     finally:
         os.close(directory)
-
-
-def _digest_to_save(content: dict[str, Any]) -> str:
-    try:
-        return digest(content)
-    except ContentError:
-        torch.save(content, io.BytesIO())  # what cannot be pickled has a clearer error
-        raise
 
 
 def _plain(t: Tensor) -> Tensor:
@@ -133,11 +127,14 @@ def find(path: str | Path, name: str = "latest.pt") -> Path:
     return path
 
 
-def _check_container(path: Path) -> int:
-    """Check that the file is a complete zip file with correct checksums, and return its size in bytes.
+def _check_container(path: Path) -> tuple[int, str]:
+    """Check that the file is a complete zip file with correct checksums.
 
     PyTorch writes a zip file without compression, whose table of contents comes last: a file that starts like one but
     has no table of contents is truncated. Compressed parts could expand to more than the memory.
+
+    Returns:
+        The size of the file in bytes, and the digest that it has, or ``""``.
 
     Raises:
         UserError: The file is something else, truncated or damaged.
@@ -160,13 +157,15 @@ def _check_container(path: Path) -> int:
             if pickled > MOST_PICKLED:
                 raise UserError(f"{path} is not a checkpoint of train_maml.py: it has {pickled} bytes besides tensors")
             damaged = file.testzip()  # torch.load does not verify the checksums
+            saved = [p for p in parts if p.filename.endswith(DIGEST) and p.file_size == 64]
+            digest = file.read(saved[0]).decode() if len(saved) == 1 and damaged is None else ""
     except UserError:
         raise
     except Exception as error:  # zipfile raises many classes for damaged files
         raise _damaged(path, f"is damaged and cannot be read ({_reason(error)})") from error
     if damaged is not None:
         raise _damaged(path, f"is damaged: the checksum of its part {damaged} is wrong")
-    return size
+    return size, digest
 
 
 def _reason(error: Exception) -> str:
@@ -195,7 +194,7 @@ def load(path: Path, **entries: type) -> dict[str, Any]:
             another type.
     """
     try:
-        size = _check_container(path)
+        size, expected = _check_container(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     try:
@@ -208,14 +207,15 @@ def load(path: Path, **entries: type) -> dict[str, Any]:
         ) from error
     except Exception as error:  # PyTorch raises many classes for damaged files
         raise _damaged(path, f"is damaged and cannot be read ({_reason(error)})") from error
-    if type(content) is not dict or not _equal(content.get("format"), FORMAT):
+    found = content.get("format") if type(content) is dict else None
+    if type(found) is not str or found != FORMAT:
         raise UserError(f"{path} is not a checkpoint of train_maml.py")
     version = content.get("version")
     if type(version) is not int:
         raise _damaged(path, f"is damaged: its format version is of type {type(version).__name__}")
     if version != VERSION:
         raise UserError(f"{path} has format version {version}; this program reads version {VERSION}")
-    _check_digest(path, content, size)
+    _check_digest(path, content, size, expected)
     for name, kind in entries.items():
         if type(content.get(name)) is not kind:
             got = type(content[name]).__name__ if name in content else "nothing"
@@ -223,23 +223,18 @@ def load(path: Path, **entries: type) -> dict[str, Any]:
     return content
 
 
-def _check_digest(path: Path, content: dict[str, Any], size: int) -> None:
-    """Compare the content with its digest, which it loses.
+def _check_digest(path: Path, content: dict[str, Any], size: int, expected: str) -> None:
+    """Compare the content with the digest that was saved with it.
 
     The zip file's checksums do not cover its table of contents: one wrong bit there can exchange tensors.
     """
-    expected = content.pop("digest", None)
-    if expected is None:
+    if not expected:
         raise _damaged(path, "has no digest of its content: it is damaged, or of an earlier version of the program")
     try:
-        found = digest(content, limit=16 * size)  # a key that occurs often is saved once
+        found = digest_of(content, limit=16 * size)  # a key that occurs often is saved once
     except ContentError as error:
         raise _damaged(path, f"is damaged or not a checkpoint of train_maml.py: {error}") from error
     except Exception as error:
         raise _damaged(path, f"is damaged and cannot be read ({_reason(error)})") from error
-    if not _equal(expected, found):
+    if found != expected:
         raise _damaged(path, "is damaged: its content does not have the digest that was saved with it")
-
-
-def _equal(x: Any, text: str) -> bool:
-    return type(x) is str and x == text

@@ -276,6 +276,10 @@ def _or_null(limit: Limit) -> Limit:
     return lambda x: x is None or allowed(x), f"{text}, or null"
 
 
+def _at_most(most: int) -> Limit:
+    return lambda x: x is None or x <= most, f"at most {most}"
+
+
 # One for each number of the schema. Relations between values (heads divide dim) are checked where they are used.
 LIMITS: dict[str, Limit] = {
     "task.way": TWO,
@@ -319,6 +323,22 @@ LIMITS: dict[str, Limit] = {
 }
 
 
+# The largest value of each number by which memory and time grow before the first step, so that an absurd one is an
+# error, and not a machine that hangs.
+MOST: dict[str, int] = {
+    "task.way": 2**16,
+    "task.shot": 2**16,
+    "task.queries": 2**16,
+    "model.dim": 2**16,
+    "model.depth": 2**10,
+    "model.mlp_ratio": 2**10,
+    "model.feature_tokens": 2**16,
+    "algorithm.context": 2**20,
+    "train.tasks": 2**20,
+    "threads": 2**10,
+}
+
+
 def checked(raw: DictConfig) -> Config:
     """Return the config of a run as an object, after a check of every key and every number.
 
@@ -330,6 +350,7 @@ def checked(raw: DictConfig) -> Config:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(raw)))
     assert isinstance(config, Config)
     check_limits(config, LIMITS)
+    check_limits(config, {key: _at_most(most) for key, most in MOST.items()})
     return config
 
 

@@ -210,6 +210,11 @@ def _one_line(error: Exception) -> str:
         near = get_close_matches(unknown[2], options, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         return f"{message}{hint}; the choices are {', '.join(options)}"
+    if invalid := re.search(r"Invalid value '([^']*)', expected one of \[(.*)\]", message):
+        near = get_close_matches(invalid[1], invalid[2].split(", "), 1)
+        return f"{message} (did you mean {near[0]!r}?)" if near else message
+    if "not Optional" in message or "could not be converted" in message:  # the key exists
+        return message
     words = sorted(choices.words())
     for word in re.findall(r"[\w-]+", " ".join(re.findall(r"'([^']*)'", message))):
         if word not in words and not word.lower().endswith("config") and (near := get_close_matches(word, words, 1)):
@@ -217,15 +222,21 @@ def _one_line(error: Exception) -> str:
     return message
 
 
-def _check_flags() -> None:
-    """Report an unknown flag in one line, without Hydra's usage text."""
+def _check_command_line() -> None:
+    """Report an unknown flag, and a group without a choice, in one line: Hydra prints its usage, or a traceback."""
     parser = get_args_parser()
 
     def error(message: str) -> NoReturn:
         _exit(2, f"error: {message}; settings are key=value, without dashes: see --help")
 
     parser.error = error  # type: ignore[method-assign]
-    parser.parse_args()
+    for override in parser.parse_args().overrides:
+        key, _, value = override.partition("=")
+        if not key:
+            _exit(2, f"error: expected key=value; got {override}")
+        options = choices.groups().get(key, [])
+        if options and any(re.fullmatch(r" *(null|[-+.\d]*) *", part) for part in value.split(",")):
+            _exit(2, f"error: {key} must be one of {', '.join(options)}, or be left out; got {override}")
 
 
 def _exit(code: int, message: str) -> NoReturn:
@@ -250,7 +261,7 @@ def main() -> None:
     with distributed.processes():
         config.register(distributed.from_first(datetime.now()))
         choices.register()
-        _check_flags()
+        _check_command_line()
         try:
             hydra.main(version_base="1.3", config_path=CONF, config_name="config")(job)()
         except (HydraException, OmegaConfBaseException) as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +23,10 @@ from .checkpoint import seed_everything
 from .config import Config, TaskConfig, TaskName
 from .learner import build_learner
 
+# Multiplications of a product of matrices for each thread. With 2.6e9 of them (model.dim=512) two threads took as long
+# as one on two cores; with 5e7 (the default) they took half as long again.
+WORK_OF_A_THREAD = 2**31
+OWN_THREADS = torch.get_num_threads()  # PyTorch's choice
 SPLITS = ("train", "validation", "test")
 
 
@@ -70,18 +77,18 @@ def setup(config: Config, saved: MetaParams | None = None) -> Setup:
         CheckpointError: ``saved`` does not fit the config.
     """
     device = find_device(distributed.device(config.device))
+    if threads := config.threads or (device.type == "cpu" and _useful_threads(config)):
+        torch.set_num_threads(threads)
     dtype = config.precision.parameters
     torch.set_float32_matmul_precision(config.precision.products)
     try:
+        with torch.device("meta"):  # allocates nothing
+            described = _model(config).to(dtype)
+        _check_memory(described)
         if saved is not None:
-            with torch.device("meta"):
-                described = _model(config).to(dtype)
-                check_meta(saved, build_learner(config, described).init(dict(described.named_parameters())))
+            check_meta(saved, build_learner(config, described).init(dict(described.named_parameters())))
         seed_everything(config.seed)
-        try:
-            model = _model(config).to(device, dtype)
-        except (RuntimeError, MemoryError) as error:
-            raise UserError(f"the model cannot be built: {str(error).splitlines()[0]}; reduce model.dim") from error
+        model = _model(config).to(device, dtype)
         learner = build_learner(config, model)
         learner.init(dict(model.named_parameters()))
         _probe(model, config.precision.network)
@@ -96,6 +103,20 @@ def setup(config: Config, saved: MetaParams | None = None) -> Setup:
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     return run
+
+
+def _useful_threads(config: Config) -> int:
+    """Return how many threads the largest product of matrices keeps busy on a CPU, at most PyTorch's own number.
+
+    With less work, threads wait for each other: on small models they are never faster than one.
+    """
+    m, task = config.model, config.task
+    images = task.name is not TaskName.sinusoid
+    tokens = (28 // m.patch_size) ** 2 if images else m.feature_tokens
+    samples = max(task.shot, task.queries) * (task.way if images else 1)
+    tasks = min(config.train.tasks, config.train.chunk_size or config.train.tasks)
+    work = tasks * samples * tokens * m.dim * m.dim * m.mlp_ratio
+    return max(1, min(OWN_THREADS, int(work / WORK_OF_A_THREAD)))
 
 
 def find_device(name: str) -> torch.device:
@@ -151,6 +172,18 @@ def _model(config: Config) -> metaattn.Transformer:
         backend=config.backend.value,
         remat=m.remat,
     )
+
+
+def _check_memory(model: metaattn.Transformer) -> None:
+    """Raise a ``ValueError`` if the parameters alone are larger than the machine's memory."""
+    size, memory = sum(p.nbytes for p in model.parameters()), math.inf
+    with suppress(ValueError, OSError, AttributeError):  # Windows
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise ValueError(
+            f"the model's parameters need {size / 2**30:.0f} GiB, and this machine has {memory / 2**30:.0f} GiB; reduce "
+            "model.dim or model.depth"
+        )
 
 
 def _probe(model: metaattn.Transformer, dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metaattn.meta.algorithms import MetaParams
 
-from ..errors import UserError
+from ..errors import CheckpointError
 from . import _checks, checkpoint
 from .config import Config
 from .setup import Setup
@@ -96,13 +96,13 @@ def resume(run: Setup, saved: dict[str, Any], out: Path) -> TrainState:
             best: the directory may be a partial copy.
 
     Raises:
-        UserError: The checkpoint has more steps than the run is to have.
-        CheckpointError: Its content is not that of such a run.
+        CheckpointError: The checkpoint has more steps than the run is to have, or another content than such a run.
     """
     steps = run.config.train.steps
     _checks.check_numbers(saved)
     if saved["step"] > steps:
-        raise UserError(f"the run is at step {str(saved['step'])[:60]} already; train.steps={steps} would do nothing")
+        at = str(saved["step"])[:60]
+        raise CheckpointError(f"the run is at step {at} already; train.steps={steps} would do nothing")
     state = _state(run, restore_meta(run, saved["meta"]))
     state.step = saved["step"]
     state.rows = saved.get("rows", 0)
