@@ -188,9 +188,9 @@ class ModelConfig:
 class AlgorithmConfig:
     """A :class:`metaattn.meta.GradientBased` learner, or a subclass of it by ``kind``.
 
-    ``segments`` belongs to the mixed gradient, ``last_steps`` to the truncated one, ``proximal``, ``damping``,
-    ``iterations`` and ``tolerance`` to the implicit one; ``multi_step_until`` and ``first_order_until`` belong to
-    MAML++, ``context`` and ``context_into`` to CAVIA.
+    ``segments`` belongs to the mixed gradient, ``last_steps`` (``null``: all steps) to the truncated one,
+    ``proximal``, ``damping``, ``iterations`` and ``tolerance`` to the implicit one; ``multi_step_until`` and
+    ``first_order_until`` belong to MAML++, ``context`` and ``context_into`` to CAVIA.
     """
 
     name: str = MISSING
@@ -200,7 +200,7 @@ class AlgorithmConfig:
     optimizer: InnerName = InnerName.sgd
     gradient: GradientName = GradientName.reverse
     segments: int | None = None
-    last_steps: int = 1
+    last_steps: int | None = None
     proximal: float = 1.0
     damping: float = 0.0
     iterations: int = 10
@@ -218,7 +218,7 @@ class AlgorithmConfig:
 class TrainConfig:
     """The outer loop. ``chunk_size``: how many tasks are differentiated at once, which bounds the memory."""
 
-    steps: int = 1000
+    steps: int = 500
     tasks: int = 16
     chunk_size: int | None = None
     learning_rate: float = 3e-3
@@ -297,7 +297,7 @@ LIMITS: dict[str, Limit] = {
     "algorithm.steps": ZERO,  # 0 for prototypical networks; other algorithms reject it
     "algorithm.learning_rate": POSITIVE,
     "algorithm.segments": _or_null(ONE),
-    "algorithm.last_steps": ONE,
+    "algorithm.last_steps": _or_null(ONE),
     "algorithm.proximal": POSITIVE,
     "algorithm.damping": FINITE,
     "algorithm.iterations": ONE,

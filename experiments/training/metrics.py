@@ -115,9 +115,9 @@ def _read(path: Path) -> tuple[list[Row], str]:
         return [], ""
     if not path.is_file() or path.stat().st_size > MOST_BYTES:
         return [], "it is not a file of metrics"
-    *lines, _ = path.read_bytes().split(b"\n")  # what follows the last line break was cut short
+    *lines, rest = path.read_bytes().split(b"\n")  # what follows the last line break was cut short
     if not lines:
-        return [], ""
+        return [], "" if _text([], header=True).startswith(rest) else "it has no line"
     columns = lines[0].decode("ascii", errors="replace").rstrip("\r").split(",")
     problem = ""
     if len(set(columns)) == len(columns) and {"step", "split"} <= {*columns} <= {*COLUMNS}:

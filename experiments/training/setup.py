@@ -181,8 +181,8 @@ def _check_memory(model: metaattn.Transformer) -> None:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > memory:
         raise ValueError(
-            f"the model's parameters need {size / 2**30:.0f} GiB, and this machine has {memory / 2**30:.0f} GiB; reduce "
-            "model.dim or model.depth"
+            f"the model's parameters need {size / 2**30:.0f} GiB, and this machine has {memory / 2**30:.0f} GiB; "
+            "reduce model.dim or model.depth"
         )
 
 
