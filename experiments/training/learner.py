@@ -94,7 +94,7 @@ def _check_learns(a: AlgorithmConfig) -> None:
         )
     if a.gradient is GradientName.implicit and a.kind is Kind.cavia:
         raise ValueError(
-            f"algorithm.gradient=implicit does not train algorithm={a.name}: the context ends far from its minimum, and "
+            f"algorithm.gradient=implicit does not train algorithm={a.name}: the context ends far from a minimum, and "
             "meta-training diverges; give another algorithm.gradient"
         )
     if a.gradient is GradientName.implicit and a.optimizer is InnerName.sgd:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -106,7 +107,7 @@ def _check_saved(saved: Any, key: str = "config") -> None:
 def job(raw: DictConfig) -> None:
     """Run once. Errors end the process here, so that Hydra prints no traceback for a mistake of the user."""
     try:
-        with directory.no_empty_directory(Path(HydraConfig.get().runtime.output_dir)):
+        with directory.no_empty_directory(Path(HydraConfig.get().runtime.output_dir)), _quiet_threads():
             run(raw)
     except UserError as error:
         if _show_traceback():
@@ -131,6 +132,22 @@ def job(raw: DictConfig) -> None:
         # One line from the first process that fails, instead of a traceback from each.
         what = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
         _exit(1, f"error: rank {distributed.rank()}: {what} (METAATTN_TRACEBACK=1 shows where)")
+
+
+@contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Print no traceback for a full disk in TensorBoard's thread, which passes the error on to the main thread."""
+    report = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not issubclass(args.exc_type, OSError):
+            report(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = report
 
 
 def run(raw: DictConfig) -> None:
