@@ -78,7 +78,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
         ContentError: The content has something besides plain values and tensors.
         OSError: The file cannot be written.
     """
-    content = tree_map_only(Tensor, _plain, {"format": FORMAT, "version": VERSION, **content})
+    content = tree_map_only(Tensor, _plain, {"format": FORMAT, "version": VERSION, **content, "digest": "sha256"})
     with io.BytesIO() as buffer:  # written to a file by PyTorch, a full disk would be an error without its name
         torch.save(content, buffer)
         with zipfile.ZipFile(buffer, "a") as file:  # torch.load does not read this part
@@ -226,15 +226,17 @@ def load(path: Path, **entries: type) -> dict[str, Any]:
 def _check_digest(path: Path, content: dict[str, Any], size: int, expected: str) -> None:
     """Compare the content with the digest that was saved with it.
 
-    The zip file's checksums do not cover its table of contents: one wrong bit there can exchange tensors.
+    The zip file's checksums do not cover its table of contents: one wrong bit there can exchange tensors. Content
+    that says nothing of a digest is of an earlier version of the program, or was saved by PyTorch itself.
     """
-    if not expected:
-        raise _damaged(path, "has no digest of its content: it is damaged, or of an earlier version of the program")
+    if not expected and "digest" in content:
+        raise _damaged(path, "is damaged: it has lost the digest of its content")
     try:
         found = digest_of(content, limit=16 * size)  # a key that occurs often is saved once
     except ContentError as error:
         raise _damaged(path, f"is damaged or not a checkpoint of train_maml.py: {error}") from error
     except Exception as error:
         raise _damaged(path, f"is damaged and cannot be read ({_reason(error)})") from error
-    if found != expected:
+    if expected and found != expected:
         raise _damaged(path, "is damaged: its content does not have the digest that was saved with it")
+    content.pop("digest", None)

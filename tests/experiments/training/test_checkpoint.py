@@ -289,10 +289,16 @@ def test_content_that_the_program_does_not_write_is_rejected(tmp_path, value):
         checkpoint.load(path)
 
 
-def test_a_checkpoint_without_a_digest_is_rejected(tmp_path):
-    torch.save({"format": checkpoint.FORMAT, "version": 1}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=r"a\.pt has no digest of its content"):
-        checkpoint.load(tmp_path / "a.pt")
+def test_a_checkpoint_that_lost_its_digest_is_rejected(saved):
+    torch.save(torch.load(saved), saved)
+    with pytest.raises(UserError, match=r"a\.pt is damaged: it has lost the digest of its content"):
+        checkpoint.load(saved)
+
+
+def test_a_checkpoint_of_before_there_were_digests_is_read(saved):
+    content = checkpoint.load(saved)
+    torch.save(content, saved)
+    assert _same(checkpoint.load(saved), content)
 
 
 @pytest.mark.parametrize("value", [1.0, True, "1", None])

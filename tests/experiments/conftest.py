@@ -1,4 +1,4 @@
-"""Fixtures of the tests of ``train_maml.py``."""
+"""Fixtures of the tests of the commands."""
 
 import shutil
 
