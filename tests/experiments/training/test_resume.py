@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from experiments.training import checkpoint, metrics
-from tests.experiments.training.runs import ROOT, assert_mistake, program
+from tests.experiments.training.runs import ROOT, SMOKE, assert_mistake, program
 
 MORE = ("train.steps=22", "test.tasks=2", "train.validation_tasks=2")
 
@@ -258,3 +258,14 @@ def test_a_file_or_folder_in_the_place_of_the_other(copy, command, name):
     assert lines[-1].startswith("error: ")
     assert name in lines[-1]
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("algorithm", ["cavia", "prototypical", "meta_sgd"])
+def test_runs_with_other_meta_parameters_resume(command, tmp_path, algorithm):
+    short = ("test.tasks=2", "train.validation_tasks=2")
+    code, _, err = command(*SMOKE, f"algorithm={algorithm}", "train.steps=1", *short, f"hydra.run.dir={tmp_path}/run")
+    assert code == 0, err
+    code, _, err = command(f"resume={tmp_path}/run", "train.steps=2")
+    assert code == 0, err
+    code, _, err = command("mode=evaluate", f"checkpoint={tmp_path}/run")
+    assert code == 0, err
