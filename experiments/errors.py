@@ -29,6 +29,10 @@ class RunStoppedError(UserError):
     code = 1
 
 
+class CheckpointError(UserError):
+    """A checkpoint whose content does not fit its run; the message begins with "its" and does not name the file."""
+
+
 def require_train_extra() -> None:
     """Exit with code 2 and one line if a package of the extra ``train`` is not installed."""
     if missing := [package for module, package in TRAIN_EXTRA.items() if find_spec(module) is None]:

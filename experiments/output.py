@@ -32,9 +32,10 @@ def _finite_or_none(value: Any) -> Any:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure to a file and close it."""
+    """Write a figure to a file, completely or not at all, and close it."""
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format=path.suffix[1:])
     plt.close(figure)
 
 

@@ -8,6 +8,8 @@ import ctypes
 import os
 import re
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of the programs that tests start do not wait by spinning
+
 import torch
 
 if not torch.cuda.is_available():

@@ -143,8 +143,9 @@ class Study:
         config = replace(config, device=s.device, threads=s.threads, seed=s.seed, precision=Precision.float64)
         self.run: Setup = setup(config)
         self.run.model.eval()
-        meta = state.restore_meta(self.run, content["meta"])
-        self.meta = {g: {k: t.detach().double() for k, t in group.items()} for g, group in meta.items()}
+        saved = {g: {k: t.double() for k, t in group.items()} for g, group in content["meta"].items()}
+        meta = state.restore_meta(self.run, saved)
+        self.meta = {g: {k: t.detach() for k, t in group.items()} for g, group in meta.items()}
         self.parameters: dict[str, Tensor] = dict(self.run.model.named_parameters())
         self.adapted = [self.parameters[k] for k in self.run.learner.adapted(self.parameters)]
         self.size, self.lanczos = sum(p.numel() for p in self.adapted), s.lanczos

@@ -16,8 +16,11 @@ CONF = str(Path(__file__).parents[2] / "conf")
 
 
 def groups() -> dict[str, list[str]]:
-    """Return the options of each configuration group: the files of the folders in ``conf/``."""
-    folders = [path for path in sorted(Path(CONF).iterdir()) if path.is_dir()]
+    """Return the options of each configuration group: the files of the folders in ``conf/``.
+
+    Folders whose names begin with an underscore are chosen by other groups, not by the user.
+    """
+    folders = [path for path in sorted(Path(CONF).iterdir()) if path.is_dir() and path.name[0] != "_"]
     return {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
 
 

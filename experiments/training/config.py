@@ -20,6 +20,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from ..errors import UserError
+from . import directory
 
 
 class Backend(Enum):
@@ -187,9 +188,9 @@ class ModelConfig:
 class AlgorithmConfig:
     """A :class:`metaattn.meta.GradientBased` learner, or a subclass of it by ``kind``.
 
-    ``segments`` belongs to the mixed gradient, ``last_steps`` to the truncated one, ``proximal``, ``damping``,
-    ``iterations`` and ``tolerance`` to the implicit one; ``multi_step_until`` and ``first_order_until`` belong to
-    MAML++, ``context`` and ``context_into`` to CAVIA.
+    ``segments`` belongs to the mixed gradient, ``last_steps`` (``null``: all steps) to the truncated one,
+    ``proximal``, ``damping``, ``iterations`` and ``tolerance`` to the implicit one; ``multi_step_until`` and
+    ``first_order_until`` belong to MAML++, ``context`` and ``context_into`` to CAVIA.
     """
 
     name: str = MISSING
@@ -199,7 +200,7 @@ class AlgorithmConfig:
     optimizer: InnerName = InnerName.sgd
     gradient: GradientName = GradientName.reverse
     segments: int | None = None
-    last_steps: int = 1
+    last_steps: int | None = None
     proximal: float = 1.0
     damping: float = 0.0
     iterations: int = 10
@@ -217,7 +218,7 @@ class AlgorithmConfig:
 class TrainConfig:
     """The outer loop. ``chunk_size``: how many tasks are differentiated at once, which bounds the memory."""
 
-    steps: int = 1000
+    steps: int = 500
     tasks: int = 16
     chunk_size: int | None = None
     learning_rate: float = 3e-3
@@ -275,6 +276,10 @@ def _or_null(limit: Limit) -> Limit:
     return lambda x: x is None or allowed(x), f"{text}, or null"
 
 
+def _at_most(most: int) -> Limit:
+    return lambda x: x is None or x <= most, f"at most {most}"
+
+
 # One for each number of the schema. Relations between values (heads divide dim) are checked where they are used.
 LIMITS: dict[str, Limit] = {
     "task.way": TWO,
@@ -292,7 +297,7 @@ LIMITS: dict[str, Limit] = {
     "algorithm.steps": ZERO,  # 0 for prototypical networks; other algorithms reject it
     "algorithm.learning_rate": POSITIVE,
     "algorithm.segments": _or_null(ONE),
-    "algorithm.last_steps": ONE,
+    "algorithm.last_steps": _or_null(ONE),
     "algorithm.proximal": POSITIVE,
     "algorithm.damping": FINITE,
     "algorithm.iterations": ONE,
@@ -318,6 +323,22 @@ LIMITS: dict[str, Limit] = {
 }
 
 
+# The largest value of each number by which memory and time grow before the first step, so that an absurd one is an
+# error, and not a machine that hangs.
+MOST: dict[str, int] = {
+    "task.way": 2**16,
+    "task.shot": 2**16,
+    "task.queries": 2**16,
+    "model.dim": 2**16,
+    "model.depth": 2**10,
+    "model.mlp_ratio": 2**10,
+    "model.feature_tokens": 2**16,
+    "algorithm.context": 2**20,
+    "train.tasks": 2**20,
+    "threads": 2**10,
+}
+
+
 def checked(raw: DictConfig) -> Config:
     """Return the config of a run as an object, after a check of every key and every number.
 
@@ -329,6 +350,7 @@ def checked(raw: DictConfig) -> Config:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(raw)))
     assert isinstance(config, Config)
     check_limits(config, LIMITS)
+    check_limits(config, {key: _at_most(most) for key, most in MOST.items()})
     return config
 
 
@@ -352,7 +374,7 @@ def run_dir(resume: str | None, checkpoint: str | None, task: TaskName, started:
     if resume and (path := Path(resume)).exists():
         return str(path if path.is_dir() else path.parent)
     # The task of a checkpoint is unknown until the checkpoint is read.
-    return f"outputs/{'evaluate' if checkpoint else task.value}/{started}"
+    return directory.new(f"outputs/{'evaluate' if checkpoint else task.value}/{started}")
 
 
 def register(started: datetime) -> None:
@@ -366,5 +388,9 @@ def register(started: datetime) -> None:
     store.store(group="task", name="schema", node=TaskConfig)
     store.store(group="model", name="schema", node=ModelConfig)
     store.store(group="algorithm", name="schema", node=AlgorithmConfig)
+    directory.forget()
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+    OmegaConf.register_new_resolver(
+        "sweep_dir", lambda started: directory.new(f"outputs/sweep/{started}"), replace=True
+    )
     OmegaConf.register_new_resolver("started", lambda: f"{started:%Y-%m-%d_%H-%M-%S}", replace=True)

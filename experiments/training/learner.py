@@ -29,6 +29,7 @@ from metaattn.meta import (
 
 from .config import AlgorithmConfig, Config, GradientName, InnerName, Kind, Precision, TaskName
 
+MOST_REST = 0.2  # with 0.5 (learning_rate=0.2, proximal=1, three steps) nothing was learned, with 0.13 it was
 Network = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 OPTIMIZERS: dict[InnerName, Callable[[], InnerOptimizer]] = {
@@ -42,9 +43,10 @@ def build_learner(config: Config, model: metaattn.Transformer) -> GradientBased:
     """Return the algorithm of a config, for its task and model.
 
     Raises:
-        ValueError: The algorithm or the task does not allow a setting.
+        ValueError: The algorithm or the task does not allow a setting, or nothing would be learned.
     """
     a = config.algorithm
+    _check_learns(a)
     regression = config.task.name is TaskName.sinusoid
     predict = network(model, config.precision)
 
@@ -79,11 +81,37 @@ def build_learner(config: Config, model: metaattn.Transformer) -> GradientBased:
     return GradientBased(loss, **settings)
 
 
+def _check_learns(a: AlgorithmConfig) -> None:
+    """Raise a ``ValueError`` if the gradient of the inner loop does not reach what is to be learned."""
+    if a.steps == 0 or a.kind is Kind.reptile:
+        return
+    cut = a.gradient is GradientName.truncated and (a.last_steps or a.steps) < a.steps
+    if cut and "*" in a.adapts and a.kind is not Kind.cavia:
+        raise ValueError(
+            f"with algorithm.last_steps={a.last_steps} of algorithm.steps={a.steps} the initial values of adapted "
+            "parameters get no derivative, and a task adapts all of them; give algorithm.last_steps=null, or "
+            "algorithm=anil, whose tasks adapt the head only"
+        )
+    if a.gradient is GradientName.implicit and a.kind is Kind.cavia:
+        raise ValueError(
+            f"algorithm.gradient=implicit does not train algorithm={a.name}: the context ends far from a minimum, and "
+            "meta-training diverges; give another algorithm.gradient"
+        )
+    if a.gradient is GradientName.implicit and a.optimizer is InnerName.sgd:
+        rest = abs(1 - a.learning_rate * a.proximal) ** a.steps
+        if rest > MOST_REST:
+            raise ValueError(
+                "algorithm.gradient=implicit needs an inner loop that ends near its minimum: of the distance, "
+                f"|1 - learning_rate * proximal| ** steps = {rest:.2g} is left, and may be at most {MOST_REST}; give "
+                "algorithm.proximal=10 algorithm.learning_rate=0.05, or algorithm=imaml"
+            )
+
+
 def _gradient(a: AlgorithmConfig) -> str | Gradient:
     if a.gradient is GradientName.mixed:
         return Mixed(a.segments)
     if a.gradient is GradientName.truncated:
-        return Truncated(a.last_steps)
+        return Truncated(max(a.steps, 1) if a.last_steps is None else a.last_steps)
     if a.gradient is GradientName.implicit:
         return Implicit(a.proximal, a.damping, a.iterations, a.tolerance)
     return a.gradient.value

@@ -14,11 +14,13 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from metaattn.compile import capture
+from metaattn.tasks.cache import replacing
 
-from ..errors import RunStoppedError
+from ..errors import RunStoppedError, UserError
 from . import checkpoint, distributed, evaluate, report
 from . import state as states
 from .config import Compile, Config, Kind, Schedule
+from .directory import set_aside
 from .interrupts import StoppedBySignal, collect_signals
 from .metrics import RunLog
 from .setup import Setup
@@ -51,6 +53,7 @@ class Trainer:
         self.run, self.out, self.config = run, out, run.config
         self.first_task, self.tasks = distributed.share(self.config.train.tasks)
         self.state = states.start(run) if saved is None else states.resume(run, saved, out)
+        self._log: RunLog | None = None
         self._prefetched: tuple[int, Any] = (-1, None)  # a step and its tasks, on the CPU
         self.captured = capture(
             functools.partial(run.learner.value_and_grad, chunk_size=self.config.train.chunk_size),
@@ -66,6 +69,8 @@ class Trainer:
     def save(self, name: str) -> None:
         """Write a checkpoint of the current state; only the first process does."""
         if distributed.is_first():
+            if self._log is not None:
+                self.state.rows = len(self._log.rows)
             checkpoint.save(self.out / name, self.state.content(self.config))
 
     def train(self, log: RunLog) -> None:
@@ -79,9 +84,7 @@ class Trainer:
             StoppedBySignal: SIGINT or SIGTERM was received; ``latest.pt`` holds the last complete step.
             LostProcessError: Another process has ended.
         """
-        c, state = self.config.train, self.state
-        if state.step == 0:
-            self.save("latest.pt")
+        c, state, self._log = self.config.train, self.state, log
         with collect_signals() as signals:
             start, first = time.perf_counter(), state.step
             while state.step < c.steps:
@@ -186,6 +189,18 @@ class Trainer:
             self.save("best.pt")
 
 
+def _check_best(run: Setup, out: Path) -> None:
+    """Set a damaged ``best.pt`` of a resumed run aside, with a warning; the next validation writes another."""
+    path = out / "best.pt"
+    if distributed.is_first() and path.exists():
+        try:
+            states.restore_meta(run, checkpoint.load(path, meta=dict, step=int)["meta"])
+        except UserError as error:
+            aside = set_aside(path)
+            warnings.warn(f"{path} cannot be used ({error}): it is now {aside}; the run validates again", stacklevel=2)
+    distributed.largest(0)  # a barrier: the other processes look for the file afterwards
+
+
 def train(run: Setup, out: Path, saved: dict[str, Any] | None = None) -> dict[str, Any]:
     """Meta-train, then evaluate the best checkpoint on test tasks.
 
@@ -202,11 +217,15 @@ def train(run: Setup, out: Path, saved: dict[str, Any] | None = None) -> dict[st
         StoppedBySignal: SIGINT or SIGTERM was received.
     """
     config = run.config
+    if saved is not None:
+        _check_best(run, out)
     trainer = Trainer(run, out, saved)
-    if saved is None and distributed.is_first():
-        (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
+    if distributed.is_first() and (saved is None or not (out / "latest.pt").exists()):  # or resumed elsewhere
+        with replacing(out / "config.yaml") as file:
+            file.write(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True).encode())
+        trainer.save("latest.pt")
     title = f"{config.algorithm.name} on {config.task.name.value}"
-    log = RunLog(out, trainer.state.step, config.train.steps, title)
+    log = RunLog(out, trainer.state.step, config.train.steps, title, trainer.state.rows)
     try:
         with log:
             trainer.train(log)

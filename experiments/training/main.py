@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -20,8 +21,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..errors import RunStoppedError, UserError
-from . import checkpoint, choices, config, distributed, evaluate, loop, state
+from ..errors import CheckpointError, RunStoppedError, UserError
+from . import checkpoint, choices, config, directory, distributed, evaluate, loop, state
 from .choices import CONF
 from .config import Config, Mode, checked
 from .interrupts import StoppedBySignal
@@ -57,8 +58,8 @@ EVALUATED = (
 )
 
 
-def _override(saved: dict[str, Any], current: DictConfig, use: str, free: tuple[str, ...]) -> DictConfig:
-    """Apply the overrides of the command line to the config of a checkpoint.
+def _override(saved: dict[str, Any], current: DictConfig, use: str, free: tuple[str, ...]) -> Config:
+    """Return the config of a checkpoint with the overrides of the command line.
 
     Args:
         saved: The config of the checkpoint.
@@ -67,9 +68,15 @@ def _override(saved: dict[str, Any], current: DictConfig, use: str, free: tuple[
         free: Patterns of the keys that may change.
 
     Raises:
-        UserError: Another key was overridden.
+        UserError: Another key was overridden, or a value is not allowed.
+        CheckpointError: The checkpoint's config is not valid.
     """
-    stored = OmegaConf.merge(OmegaConf.structured(Config), saved)
+    try:
+        _check_saved(saved)
+        stored = OmegaConf.structured(checked(OmegaConf.create(saved)))
+    except (OmegaConfBaseException, UserError) as error:
+        reason = _one_line(error) if isinstance(error, OmegaConfBaseException) else str(error)
+        raise CheckpointError(f"its config is not valid ({reason})") from error
     assert isinstance(stored, DictConfig)
     for override in HydraConfig.get().overrides.task:
         key = override.split("=", 1)[0].lstrip("+~")
@@ -78,30 +85,29 @@ def _override(saved: dict[str, Any], current: DictConfig, use: str, free: tuple[
                 f"{key} cannot change when a run is {use}, it comes from the checkpoint; these can: {', '.join(free)}"
             )
         OmegaConf.update(stored, key, OmegaConf.select(current, key))
-    return stored
+    return checked(stored)
 
 
-@contextmanager
-def _no_empty_directory(out: Path) -> Iterator[None]:
-    """Remove the output directory if the block fails before it writes anything, and this command created it.
-
-    A directory is this command's if the time at which the command started is its name. The directory of a run that is
-    resumed, and one that the user named, stay.
-    """
-    try:
-        yield
-    except BaseException:
-        started = OmegaConf.create({"text": "${started:}"}).text
-        if started in (out.name, out.parent.name):  # the parent in a sweep
-            with suppress(OSError):  # it contains files, or another process has removed it
-                out.rmdir()
-        raise
+def _check_saved(saved: Any, key: str = "config") -> None:
+    """Check that a config has plain values: as a string, ``${...}`` could read the environment."""
+    if isinstance(saved, dict):
+        for name, value in saved.items():
+            if not isinstance(name, str):
+                raise UserError(f"a key of {key} is not a string")
+            _check_saved(value, f"{key}.{name}")
+    elif isinstance(saved, list):
+        for value in saved:
+            _check_saved(value, key)
+    elif isinstance(saved, str) and "${" in saved:
+        raise UserError(f"{key} is an expression")
+    elif saved is not None and not isinstance(saved, (str, int, float)):
+        raise UserError(f"{key} is of type {type(saved).__name__}")
 
 
 def job(raw: DictConfig) -> None:
     """Run once. Errors end the process here, so that Hydra prints no traceback for a mistake of the user."""
     try:
-        with _no_empty_directory(Path(HydraConfig.get().runtime.output_dir)):
+        with directory.no_empty_directory(Path(HydraConfig.get().runtime.output_dir)), _quiet_threads():
             run(raw)
     except UserError as error:
         if _show_traceback():
@@ -116,6 +122,10 @@ def job(raw: DictConfig) -> None:
         _exit(stop.code, f"stopped after a complete step, which is saved; continue with resume={out}")
     except KeyboardInterrupt:
         _exit(130, "stopped immediately")
+    except OSError as error:
+        if _show_traceback():
+            raise
+        _exit(1, f"error: {_os_error(error)}; what is complete stays (METAATTN_TRACEBACK=1 shows where)")
     except Exception as error:
         if distributed.size() == 1 or _show_traceback():
             raise
@@ -124,29 +134,79 @@ def job(raw: DictConfig) -> None:
         _exit(1, f"error: rank {distributed.rank()}: {what} (METAATTN_TRACEBACK=1 shows where)")
 
 
+@contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Print no traceback for a full disk in TensorBoard's thread, which passes the error on to the main thread."""
+    report = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not issubclass(args.exc_type, OSError):
+            report(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = report
+
+
 def run(raw: DictConfig) -> None:
     """Train, resume or evaluate."""
     out = Path(HydraConfig.get().runtime.output_dir)
-    if raw.mode is Mode.evaluate:
-        if raw.checkpoint is None:
-            raise UserError("mode=evaluate needs checkpoint=PATH, a checkpoint or the directory of a run")
-        path = checkpoint.find(raw.checkpoint, "best.pt")
-        content = checkpoint.load(path, config=dict, meta=dict, step=int)
-        ready = setup(checked(_override(content["config"], raw, "evaluated", EVALUATED)))
-        summary = evaluate.test(ready, state.restore_meta(ready, content["meta"]), out, content["step"])
-    else:
-        if raw.checkpoint is not None:
-            raise UserError(
-                f"checkpoint={raw.checkpoint} is for mode=evaluate; to train it further give resume={raw.checkpoint}"
-            )
-        saved = checkpoint.load(checkpoint.find(raw.resume), config=dict, **state.ENTRIES) if raw.resume else None
-        ready = setup(checked(raw if saved is None else _override(saved["config"], raw, "resumed", RESUMED)))
-        try:
-            summary = loop.train(ready, out, saved)
-        except distributed.LostProcessError as lost:
-            raise RunStoppedError(f"{lost}; continue from the last checkpoint with resume={out}") from lost
+    summary = (_evaluate if raw.mode is Mode.evaluate else _train)(raw, out)
     if distributed.is_first():
         print(evaluate.table(summary, out))
+
+
+def _evaluate(raw: DictConfig, out: Path) -> dict[str, Any]:
+    if raw.checkpoint is None:
+        raise UserError("mode=evaluate needs checkpoint=PATH, a checkpoint or the directory of a run")
+    path = checkpoint.find(raw.checkpoint, "best.pt")
+    advice = "give a new directory for the results of the evaluation with hydra.run.dir=PATH"
+    with directory.owned(out, ("latest.pt", "best.pt"), advice):
+        content = checkpoint.load(path, config=dict, meta=dict, step=int)
+        with _of_checkpoint(path):
+            ready = setup(_override(content["config"], raw, "evaluated", EVALUATED), content["meta"])
+            meta = state.restore_meta(ready, content["meta"])
+        return evaluate.test(ready, meta, out, content["step"])
+
+
+def _train(raw: DictConfig, out: Path) -> dict[str, Any]:
+    if raw.checkpoint is not None:
+        raise UserError(
+            f"checkpoint={raw.checkpoint} is for mode=evaluate; to train it further give resume={raw.checkpoint}"
+        )
+    path = checkpoint.find(raw.resume) if raw.resume else None
+    continues = path is not None and path.parent.resolve() == out.resolve()
+    advice = f"continue that run with resume={out}, or give a new directory with hydra.run.dir=PATH"
+    with directory.owned(out, () if continues else directory.OF_A_RUN, advice):
+        try:
+            if path is None:
+                return loop.train(setup(checked(raw)), out)
+            saved = checkpoint.load(path, config=dict, **state.ENTRIES)
+            with _of_checkpoint(path):
+                ready = setup(_override(saved["config"], raw, "resumed", RESUMED), saved["meta"])
+            try:
+                return loop.train(ready, out, saved)
+            except CheckpointError as error:
+                raise UserError(f"{path} cannot be resumed: {error}") from error
+        except distributed.LostProcessError as lost:
+            raise RunStoppedError(f"{lost}; continue from the last checkpoint with resume={out}") from lost
+
+
+@contextmanager
+def _of_checkpoint(path: Path) -> Iterator[None]:
+    """Name the checkpoint in errors of the block, which builds what its config describes."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _os_error(error: OSError) -> str:
+    """Describe a full disk, a file that cannot be written and the like."""
+    name = f"{error.filename}: " if error.filename is not None else ""
+    return f"{name}{error.strerror or error}"
 
 
 def _one_line(error: Exception) -> str:
@@ -167,6 +227,11 @@ def _one_line(error: Exception) -> str:
         near = get_close_matches(unknown[2], options, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         return f"{message}{hint}; the choices are {', '.join(options)}"
+    if invalid := re.search(r"Invalid value '([^']*)', expected one of \[(.*)\]", message):
+        near = get_close_matches(invalid[1], invalid[2].split(", "), 1)
+        return f"{message} (did you mean {near[0]!r}?)" if near else message
+    if "not Optional" in message or "could not be converted" in message:  # the key exists
+        return message
     words = sorted(choices.words())
     for word in re.findall(r"[\w-]+", " ".join(re.findall(r"'([^']*)'", message))):
         if word not in words and not word.lower().endswith("config") and (near := get_close_matches(word, words, 1)):
@@ -174,15 +239,21 @@ def _one_line(error: Exception) -> str:
     return message
 
 
-def _check_flags() -> None:
-    """Report an unknown flag in one line, without Hydra's usage text."""
+def _check_command_line() -> None:
+    """Report an unknown flag, and a group without a choice, in one line: Hydra prints its usage, or a traceback."""
     parser = get_args_parser()
 
     def error(message: str) -> NoReturn:
         _exit(2, f"error: {message}; settings are key=value, without dashes: see --help")
 
     parser.error = error  # type: ignore[method-assign]
-    parser.parse_args()
+    for override in parser.parse_args().overrides:
+        key, _, value = override.partition("=")
+        if not key:
+            _exit(2, f"error: expected key=value; got {override}")
+        options = choices.groups().get(key, [])
+        if options and any(re.fullmatch(r" *(null|[-+.\d]*) *", part) for part in value.split(",")):
+            _exit(2, f"error: {key} must be one of {', '.join(options)}, or be left out; got {override}")
 
 
 def _exit(code: int, message: str) -> NoReturn:
@@ -207,10 +278,14 @@ def main() -> None:
     with distributed.processes():
         config.register(distributed.from_first(datetime.now()))
         choices.register()
-        _check_flags()
+        _check_command_line()
         try:
             hydra.main(version_base="1.3", config_path=CONF, config_name="config")(job)()
         except (HydraException, OmegaConfBaseException) as error:
             if _show_traceback():
                 raise
             _exit(2, f"error: {_one_line(error)}")
+        except OSError as error:  # Hydra creates the output directory
+            if _show_traceback():
+                raise
+            _exit(2, f"error: the output directory cannot be created: {_os_error(error)}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,14 +13,20 @@ from torch import Tensor
 
 import metaattn
 from metaattn.meta import GradientBased
+from metaattn.meta.algorithms import MetaParams
 from metaattn.tasks import Batch, Episode, Sinusoids, glyphs, omniglot, stack
 
 from ..errors import UserError
 from . import distributed
+from ._checks import check_meta
 from .checkpoint import seed_everything
 from .config import Config, TaskConfig, TaskName
 from .learner import build_learner
 
+# Multiplications of a product of matrices for each thread. With 2.6e9 of them (model.dim=512) two threads took as long
+# as one on two cores; with 5e7 (the default) they took half as long again.
+WORK_OF_A_THREAD = 2**31
+OWN_THREADS = torch.get_num_threads()  # PyTorch's choice
 SPLITS = ("train", "validation", "test")
 
 
@@ -56,19 +65,29 @@ class Setup:
         return t.to(self.device, self.dtype if t.is_floating_point() else None)
 
 
-def setup(config: Config) -> Setup:
+def setup(config: Config, saved: MetaParams | None = None) -> Setup:
     """Build the objects of a run.
+
+    Args:
+        config: The config of the run.
+        saved: The meta-parameters of its checkpoint. They are compared with the config before memory is allocated.
 
     Raises:
         UserError: The config contradicts itself, the backend does not support it, or the device does not exist.
+        CheckpointError: ``saved`` does not fit the config.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     device = find_device(distributed.device(config.device))
+    if threads := config.threads or (device.type == "cpu" and _useful_threads(config)):
+        torch.set_num_threads(threads)
     dtype = config.precision.parameters
     torch.set_float32_matmul_precision(config.precision.products)
-    seed_everything(config.seed)
     try:
+        with torch.device("meta"):  # allocates nothing
+            described = _model(config).to(dtype)
+        _check_memory(described)
+        if saved is not None:
+            check_meta(saved, build_learner(config, described).init(dict(described.named_parameters())))
+        seed_everything(config.seed)
         model = _model(config).to(device, dtype)
         learner = build_learner(config, model)
         learner.init(dict(model.named_parameters()))
@@ -81,9 +100,23 @@ def setup(config: Config) -> Setup:
         with distributed.first_then_rest():
             for split in SPLITS:
                 run.tasks(split, 0, 1)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     return run
+
+
+def _useful_threads(config: Config) -> int:
+    """Return how many threads the largest product of matrices keeps busy on a CPU, at most PyTorch's own number.
+
+    With less work, threads wait for each other: on small models they are never faster than one.
+    """
+    m, task = config.model, config.task
+    images = task.name is not TaskName.sinusoid
+    tokens = (28 // m.patch_size) ** 2 if images else m.feature_tokens
+    samples = max(task.shot, task.queries) * (task.way if images else 1)
+    tasks = min(config.train.tasks, config.train.chunk_size or config.train.tasks)
+    work = tasks * samples * tokens * m.dim * m.dim * m.mlp_ratio
+    return max(1, min(OWN_THREADS, int(work / WORK_OF_A_THREAD)))
 
 
 def find_device(name: str) -> torch.device:
@@ -139,6 +172,18 @@ def _model(config: Config) -> metaattn.Transformer:
         backend=config.backend.value,
         remat=m.remat,
     )
+
+
+def _check_memory(model: metaattn.Transformer) -> None:
+    """Raise a ``ValueError`` if the parameters alone are larger than the machine's memory."""
+    size, memory = sum(p.nbytes for p in model.parameters()), math.inf
+    with suppress(ValueError, OSError, AttributeError):  # Windows
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise ValueError(
+            f"the model's parameters need {size / 2**30:.0f} GiB, and this machine has {memory / 2**30:.0f} GiB; "
+            "reduce model.dim or model.depth"
+        )
 
 
 def _probe(model: metaattn.Transformer, dtype: torch.dtype) -> None:

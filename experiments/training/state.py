@@ -14,8 +14,8 @@ from torch import Tensor
 
 from metaattn.meta.algorithms import MetaParams
 
-from ..errors import UserError
-from . import checkpoint
+from ..errors import CheckpointError
+from . import _checks, checkpoint
 from .config import Config
 from .setup import Setup
 
@@ -24,7 +24,12 @@ ENTRIES: dict[str, type] = {"meta": dict, "optimizer": dict, "step": int, "best"
 
 
 def restore_meta(run: Setup, saved: MetaParams) -> MetaParams:
-    """Return the meta-parameters of a checkpoint on the run's device, as leaves that require gradients."""
+    """Return the meta-parameters of a checkpoint on the run's device, as leaves that require gradients.
+
+    Raises:
+        CheckpointError: Names, shapes or dtypes are not those of the run, or a value is not finite.
+    """
+    _checks.check_meta(saved, run.learner.init(dict(run.model.named_parameters())))
     return {g: {k: t.to(run.device).requires_grad_() for k, t in group.items()} for g, group in saved.items()}
 
 
@@ -37,6 +42,7 @@ class TrainState:
         optimizer: The outer optimizer of ``meta``.
         step: How many steps have been taken.
         best: The best validation score so far; larger is better.
+        rows: How many rows ``metrics.csv`` has.
         seconds_before: How long earlier sessions of the run trained, in seconds.
     """
 
@@ -44,6 +50,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0
     best: float = -math.inf
+    rows: int = 0
     seconds_before: float = 0.0
 
     def __post_init__(self) -> None:
@@ -66,6 +73,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "best": self.best,
+            "rows": self.rows,
             "seconds": self.seconds,
             "rng": checkpoint.rng_state(),
             "config": OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True),
@@ -88,16 +96,20 @@ def resume(run: Setup, saved: dict[str, Any], out: Path) -> TrainState:
             best: the directory may be a partial copy.
 
     Raises:
-        UserError: The checkpoint has more steps than the run is to have.
+        CheckpointError: The checkpoint has more steps than the run is to have, or another content than such a run.
     """
     steps = run.config.train.steps
+    _checks.check_numbers(saved)
     if saved["step"] > steps:
-        raise UserError(f"the run is at step {saved['step']} already; train.steps={steps} would do nothing")
+        at = str(saved["step"])[:60]
+        raise CheckpointError(f"the run is at step {at} already; train.steps={steps} would do nothing")
     state = _state(run, restore_meta(run, saved["meta"]))
     state.step = saved["step"]
-    state.seconds_before = saved.get("seconds", 0.0)  # older checkpoints do not have it
+    state.rows = saved.get("rows", 0)
+    state.seconds_before = saved.get("seconds", 0.0)
     if (out / "best.pt").is_file():
         state.best = saved["best"]
+    _checks.check_adam(saved["optimizer"], state.optimizer.state_dict(), state.tensors, state.step)
     state.optimizer.load_state_dict(saved["optimizer"])
     checkpoint.set_rng_state(saved["rng"])
     return state

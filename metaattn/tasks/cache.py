@@ -10,13 +10,17 @@ import hashlib
 import os
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows has no locks of this kind; leftovers of a kill stay there
+    fcntl = None  # type: ignore[assignment]
 
 Arrays = dict[str, np.ndarray]
 
@@ -48,24 +52,57 @@ def _read(path: Path) -> Arrays:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file for writing, which replaces ``path`` when the block ends.
 
-    A process that is killed leaves the old file or the new one, never a part of it.
+    A process that is killed leaves the old file or the new one, never a part of it. What it leaves of its temporary
+    file is removed by the next call for the same path.
 
     Args:
         path: The file to replace; its directory must exist.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    remove_leftovers(path)
+    file, name = _temporary(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp makes files that only the owner can read
-        os.replace(name, path)
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(name, 0o666 & ~mask)  # mkstemp makes files that only the owner can read
+            if fcntl is None:
+                file.close()  # Windows cannot replace by an open file; elsewhere closing it would end its lock
+            os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove temporary files that :func:`replacing` left beside a path because its process was killed.
+
+    A process that still writes holds a lock on its temporary file, which ends with the process.
+    """
+    if fcntl is None:
+        return
+    prefix = f".{path.name}."
+    with suppress(OSError):
+        for name in os.listdir(path.parent):
+            if name.startswith(prefix) and len(name) == len(prefix) + 8:  # mkstemp adds eight characters
+                with suppress(OSError), open(path.parent / name, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(path.parent / name)
+
+
+def _temporary(path: Path) -> tuple[IO[bytes], str]:
+    """Open a temporary file beside a path, locked so that :func:`remove_leftovers` keeps it."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        file = os.fdopen(handle, "wb")
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return file, name
+        file.close()  # another process removed it before it was locked
 
 
 def cached(name: str, key: str, build: Callable[[], Arrays], *, where: Path | None = None) -> Arrays:
@@ -84,10 +121,10 @@ def cached(name: str, key: str, build: Callable[[], Arrays], *, where: Path | No
         The arrays, by name.
     """
     path = (where or directory()) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
-    if path.exists():
+    if path.is_file():
         try:
             return _read(path)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # NumPy and zipfile raise more than a dozen classes for damaged files
             warnings.warn(f"building {path} again: it cannot be read ({error})", stacklevel=2)
     arrays = build()
     try:

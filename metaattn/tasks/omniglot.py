@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import stat
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +17,7 @@ from .cache import Arrays, cached
 from .episodes import Episodes, split_classes
 
 SIZE = 28
+LARGEST = 4096  # pixels of a side; a file of some bytes can hold an image that fills the memory
 PARTS = ("images_background", "images_evaluation")
 SPLITS = {"train": 1100 / 1623, "validation": 100 / 1623, "test": 423 / 1623}
 SPLIT_SEED = 0
@@ -37,16 +40,37 @@ def _folders(root: Path) -> list[Path]:
 
 def _read(path: Path) -> np.ndarray:
     """Read a drawing as ``[28, 28]`` uint8, with bright ink."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            small = image.convert("L").resize((SIZE, SIZE), Image.Resampling.BOX)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a readable image ({error}); delete the folder and download Omniglot again"
-        ) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about metadata of files that can be read
+            with Image.open(path, formats=["PNG"]) as image:
+                if max(image.size) > LARGEST:
+                    raise ValueError(f"{image.width} x {image.height} pixels, where Omniglot has 105 x 105")
+                small = image.convert("L").resize((SIZE, SIZE), Image.Resampling.BOX)
+    except Exception as error:  # Pillow raises many classes for damaged files, SyntaxError among them
+        raise _unreadable(path, error) from error
     return 255 - np.asarray(small)
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is not a readable image ({error}); delete the folder and download Omniglot again")
+
+
+def _identity(path: Path) -> str:
+    """Return what changes with a drawing's file: name, size and time.
+
+    Raises:
+        ValueError: It is no ordinary file, for example a link to itself.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError("it is not a regular file")
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return f"{path.name} {found.st_size} {found.st_mtime_ns}"
 
 
 def load(root: Path, cache: Path | None = None) -> Arrays:
@@ -65,13 +89,15 @@ def load(root: Path, cache: Path | None = None) -> Arrays:
         ImportError: Pillow is not installed, and the images are not in the cache.
     """
     files = [(label, f) for label, folder in enumerate(_folders(root)) for f in sorted(folder.glob("*.png"))]
+    if not files:
+        raise FileNotFoundError(f"no drawings in {root}. {_EXPECTED}")
 
     def build() -> Arrays:
         required("omniglot", "PIL")
         images = [_read(f) for _, f in tqdm(files, desc="reading Omniglot", leave=False)]
         return {"images": np.stack(images), "labels": np.array([label for label, _ in files])}
 
-    key = f"1 {root.resolve()} " + " ".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for _, f in files)
+    key = f"1 {root.resolve()} " + " ".join(_identity(f) for _, f in files)
     return cached("omniglot", key, build, where=cache)
 
 

@@ -1,11 +1,13 @@
 """Checkpoints: written completely or not at all, and checked when they are read."""
 
+import io
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +126,199 @@ def test_another_format_version_is_named(tmp_path):
     torch.save({"format": checkpoint.FORMAT, "version": 99}, tmp_path / "a.pt")
     with pytest.raises(UserError, match="format version 99; this program reads version 1"):
         checkpoint.load(tmp_path / "a.pt")
+
+
+CONTENT = {
+    "step": 3,
+    "meta": {"params": {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(6.0).view(2, 3) + 6}},
+    "numbers": (1, True, None, 0.5, "text", [2**70]),
+}
+
+
+def _same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return type(b) is dict and list(a) == list(b) and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def _loads_equal_or_not(path, want):
+    """Load a damaged checkpoint: it is rejected by its name in one line, or equal."""
+    problem = None
+    try:
+        got = checkpoint.load(path)
+    except UserError as error:
+        problem = str(error)
+    if problem is None:
+        assert _same(got, want)
+    else:
+        assert str(path) in problem
+        assert "\n" not in problem
+    return problem is None
+
+
+@pytest.fixture
+def saved(tmp_path):
+    checkpoint.save(tmp_path / "a.pt", CONTENT)
+    return tmp_path / "a.pt"
+
+
+def test_every_bit_of_the_table_of_contents(saved):
+    """No checksum of the zip file covers it: a bit can exchange two tensors."""
+    whole, want = saved.read_bytes(), checkpoint.load(saved)
+    start, accepted = whole.index(b"PK\x01\x02"), 0
+    for at in range(start, len(whole)):
+        for bit in range(8):
+            flipped = bytearray(whole)
+            flipped[at] ^= 1 << bit
+            saved.write_bytes(flipped)
+            accepted += _loads_equal_or_not(saved, want)
+    assert accepted < 4 * (len(whole) - start)  # such as times and attributes of files
+
+
+def test_a_part_that_is_exchanged_for_another(saved):
+    """The directory bit of a part, which made PyTorch read zeros, and the names of two parts, exchanged."""
+    whole, want = saved.read_bytes(), checkpoint.load(saved)
+    table = whole.index(b"PK\x01\x02")
+    for part in (b"/data/0", b"/data/1"):
+        at = whole.index(b"archive" + part, table)
+        at = whole.rindex(b"PK\x01\x02", table, at)
+        flipped = bytearray(whole)
+        flipped[at + 38] ^= 0x10
+        saved.write_bytes(flipped)
+        _loads_equal_or_not(saved, want)
+    exchanged = whole[:table] + whole[table:].replace(b"/data/0", b"/data/x").replace(b"/data/1", b"/data/0")
+    saved.write_bytes(exchanged.replace(b"/data/x", b"/data/1"))
+    assert not _loads_equal_or_not(saved, want)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_damage(saved, seed):
+    whole, want, draw = saved.read_bytes(), checkpoint.load(saved), random.Random(seed)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        at, size = draw.randrange(len(whole)), draw.choice([1, 16, 500])
+        match draw.randrange(6):
+            case 0:
+                damaged[at] ^= 1 << draw.randrange(8)
+            case 1:
+                damaged = damaged[:at]
+            case 2:
+                damaged[at : at + size] = bytes(len(damaged[at : at + size]))
+            case 3:
+                damaged[at:at] = draw.randbytes(size)
+            case 4:
+                del damaged[at : at + size]
+            case 5:
+                damaged += draw.randbytes(size)
+        saved.write_bytes(damaged)
+        _loads_equal_or_not(saved, want)
+
+
+def _packed(change=lambda name, data: data, how=zipfile.ZIP_STORED, source=b""):
+    """Write the parts of a checkpoint again, changed, with right checksums."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(source)) as parts, zipfile.ZipFile(out, "w", how) as packed:
+        for name in parts.namelist():
+            packed.writestr(name, change(name, parts.read(name)))
+    return out.getvalue()
+
+
+def _pickled(data):
+    return lambda name, old: data if name.endswith("data.pkl") else old
+
+
+def _doubled():
+    """Pickle 40 lists, each of which has the one before twice: a terabyte for whoever walks through it."""
+    return b"\x80\x02]q\x00" + b"".join(b"]q%c(h%ch%ce" % (n, n - 1, n - 1) for n in range(1, 40)) + b"."
+
+
+PACKED = {
+    "a bomb of tensors": (lambda name, old: bytes(2**28) if "/data/" in name else old, zipfile.ZIP_DEFLATED),
+    "a bomb of values": (_pickled(b"(" * 2**28), zipfile.ZIP_DEFLATED),
+    "many values": (_pickled(b"(" * 2**25), zipfile.ZIP_STORED),
+    "compressed": (lambda name, old: old, zipfile.ZIP_BZIP2),
+    "doubled": (_pickled(_doubled()), zipfile.ZIP_STORED),
+    "a circle": (_pickled(b"\x80\x02}q\x00X\x01\x00\x00\x00xh\x00s."), zipfile.ZIP_STORED),
+    "code": (_pickled(b"cos\nsystem\n(S'touch executed'\ntR."), zipfile.ZIP_STORED),
+    "no values": (_pickled(b""), zipfile.ZIP_STORED),
+    "a short tensor": (lambda name, old: old[:4] if name.endswith("/data/0") else old, zipfile.ZIP_STORED),
+    "no tensor": (lambda name, old: b"" if name.endswith("/data/0") else old, zipfile.ZIP_STORED),
+    "other bytes": (lambda name, old: b"big" if name.endswith("byteorder") else old, zipfile.ZIP_STORED),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_foreign_container_is_rejected(saved, name, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    want = checkpoint.load(saved)
+    saved.write_bytes(_packed(*PACKED[name], source=saved.read_bytes()))
+    assert not _loads_equal_or_not(saved, want)
+    assert not (saved.parent / "executed").exists()
+
+
+def test_the_same_parts_in_another_container(saved):
+    want = checkpoint.load(saved)
+    saved.write_bytes(_packed(source=saved.read_bytes()))
+    assert _loads_equal_or_not(saved, want)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(1).expand(2**40),
+        torch.empty(2, device="meta"),
+        torch.zeros(2, 2).to_sparse(),
+        torch.zeros(2, dtype=torch.complex64),
+        torch.nn.Parameter(torch.zeros(2)),
+        torch.zeros(4)[::2],
+        {1, 2},
+        b"bytes",
+    ],
+    ids=lambda value: f"{type(value).__name__}",
+)
+def test_content_that_the_program_does_not_write_is_rejected(tmp_path, value):
+    path = tmp_path / "a.pt"
+    torch.save({"format": checkpoint.FORMAT, "version": 1, "x": value}, path)
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("a" + checkpoint.DIGEST, "0" * 64)
+    with pytest.raises(UserError, match=r"a\.pt is (damaged|not a checkpoint)"):
+        checkpoint.load(path)
+
+
+def test_a_checkpoint_that_lost_its_digest_is_rejected(saved):
+    torch.save(torch.load(saved), saved)
+    with pytest.raises(UserError, match=r"a\.pt is damaged: it has lost the digest of its content"):
+        checkpoint.load(saved)
+
+
+def test_a_checkpoint_of_before_there_were_digests_is_read(saved):
+    content = checkpoint.load(saved)
+    torch.save(content, saved)
+    assert _same(checkpoint.load(saved), content)
+
+
+@pytest.mark.parametrize("value", [1.0, True, "1", None])
+def test_a_version_of_another_type_is_rejected(tmp_path, value):
+    checkpoint.save(tmp_path / "a.pt", {"version": value})
+    with pytest.raises(UserError, match="its format version is of type"):
+        checkpoint.load(tmp_path / "a.pt")
+
+
+def test_views_are_saved_without_their_base(tmp_path):
+    base = torch.arange(1000.0)
+    checkpoint.save(tmp_path / "a.pt", {"x": base[3:5], "y": base[::100], "z": torch.ones(1).expand(3)})
+    assert (tmp_path / "a.pt").stat().st_size < 3000
+    content = checkpoint.load(tmp_path / "a.pt")
+    assert [content[k].tolist() for k in "xyz"] == [[3, 4], base[::100].tolist(), [1, 1, 1]]
+
+
+def test_a_path_that_is_none(tmp_path):
+    for path in ("a\0b", "a" * 5000, tmp_path / "loop"):
+        if path == tmp_path / "loop":
+            path.symlink_to(path)
+        with pytest.raises(UserError, match="no checkpoint at"):
+            checkpoint.find(path)

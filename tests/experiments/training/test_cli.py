@@ -1,15 +1,11 @@
 """The command ``train_maml.py``: the files of a run, errors and exit codes, kill and resume."""
 
 import csv
-import io
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -17,62 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.training import checkpoint, loop, metrics, report, setup
+from experiments.training import checkpoint, loop, metrics, setup
 from experiments.training.config import Backend, Config, TaskConfig, TaskName
-from experiments.training.main import main
 from metaattn.compile import compiler
 from metaattn.compile.piecewise import as_recorded
 from tests.conftest import NO_KERNELS
+from tests.experiments.training.runs import SMOKE, assert_mistake, only, program, run_main
 
 ROOT = Path(__file__).parents[3]
-SMOKE = ["experiment=smoke", "threads=1"]
-
-
-def _main(cwd, *arguments):
-    """Run ``train_maml.py`` in this process, in a directory; return the exit code, stdout and stderr."""
-    code, out, err = 0, io.StringIO(), io.StringIO()
-    precision = torch.get_float32_matmul_precision()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["train_maml.py", *arguments])
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        finally:
-            torch.set_float32_matmul_precision(precision)  # precision=tf32 sets it
-    return code, out.getvalue(), err.getvalue()
-
-
-@pytest.fixture
-def command(monkeypatch, tmp_path):
-    """Run ``train_maml.py`` in an empty directory. Plots, which take half of the time, are only drawn on request."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments, draw=False):
-        with pytest.MonkeyPatch.context() as patch:
-            if not draw:
-                for name in ("learning", "adaptation", "episode"):
-                    patch.setattr(report, name, lambda path, *_, **__: path.touch())
-            return _main(tmp_path, *arguments)
-
-    return call
-
-
-def _program(*arguments):
-    """Return the command line of ``train_maml.py``, and the options to start it as a process."""
-    options = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "text": True}
-    return [sys.executable, str(ROOT / "train_maml.py"), *arguments], options
 
 
 def _start(cwd, *arguments):
-    program, options = _program(*SMOKE, *arguments)
-    return subprocess.Popen(program, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-
-
-def _only(path):
-    (found,) = path.iterdir()
-    return found
+    arguments, options = program(*SMOKE, *arguments)
+    return subprocess.Popen(arguments, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def _wait_for_step(out, step, process):
@@ -85,15 +38,6 @@ def _wait_for_step(out, step, process):
                 return path
         time.sleep(0.05)
     raise AssertionError("no checkpoint in two minutes")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A complete smoke run of 20 steps: its directory and its stdout."""
-    cwd = tmp_path_factory.mktemp("finished")
-    code, out, err = _main(cwd, *SMOKE)
-    assert code == 0, err
-    return _only(cwd / "outputs" / "glyphs"), out
 
 
 def test_a_run_writes_all_files(finished):
@@ -154,7 +98,9 @@ def test_kill_and_resume_is_bit_exact(tmp_path, dropout, finished):
     killed = _start(tmp_path, *extra, "train.checkpoint_every=1")
     if dropout:
         reference = tmp_path / "whole"
-        code, _, err = _main(tmp_path, *SMOKE, *extra, f"hydra.run.dir={reference}")  # while the other process starts
+        code, _, err = run_main(
+            tmp_path, *SMOKE, *extra, f"hydra.run.dir={reference}"
+        )  # while the other process starts
         assert code == 0, err
     else:
         reference = finished[0]
@@ -164,10 +110,10 @@ def test_kill_and_resume_is_bit_exact(tmp_path, dropout, finished):
     assert checkpoint.load(path)["step"] < 20
     resume = [f"resume={path.parent}", "threads=1"]
     if dropout:
-        code, _, err = _main(tmp_path, *resume)
+        code, _, err = run_main(tmp_path, *resume)
     else:
-        program, options = _program(*resume)
-        done = subprocess.run(program, cwd=tmp_path, capture_output=True, timeout=300, **options)
+        arguments, options = program(*resume)
+        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, timeout=300, **options)
         code, err = done.returncode, done.stderr
     assert code == 0, err
     got, want = checkpoint.load(path), checkpoint.load(reference / "latest.pt")
@@ -208,7 +154,7 @@ def test_ctrl_c_saves_and_stops(tmp_path):
     assert process.returncode == 130
     assert "continue with resume=" in err
     assert "Traceback" not in err
-    assert checkpoint.load(_only(run) / "latest.pt")["step"] >= 5
+    assert checkpoint.load(only(run) / "latest.pt")["step"] >= 5
 
 
 @pytest.fixture
@@ -238,7 +184,7 @@ def signals(monkeypatch):
 def test_a_signal_stops_after_the_step(command, tmp_path, signals, number, code):
     signals(number)
     result, out, err = command(*SMOKE, "train.checkpoint_every=100")
-    run = _only(tmp_path / "outputs" / "glyphs")
+    run = only(tmp_path / "outputs" / "glyphs")
     assert (result, out) == (code, "")
     assert err.endswith(f"stopped after a complete step, which is saved; continue with resume={run}\n")
     assert checkpoint.load(run / "latest.pt")["step"] == 6
@@ -249,7 +195,7 @@ def test_a_second_signal_stops_immediately(command, tmp_path, signals):
     signals(signal.SIGTERM, signal.SIGINT)
     result, _, err = command(*SMOKE, "train.checkpoint_every=100")
     assert (result, err.splitlines()[-1]) == (130, "stopped immediately")
-    assert checkpoint.load(_only(tmp_path / "outputs" / "glyphs") / "latest.pt")["step"] == 0
+    assert checkpoint.load(only(tmp_path / "outputs" / "glyphs") / "latest.pt")["step"] == 0
 
 
 def test_evaluate(finished, command):
@@ -269,7 +215,7 @@ def test_evaluation_accepts_changes_of_tasks_and_execution(finished, command, tm
     changes = ["task.shot=5", "task.queries=2", "task.augment=false", "seed=3", "test.steps=2", "test.chunk_size=7"]
     code, out, err = command("mode=evaluate", f"checkpoint={finished[0]}", "test.tasks=30", "threads=1", *changes)
     assert code == 0, err
-    summary = json.loads((_only(tmp_path / "outputs" / "evaluate") / "summary.json").read_text())
+    summary = json.loads((only(tmp_path / "outputs" / "evaluate") / "summary.json").read_text())
     assert (summary["tasks"], summary["inner_steps"], len(summary["at_each_step"])) == (30, 2, 3)
     plain = command("mode=evaluate", f"checkpoint={finished[0]}", "test.tasks=30", "threads=1")[1]
     assert [line.split()[:2] for line in plain.splitlines()] != [line.split()[:2] for line in out.splitlines()]
@@ -280,7 +226,7 @@ LEARNED = ["task=sinusoid", "task.way=3", "task.way=7", "model.dim=64", "algorit
 
 @pytest.mark.parametrize("override", [*LEARNED, "train.steps=3", "experiment=smoke", "resume=x", "+foo=1", "test={}"])
 def test_evaluation_rejects_other_changes(finished, command, override):
-    _assert_mistake(
+    assert_mistake(
         command("mode=evaluate", f"checkpoint={finished[0]}", override),
         f"{override.split('=')[0].lstrip('+')} cannot change when a run is evaluated, it comes from the checkpoint; "
         "these can: mode, checkpoint,",
@@ -296,7 +242,7 @@ def test_evaluation_rejects_other_changes(finished, command, override):
     ],
 )
 def test_evaluation_checks_the_changes(finished, command, override, message):
-    _assert_mistake(command("mode=evaluate", f"checkpoint={finished[0]}", override), message)
+    assert_mistake(command("mode=evaluate", f"checkpoint={finished[0]}", override), message)
 
 
 def test_null_resets_a_value_of_the_checkpoint(command, tmp_path):
@@ -333,7 +279,7 @@ def test_algorithms_and_sinusoids(command, algorithm, tmp_path):
     )
     assert code == 0
     assert "loss on 4 held-out test tasks" in out
-    assert (_only(tmp_path / "outputs" / "sinusoid") / "episode.png").exists()
+    assert (only(tmp_path / "outputs" / "sinusoid") / "episode.png").exists()
 
 
 @pytest.mark.parametrize("algorithm", ["prototypical", "proto_maml"])
@@ -345,7 +291,7 @@ def test_algorithms_of_classification(command, algorithm, tmp_path):
     inner = algorithm != "prototypical"
     assert ("after 3 inner steps" in out) == ("before adaptation" in out) == inner
     assert ("from prototypes, no inner steps" in out) != inner
-    assert (_only(tmp_path / "outputs" / "glyphs") / "adaptation.png").exists() == inner
+    assert (only(tmp_path / "outputs" / "glyphs") / "adaptation.png").exists() == inner
 
 
 @pytest.mark.parametrize("gradient", ["mixed", "truncated", "implicit"])
@@ -424,6 +370,27 @@ MISTAKES = {
     "no_value": (["train.steps"], "Error parsing override 'train.steps'; expected key=value"),
     "flag": (["--steps", "3"], "unrecognized arguments: --steps; settings are key=value, without dashes"),
     "experiment": (["experiment=smok"], "did you mean 'smoke'"),
+    "no_experiment": (
+        ["experiment=null"],
+        "experiment must be one of glyphs_20way, glyphs_gpu, sinusoid, smoke, or be",
+    ),
+    "no_task": (["task="], "task must be one of glyphs, omniglot, sinusoid, or be left out; got task="),
+    "null_in_a_sweep": (["-m", "algorithm=maml,null"], "algorithm must be one of anil, boil,"),
+    "no_key": (["=3"], "expected key=value; got =3"),
+    "enum": (
+        ["backend=trition"],
+        "expected one of [auto, reference, blockwise, triton, vendor] (did you mean 'triton'?)",
+    ),
+    "far_enum": (["precision=half"], "expected one of [float32, tf32, float64, bfloat16, autocast]"),
+    "null": (["hydra.run.dir=null"], "field 'hydra.run.dir' is not Optional"),
+    "absurd": (["model.dim=10000000"], "model.dim must be at most 65536; got 10000000"),
+    "too_large": (["model.dim=65536", "model.depth=1024"], "the model's parameters need "),
+    "no_folder": (["hydra.run.dir=/proc/nothing/here"], "the output directory cannot be created: /proc/nothing: "),
+    "file_as_folder": (
+        [f"hydra.run.dir={__file__}"],
+        f"the output directory cannot be created: {__file__}: File exists",
+    ),
+    "file_above": ([f"hydra.run.dir={__file__}/a"], "the output directory cannot be created: "),
     "triton": (["backend=triton"], "backend='triton' needs a CUDA device; the tensors are on cpu"),
     "vendor": (["backend=vendor"], "backend='vendor' needs a CUDA device; the tensors are on cpu"),
     "device": (["device=cuda:7"], "device=cuda:7 cannot be used here"),
@@ -464,17 +431,8 @@ MISTAKES = {
 def test_a_mistake_is_one_line_and_exit_code_2(name, command, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments, message = MISTAKES[name]
-    _assert_mistake(command(*arguments), message)
+    assert_mistake(command(*arguments), message)
     assert not list(tmp_path.glob("outputs/*/*"))
-
-
-def _assert_mistake(result, message):
-    code, _, err = result
-    lines = [line for line in err.strip().splitlines() if "it/s" not in line]
-    assert code == 2
-    assert len(lines) == 1, err
-    assert lines[0].startswith("error: ")
-    assert message in lines[0]
 
 
 def test_damaged_checkpoints(finished, command, tmp_path):
@@ -523,14 +481,8 @@ def test_resume_rejects_another_model(finished, command):
     assert "model.dim cannot change when a run is resumed" in err
 
 
-@pytest.fixture
-def copy(finished, tmp_path):
-    """A copy of the finished run, to resume."""
-    return shutil.copytree(finished[0], tmp_path / "copy")
-
-
 def test_resume_rejects_fewer_steps_than_were_taken(copy, command):
-    _assert_mistake(
+    assert_mistake(
         command(f"resume={copy}", "train.steps=3"),
         "the run is at step 20 already; train.steps=3 would do nothing",
     )
@@ -574,7 +526,7 @@ def test_a_loss_that_is_not_finite_names_step_and_checkpoint(command, tmp_path):
     last = err.strip().splitlines()[-1]
     assert code == 1
     assert last.startswith("error: the loss is nan at step ")
-    run = _only(tmp_path / "outputs" / "glyphs")
+    run = only(tmp_path / "outputs" / "glyphs")
     assert str(run / "latest.pt") in last
     step = checkpoint.load(run / "latest.pt")["step"]
     assert f"of step {step}" in last
