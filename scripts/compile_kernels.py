@@ -1,6 +1,7 @@
 """Compile the Triton kernels for GPUs that this machine does not have, and show the resources that each kernel needs.
 
-    python scripts/compile_kernels.py [--gpus a100 rtx4090 h100] [--dtypes bfloat16] [--head-sizes 64] [--kinds bias]
+    python scripts/compile_kernels.py [--gpus a100 rtx4090 h100] [--dtypes bfloat16] [--head-sizes 64 256/16]
+        [--kinds bias]
     python scripts/compile_kernels.py ... > before.txt; (change the kernels); ... --compare before.txt
 
 Each primitive runs as it would on that GPU, with a driver that compiles and loads but launches nothing: block sizes
@@ -13,7 +14,10 @@ with the same Triton version can use it. The compiler is not entirely determinis
 cache, before a difference counts. A kernel is listed once: compare tables of the same GPUs, dtypes, sizes and kinds, in
 the same order.
 
-Exits with 1 if a kernel does not compile, fits with no block sizes, or has a digest that differs.
+The PTX of each kernel is searched for the cause of a fault of CUDA 12.8's assembler: blocks of two layouts that share
+an address in shared memory (docs/benchmarks/compiler_faults.md).
+
+Exits with 1 if a kernel does not compile, fits with no block sizes, has that cause, or has a digest that differs.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ from _dtypes import DTYPES, arithmetic
 from torch import Tensor
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import get_cache_manager
 
 from metaattn.backends import PRIMITIVES
 from metaattn.backends import triton as triton_package
@@ -70,7 +75,7 @@ KERNELS = (*PRIMITIVES, "matmul_jvp")
 KINDS = ("full", "causal", "mask", "bias", "dropout", "short", "one_query")
 # A row of the table: GPU, dtype, head size, kind, primitive, kernel; "blocks" is four numbers in three words.
 HEADER = (
-    f"{'gpu':8s} {'dtype':9s} size  {'kind':8s} {'primitive':17s} {'kernel':24s} {'blocks':12s} "
+    f"{'gpu':8s} {'dtype':9s} {'size':>7s}  {'kind':8s} {'primitive':17s} {'kernel':24s} {'blocks':12s} "
     f"{'registers':>9s} {'stack B':>8s} {'shared KiB':>11s} digest"
 )
 Row = tuple[str, ...]  # what identifies a row: GPU, dtype, head size, kind, primitive, kernel, its number among equals
@@ -82,6 +87,7 @@ class Job(NamedTuple):
     gpu: str
     dtype: str
     head_size: int
+    value_size: int
     kind: str
     primitive: str
 
@@ -104,6 +110,7 @@ class DryDriver:
         """Start as an H100."""
         self.gpu = GPUS["h100"]
         self.loaded: list[LoadedKernel] = []
+        self.faults: list[str] = []
         self.blocks = ""
         self.utils = self
 
@@ -130,10 +137,14 @@ class DryDriver:
         return {"max_shared_mem": self.gpu.shared_bytes, "warpSize": 32}
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """Record the blocks of the kernel that is loaded next; return a launcher that does nothing."""
+        """Record the blocks and faults of the kernel that is loaded next; return a launcher that does nothing."""
         constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items() if len(path) == 1}
         sizes = constants["BM"], constants["BN"], metadata.num_warps, metadata.num_stages
         self.blocks = "{}x{} {} {}".format(*sizes)
+        ptx = get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")
+        if ptx is None:
+            raise RuntimeError(f"Triton's cache has no PTX of {metadata.name}")
+        self.faults += (f"{metadata.name} {self.blocks}: {found}" for found in shared_addresses(Path(ptx).read_text()))
         return lambda *_: None
 
     def load_binary(self, name: str, binary: bytes, shared: int, _: int) -> tuple[Any, ...]:
@@ -169,11 +180,44 @@ def digest(binary: bytes) -> str:
     return hashlib.sha256("\n".join(instructions).encode()).hexdigest()[:12]
 
 
+def shared_addresses(ptx: str) -> list[str]:
+    """Return a line for each address in shared memory at which products of a kernel read blocks of two layouts.
+
+    A product of a warp group takes an operand from shared memory by a descriptor of 64 bits: the address, to which the
+    compiler adds constants. The high half of their sum is the layout.
+    """
+    definitions: dict[str, list[tuple[str, list[str]]]] = {}
+    for operation, register, operands in re.findall(r"^\s*([a-z][\w.]*)\s+(%\w+), ([^;]*);", ptx, re.MULTILINE):
+        definitions.setdefault(register, []).append((operation, [o.strip() for o in operands.split(",")]))
+
+    def definition(register: str) -> tuple[str, list[str]]:
+        found = definitions.get(register, [])
+        return found[0] if len(found) == 1 else ("", [])
+
+    def expression(register: str, depth: int = 0) -> str:
+        operation, operands = definition(register)
+        if not operation or depth > 12:
+            return register
+        return f"{operation}({', '.join(expression(o, depth + 1) if o.startswith('%') else o for o in operands)})"
+
+    layouts: dict[str, set[str]] = {}
+    for products in re.findall(r"wgmma\.mma_async\S*\s+\{[^}]*\}, (\{[^}]*\}|%\w+), (%\w+), ", ptx):
+        for register in products:
+            if register.startswith("{"):
+                continue  # an operand in registers
+            constant = 0
+            while (found := definition(register))[0] in ("add.s64", "or.b64") and re.fullmatch(r"-?\d+", found[1][1]):
+                constant += int(found[1][1])
+                register = found[1][0]
+            layouts.setdefault(expression(register), set()).add(f"{constant >> 32 & 0xFFFFFFFF:#x}")
+    return [f"layouts {' and '.join(sorted(found))} at one address" for found in layouts.values() if len(found) > 1]
+
+
 def call(job: Job) -> None:
     """Run the primitive. Its inputs and results are uninitialised memory."""
     arithmetic(job.dtype)
     dtype = DTYPES[job.dtype][0]
-    heads, n, d = 4, 64 if job.kind == "short" else 1024, job.head_size
+    heads, n, d, dv = 4, 64 if job.kind == "short" else 1024, job.head_size, job.value_size
     rows = 1 if job.kind == "one_query" else n
 
     def tensor(*shape: int) -> Tensor:
@@ -182,10 +226,10 @@ def call(job: Job) -> None:
     bias = tensor(n, n) if job.kind == "bias" else None
     mask = torch.empty(1, 1, n, n, dtype=torch.bool) if job.kind == "mask" else None
     seeds = torch.empty(1, heads, 1, 1, dtype=torch.int64) if job.kind == "dropout" else None
-    x = Operands(tensor(rows, d), tensor(n, d), tensor(n, d), bias, mask, seeds)
+    x = Operands(tensor(rows, d), tensor(n, d), tensor(n, dv), bias, mask, seeds)
     problem = Problem(d**-0.5, None, 0 if job.kind == "causal" else None, 0.1 if seeds is not None else 0.0)
-    t = Tangent(tensor(rows, d), tensor(n, d), tensor(n, d), None if bias is None else tensor(n, n))
-    w, values = Rows(tensor(rows, d)), Values(tensor(rows, d), torch.empty(1, heads, rows))
+    t = Tangent(tensor(rows, d), tensor(n, d), tensor(n, dv), None if bias is None else tensor(n, n))
+    w, values = Rows(tensor(rows, dv)), Values(tensor(rows, dv), torch.empty(1, heads, rows))
     inputs = BackwardJvpInputs(values, values, w, t, bias_grad=bias is not None)
     if job.primitive == "matmul_jvp":
         both = Product(x.query[0], x.key[0].mT, x.query[0], x.key[0].mT)
@@ -219,13 +263,14 @@ def compile_one(job: Job) -> tuple[list[LoadedKernel], str | None]:
     dry = driver()
     dry.use(GPUS[job.gpu])
     dry.loaded.clear()
+    dry.faults.clear()
     launch._smaller.clear()
     matmul_jvp._stages.clear()
     try:
         call(job)
     except Exception as problem:
         return [], f"{type(problem).__name__}: {str(problem)[:300]}"
-    return list(dry.loaded), None
+    return list(dry.loaded), "; ".join(dry.faults) or None
 
 
 def jobs(a: argparse.Namespace) -> Iterator[Job]:
@@ -234,13 +279,15 @@ def jobs(a: argparse.Namespace) -> Iterator[Job]:
     ``backward_with_jvp`` has one only for some head sizes and no bias; ``matmul_jvp`` has none for float32, and no
     masks.
     """
-    for job in itertools.starmap(Job, itertools.product(a.gpus, a.dtypes, a.head_sizes, a.kinds, a.primitives)):
+    for gpu, dtype, sizes, kind, primitive in itertools.product(a.gpus, a.dtypes, a.head_sizes, a.kinds, a.primitives):
+        query_size, value_size = sizes
+        job = Job(gpu, dtype, query_size, value_size, kind, primitive)
         fused = block_sizes.for_capability(GPUS[job.gpu].capability).get(
             ("backward_with_jvp_keys", arithmetic(job.dtype)), {}
         )
-        if job.primitive == "backward_with_jvp" and (job.head_size > max(fused, default=0) or job.kind == "bias"):
+        if job.primitive == "backward_with_jvp" and (max(sizes) > max(fused, default=0) or job.kind == "bias"):
             continue
-        if job.primitive == "matmul_jvp" and (job.dtype == "float32" or job.kind != "full"):
+        if job.primitive == "matmul_jvp" and (job.dtype == "float32" or job.kind != "full" or query_size != value_size):
             continue
         yield job
 
@@ -253,7 +300,14 @@ def line(job: Job, k: LoadedKernel) -> str:
 
 def head(job: Job) -> str:
     """Return the first columns of a row."""
-    return f"{job.gpu:8s} {job.dtype:9s} {job.head_size:4d}  {job.kind:8s} {job.primitive:17s}"
+    size = str(job.head_size) if job.value_size == job.head_size else f"{job.head_size}/{job.value_size}"
+    return f"{job.gpu:8s} {job.dtype:9s} {size:>7s}  {job.kind:8s} {job.primitive:17s}"
+
+
+def head_sizes(text: str) -> tuple[int, int]:
+    """Return the head sizes of query and value from ``64`` or ``256/16``."""
+    query, _, value = text.partition("/")
+    return int(query), int(value or query)
 
 
 def digests(lines: Iterable[str]) -> dict[Row, tuple[str, str]]:
@@ -289,7 +343,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--gpus", nargs="+", default=["a100", "rtx4090", "h100"], choices=GPUS)
     p.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=DTYPES)
-    p.add_argument("--head-sizes", type=int, nargs="+", default=[64, 128])
+    p.add_argument("--head-sizes", type=head_sizes, nargs="+", default=[(64, 64), (128, 128)], metavar="QUERY[/VALUE]")
     p.add_argument("--kinds", nargs="+", default=["full", "causal"], choices=KINDS)
     p.add_argument("--primitives", nargs="+", default=KERNELS, choices=KERNELS)
     p.add_argument("--cache", type=Path, help="folder of compiled kernels, instead of Triton's own")

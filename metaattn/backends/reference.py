@@ -67,9 +67,13 @@ class _Dense(NamedTuple):
         return query, key, value, bias
 
 
-def _delta(out: Tensor, lse: Tensor, out_bar: Tensor, lse_bar: Tensor) -> Tensor:
-    """Return ``rowsum(out_bar * out) - lse_bar``. The lse of a row without keys is constant: no ``lse_bar`` there."""
-    return (out_bar * out).sum(-1, keepdim=True) - lse_bar.masked_fill(lse == NEG_INF, 0.0)
+def _delta(p: Tensor, dp: Tensor, lse: Tensor, lse_bar: Tensor) -> Tensor:
+    """Return ``rowsum(P dP) - lse_bar``. The lse of a row without keys is constant: no ``lse_bar`` there.
+
+    Not computed as ``rowsum(out_bar * out)``, which is equal, but rounded otherwise: where a row has all its weight on
+    one key, ``dP - delta`` must be zero.
+    """
+    return (p * dp).sum(-1, keepdim=True) - lse_bar.masked_fill(lse == NEG_INF, 0.0)
 
 
 class ReferenceBackend(Backend):
@@ -89,12 +93,11 @@ class ReferenceBackend(Backend):
         """Compute B."""
         d = _Dense.create(problem, x)
         width = x.value.shape[-1]
-        out, lse = d.rows(values.out, width), d.rows(values.lse, 0)
         out_bar, lse_bar = d.rows(cotangent.out, width), d.rows(cotangent.lse, 0)
 
         p = d.probabilities()
         dp = row_key(out_bar, d.value) * d.dropout
-        ds = p * (dp - _delta(out, lse, out_bar, lse_bar))
+        ds = p * (dp - _delta(p, dp, d.rows(values.lse, 0), lse_bar))
         return _gradients(
             x,
             d.scale * row_sum(ds, d.key),
@@ -121,8 +124,7 @@ class ReferenceBackend(Backend):
         d = _Dense.create(problem, x)
         width = x.value.shape[-1]
         query_t, key_t, value_t, bias_t = d.tangent(tangent)
-        out, lse = d.rows(values.out, width), d.rows(values.lse, 0)
-        out_t, mu = d.rows(values_tangent.out, width), d.rows(values_tangent.lse, 0)
+        lse, mu = d.rows(values.lse, 0), d.rows(values_tangent.lse, 0)
         out_bar, lse_bar = d.rows(cotangent.out, width), d.rows(cotangent.lse, 0)
         out_bar_t, lse_bar_t = d.rows(cotangent_tangent.out, width), d.rows(cotangent_tangent.lse, 0)
 
@@ -131,10 +133,10 @@ class ReferenceBackend(Backend):
         p_t = p * (s_t - mu)
         dp = row_key(out_bar, d.value) * d.dropout
         dp_t = (row_key(out_bar, value_t) + row_key(out_bar_t, d.value)) * d.dropout
-        delta = _delta(out, lse, out_bar, lse_bar)
-        delta_t = (out_bar * out_t).sum(-1, keepdim=True) + _delta(out, lse, out_bar_t, lse_bar_t)
-        ds = p * (dp - delta)
-        ds_t = p_t * (dp - delta) + p * (dp_t - delta_t)
+        centred = dp - _delta(p, dp, lse, lse_bar)
+        delta_t = (p_t * dp).sum(-1, keepdim=True) + _delta(p, dp_t, lse, lse_bar_t)
+        ds = p * centred
+        ds_t = p_t * centred + p * (dp_t - delta_t)
         return _gradients(
             x,
             d.scale * (row_sum(ds_t, d.key) + row_sum(ds, key_t)),

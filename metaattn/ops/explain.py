@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import PRIMITIVES, choose
+from ..backends import PRIMITIVES, choose, select
 from ._checks import Window, prepare
 
 
@@ -84,7 +84,8 @@ def explain(
         scale: As for :func:`sdpa`.
         enable_gqa: As for :func:`sdpa`.
         window: As for :func:`sdpa`.
-        backend: As for :func:`sdpa`. With any other than ``"auto"`` the reason is always that it was asked for.
+        backend: As for :func:`sdpa`. With any other than ``"auto"`` the reason is that it was asked for, unless there
+            is one key: ``"reference"`` computes such a call for every backend.
 
     Returns:
         The backend and the reason for each primitive.
@@ -107,6 +108,11 @@ def explain(
     """
     with torch.random.fork_rng(enabled=dropout_p > 0.0):
         p = prepare(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, backend)
+    if p.x.key.shape[-2] == 1:
+        name = select(p.call.backend, p.call.problem, p.x).name
+        return Explanation(
+            *((name, "one key: its softmax is constant, with derivatives of exactly zero"),) * len(PRIMITIVES)
+        )
     if p.call.backend != "auto":
         return Explanation(*((p.call.backend, "asked for"),) * len(PRIMITIVES))
     choices = (choose(primitive, p.call.problem, p.x) for primitive in PRIMITIVES)

@@ -102,6 +102,18 @@ def test_all_block_sizes(arithmetic, head_size, kind, precision):
         assert all(error < bound for error in errors.values()), (length, errors)
 
 
+@pytest.mark.parametrize("kind", ["full", "causal", "bias"])
+@pytest.mark.parametrize("arithmetic", ["float16", "bfloat16", "tf32"])
+@pytest.mark.parametrize("sizes", [(256, 16), (16, 256), (160, 32), (24, 80), (256, 128), (64, 128)], ids=str)
+def test_two_head_sizes(sizes, arithmetic, kind, precision):
+    """Blocks of two sizes, at one block of keys and at lengths that no block divides."""
+    dtype, name, bound = ARITHMETIC[arithmetic]
+    precision(name)
+    for length in (64, 777):
+        errors = _errors(dtype, (1, 2, length, sizes[0]), kind, sizes[1])
+        assert all(error < bound for error in errors.values()), (length, errors)
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so(wrong, precision):
     """Rounding to tf32 is a separate instruction. It must not turn a value that is not finite into a finite one."""
@@ -115,17 +127,20 @@ def test_what_is_not_finite_stays_so(wrong, precision):
     assert not pullback(w)[0][..., 101:, :].isfinite().any()
 
 
-def _errors(dtype, shape, kind):
+def _errors(dtype, shape, kind, value_size=None):
     """Return the relative errors of the kernels in all rules, against float64."""
     g = torch.Generator("cuda").manual_seed(0)
     length = shape[-2]
+    value_shape = (*shape[:-1], value_size or shape[-1])
 
     def tensors():
-        yield from (torch.randn(shape, device="cuda", generator=g).to(dtype) for _ in range(3))
+        for size in (shape, shape, value_shape):
+            yield torch.randn(size, device="cuda", generator=g).to(dtype)
         if kind == "bias":
             yield torch.randn(shape[1], length, length, device="cuda", generator=g).to(dtype)
 
-    x, t, w = list(tensors()), list(tensors()), next(tensors())
+    x, t = list(tensors()), list(tensors())
+    w = torch.randn(value_shape, device="cuda", generator=g).to(dtype)
     mask = torch.rand(length, length, device="cuda", generator=g) < 0.5 if kind == "mask" else None
 
     def results(rule, backend, x, t, w):

@@ -39,3 +39,14 @@ def test_alignment(tensor, copied):
     assert got.stride(-1) == 1
     assert all(s % 16 == 0 for s in got.stride()[:-1])
     assert got.data_ptr() % 16 == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "padded"),
+    [((16, 16), (16, 16)), ((40, 24), (64, 64)), ((16, 256), (64, 256)), ((160, 32), (256, 64)), ((20, 12), (32, 32))],
+)
+def test_two_head_sizes_are_padded_to_one_layout(sizes, padded):
+    query, value = torch.randn(1, 2, 3, sizes[0]), torch.randn(1, 2, 3, sizes[1])
+    x = Operands(query, query, value)
+    got = layout.align(x, layout.least_columns(x))
+    assert [t.shape[-1] for t in got[:3]] == [padded[0], padded[0], padded[1]]

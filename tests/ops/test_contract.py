@@ -37,6 +37,35 @@ LIKE_TORCH = {
 }
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", "blockwise", *FUSED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_derivatives_along_one_key_are_zero(dtype, backend):
+    """The softmax of one key is constant: all derivatives of query, key and bias are zero, and not rounding errors."""
+    shapes = [(2, 4, 9, 8), (2, 4, 1, 8), (2, 4, 1, 6), (4, 9, 1)]
+    x, t = (tuple(torch.randn(s).to(dtype) for s in shapes) for _ in range(2))
+
+    def attention(q, k, v, bias):
+        return metaattn.sdpa(q, k, v, bias, backend=backend)
+
+    def loss(*x):
+        return attention(*x).float().sin().sum()
+
+    gradient = torch.func.grad(loss, (0, 1, 2, 3))
+    out, out_t = torch.func.jvp(attention, x, t)
+    assert torch.equal(out, x[2].expand_as(out))
+    assert torch.equal(out_t, t[2].expand_as(out))
+    derivatives = (
+        gradient(*x),
+        torch.func.jvp(gradient, x, t)[1],
+        torch.func.grad(lambda *x: _dot(gradient(*x), t), (0, 1, 2, 3))(*x),
+    )
+    for query, key, value, bias in derivatives:
+        assert not query.any()
+        assert not key.any()
+        assert not bias.any()
+        assert value.any()
+
+
 @pytest.mark.parametrize("name", LIKE_TORCH)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_like_torch(name, dtype, backend):

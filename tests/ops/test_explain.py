@@ -16,6 +16,13 @@ def test_fields_are_the_primitives():
     assert set(metaattn.explain(Q, Q, Q, backend="reference")) == {("reference", "asked for")}
 
 
+@pytest.mark.parametrize("backend", ["auto", "blockwise"])
+def test_reference_computes_calls_with_one_key(backend):
+    found = metaattn.explain(Q, Q[..., :1, :], Q[..., :1, :], backend=backend)
+    assert {name for name, _ in found} == {"reference"}
+    assert found.forward[1].startswith("one key")
+
+
 @pytest.mark.parametrize(("old", "new"), [("tangent", "forward_jvp"), ("second", "backward_jvp")])
 def test_former_names_are_deprecated(old, new):
     found = metaattn.explain(Q, Q, Q)

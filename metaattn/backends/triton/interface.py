@@ -32,7 +32,7 @@ from .layout import (
     align,
     align_rows,
     align_tangent,
-    power_of_two,
+    least_columns,
     row_offsets_fit,
 )
 from .tile_ops import INTERPRETED, MAX_FEW_KEYS
@@ -90,25 +90,25 @@ class TritonBackend(Backend):
 
     def forward(self, problem: Problem, x: Operands) -> Values:
         """Compute F."""
-        layout = BatchLayout(align(x, _common_size(x)))
+        layout = BatchLayout(align(x, least_columns(x)))
         values = _empty_values(layout)
         _launch_forward("forward", problem, layout, values, Tangent(), None)
         return _without_padding(values, x)
 
     def forward_jvp(self, problem: Problem, x: Operands, values: Values, tangent: Tangent) -> Values:
         """Compute T."""
-        size = _common_size(x)
-        tangent, rows = align_tangent(tangent, size), align_rows(values, size)
-        layout = BatchLayout(align(x, size), tangent[:3], (tangent.bias,), (rows.out,))
+        columns = least_columns(x)
+        tangent, rows = align_tangent(tangent, columns), align_rows(values, columns)
+        layout = BatchLayout(align(x, columns), tangent[:3], (tangent.bias,), (rows.out,))
         values_t = _empty_values(layout)
         _launch_forward("forward_jvp", problem, layout, rows, tangent, values_t)
         return _without_padding(values_t, x)
 
     def forward_with_jvp(self, problem: Problem, x: Operands, tangent: Tangent) -> tuple[Values, Values]:
         """Compute F and T in one kernel."""
-        size = _common_size(x)
-        tangent = align_tangent(tangent, size)
-        layout = BatchLayout(align(x, size), tangent[:3], (tangent.bias,))
+        columns = least_columns(x)
+        tangent = align_tangent(tangent, columns)
+        layout = BatchLayout(align(x, columns), tangent[:3], (tangent.bias,))
         values, values_t = _empty_values(layout), _empty_values(layout)
         _launch_forward("forward_with_jvp", problem, layout, values, tangent, values_t)
         return _without_padding(values, x), _without_padding(values_t, x)
@@ -229,15 +229,6 @@ def _launch_forward(
     )
 
 
-def _common_size(x: Operands) -> int | None:
-    """Return the number of columns that query and value are both padded to in float32; ``None`` for other arithmetic.
-
-    With products of 16-bit numbers for float32 and different sizes, the kernels of Triton 3.6 read past their operands
-    on an H100.
-    """
-    return power_of_two(max(x.query.shape[-1], x.value.shape[-1])) if arithmetic(x.query.dtype) == "float32" else None
-
-
 def _rows_may_see_few_keys(problem: Problem, layout: BatchLayout, max_keys: int) -> bool:
     """Return whether some row may see at most ``max_keys`` keys, so that kernels must limit its rounding errors."""
     return problem.banded or layout.keys <= max_keys
@@ -254,11 +245,10 @@ def _launch_backward(primitive: str, problem: Problem, x: Operands, inputs: Back
     Returns:
         The gradients of the primitive; for ``backward_with_jvp`` those of S, then those of B.
     """
-    sizes, size, bias_grad = [t.shape[-1] for t in x[:3]], _common_size(x), inputs.bias_grad
-    x, tangent = align(x, size), align_tangent(inputs.tangent, size)
-    rows, values_t, w, w_t = (
-        align_rows(r, size) for r in (inputs.values, inputs.values_tangent, inputs.cotangent, inputs.cotangent_tangent)
-    )
+    sizes, columns, bias_grad = [t.shape[-1] for t in x[:3]], least_columns(x), inputs.bias_grad
+    x, tangent = align(x, columns), align_tangent(inputs.tangent, columns)
+    by_row = (inputs.values, inputs.values_tangent, inputs.cotangent, inputs.cotangent_tangent)
+    rows, values_t, w, w_t = (align_rows(r, columns) for r in by_row)
     layout = BatchLayout(x, (*tangent[:3], w.out, w_t.out), (tangent.bias,), (rows.out, values_t.out))
     both = primitive == "backward_with_jvp"
     results = [_empty_gradients(problem, layout, sizes) for _ in range(1 + both)]

@@ -3,6 +3,7 @@
 Expanded, transposed and broadcast operands are read where they are. An operand is copied only if
 
 * its rows are not dense and aligned in steps of 16 elements (a head size that is not a power of two is padded to one);
+* or query and value have different head sizes, of which one has less than :data:`SWIZZLED_COLUMNS` columns;
 * or the batch dimensions of the call do not merge into two (three or more, with unrelated strides).
 """
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from ..base import Operands, Problem, Rows, Tangent, Values
 
 L2_GROUP_BYTES = 2**24  # less than half the L2 cache of a large GPU
+# Blocks of at least as many columns have the same layout in shared memory (a swizzle of 128 bytes, in 16 bits).
+SWIZZLED_COLUMNS = 64
 FEW_ROWS = 16  # these fit into the smallest block that a product takes
 
 
@@ -326,16 +329,27 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def aligned(t: Tensor, size: int | None = None) -> Tensor:
+def least_columns(x: Operands) -> int:
+    """Return the number of columns that query and value are padded to at least.
+
+    Blocks of fewer columns than :data:`SWIZZLED_COLUMNS` have a layout in shared memory that depends on their number.
+    If Triton puts blocks of two layouts at one address, one after the other, the assembler of CUDA 12.8 takes the
+    address of the second from an unrelated register (docs/benchmarks/compiler_faults.md). Two head sizes are therefore
+    padded until their layouts are the same.
+    """
+    return min(SWIZZLED_COLUMNS, power_of_two(max(x.query.shape[-1], x.value.shape[-1])))
+
+
+def aligned(t: Tensor, columns: int = 1) -> Tensor:
     """Return a tensor with dense last dimension, whose rows begin at multiples of 16 elements.
 
     All other dimensions keep their strides, also expanded ones, unless the tensor must be copied.
 
     Args:
         t: The tensor.
-        size: Size of the last dimension of the result, padded with zeros; by default the next power of two.
+        columns: The least size of the last dimension of the result, which is padded with zeros to a power of two.
     """
-    size = power_of_two(t.shape[-1]) if size is None else size
+    size = power_of_two(max(t.shape[-1], columns))
     if t.shape[-1] != size:
         return F.pad(t, (0, size - t.shape[-1]))
     steps = [step for step, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1]
@@ -348,20 +362,21 @@ def row_offsets_fit(t: Tensor) -> bool:
     return abs(t.stride(-2)) < 2**23
 
 
-def align(x: Operands, size: int | None) -> Operands:
-    """Return operands whose query, key and value are :func:`aligned`, to ``size`` columns or each to its own."""
-    return x._replace(query=aligned(x.query, size), key=aligned(x.key, size), value=aligned(x.value, size))
+def align(x: Operands, columns: int) -> Operands:
+    """Return operands whose query, key and value are :func:`aligned`."""
+    query, key, value = (aligned(t, columns) for t in x[:3])
+    return x._replace(query=query, key=key, value=value)
 
 
-def align_tangent(t: Tangent, size: int | None) -> Tangent:
+def align_tangent(t: Tangent, columns: int) -> Tangent:
     """Return a tangent whose query, key and value are :func:`aligned`."""
-    query, key, value = (None if part is None else aligned(part, size) for part in t[:3])
+    query, key, value = (None if part is None else aligned(part, columns) for part in t[:3])
     return Tangent(query, key, value, t.bias)
 
 
-def align_rows(rows: Rows | Values, size: int | None) -> Rows:
+def align_rows(rows: Rows | Values, columns: int) -> Rows:
     """Return values, their tangents or their cotangents with ``out`` :func:`aligned`."""
-    return Rows(None if rows.out is None else aligned(rows.out, size), rows.lse)
+    return Rows(None if rows.out is None else aligned(rows.out, columns), rows.lse)
 
 
 def power_of_two(size: int) -> int:
