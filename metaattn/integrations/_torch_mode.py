@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..autodiff import BACKWARD_FUNCTIONS, Replacement, after_import, callables_of, skip_torch_function
-from ..ops import sdpa
+from ..ops import is_causal_bias, sdpa
 
 TORCH_SDPA = F.scaled_dot_product_attention
 
@@ -44,7 +44,8 @@ class Installed:
 
 def installed(*args: Any, **kwargs: Any) -> Tensor:
     """Replacement of PyTorch's function by name; modes see its calls as they see those of the original."""
-    operands = (*args, *kwargs.values())
+    # A causal bias would run PyTorch's own kernels, whatever the name of the function.
+    operands = [t for t in (*args, *kwargs.values()) if not is_causal_bias(t)]
     if has_torch_function(operands):
         return handle_torch_function(installed, operands, *args, **kwargs)
     return sdpa(*args, **kwargs, backend=Installed.backend)

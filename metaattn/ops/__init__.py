@@ -15,6 +15,7 @@ It imports :mod:`metaattn.autodiff` and :mod:`metaattn.backends`; ``compile``, `
 from ..autodiff import checkpoint
 from ..backends import check_name as check_backend
 from ._checks import check_window
+from ._tensor_kinds import is_causal_bias
 from .explain import Explanation, explain
 from .sdpa import Gradients, Hvp, Jvp, Vjp, sdpa, sdpa_hvp, sdpa_jvp, sdpa_vjp
 
@@ -28,6 +29,7 @@ __all__ = [
     "check_window",
     "checkpoint",
     "explain",
+    "is_causal_bias",
     "sdpa",
     "sdpa_hvp",
     "sdpa_jvp",

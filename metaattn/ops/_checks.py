@@ -6,6 +6,7 @@ Every error about arguments is raised here, before any computation.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from ..backends import check_name, current_backend, unsupported_reason
 from ..backends.base import Operands
+from ._tensor_kinds import as_tensor, causal_limit, is_causal_bias
 from .operators import Call, autocasts
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Window = tuple[int | None, int | None]
+NO_LIMIT = 2**62  # a larger side of a window means the same, and may not fit into an int64
 
 
 class Prepared(NamedTuple):
@@ -46,21 +49,26 @@ def prepare(
         # There sizes are tensors, and the recorded graph would lack the derivative rules.
         raise NotImplementedError("torch.jit.trace is not supported; use torch.compile or make_fx")
     name = current_backend() if backend is None else check_name(backend)
+    _check_flags(is_causal=is_causal, enable_gqa=enable_gqa)
     given = query
     query, key, value = _check_tensors(query=query, key=key, value=value)
     _check_lengths(query, key, value)
-    if attn_mask is not None:
-        _check_mask(attn_mask, (given.dtype, query.dtype), given, is_causal)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be at least 0 and below 1; got {dropout_p}")
     left, right = check_window(window)
-    right = 0 if is_causal else right
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1])
-    elif not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise TypeError(
-            f"scale must be a finite number, got {scale!r}; to differentiate a scale, multiply the query by it"
-        )
+    causal = 0 if is_causal else None
+    if attn_mask is not None:
+        if is_causal:
+            raise ValueError(
+                "attn_mask and is_causal exclude each other, as in PyTorch; pass is_causal=False and put the causal "
+                "part in the mask, or pass window=(None, 0)"
+            )
+        if is_causal_bias(attn_mask):
+            causal = causal_limit(attn_mask, query.shape[-2], key.shape[-2])
+            attn_mask = None
+        else:
+            attn_mask = _check_mask(attn_mask, (given.dtype, query.dtype), given)
+    right = right if causal is None else causal if right is None else min(causal, right)
+    _check_dropout(dropout_p)
+    scale = _check_scale(scale, query.shape[-1])
 
     rank = max(query.dim(), key.dim(), value.dim())
     if rank == 2 and enable_gqa:
@@ -80,7 +88,7 @@ def prepare(
         bias, mask = (None, attn_mask) if attn_mask.dtype == torch.bool else (attn_mask, None)
     out_shape = (*query.shape[-rank:-1], value.shape[-1])
 
-    call = Call(float(scale), left, right, float(dropout_p), name)
+    call = Call(scale, left, right, float(dropout_p), name)
     x = Operands(query, key, value, bias, mask)
     if (reason := unsupported_reason(name, call.problem, x)) is not None:
         raise NotImplementedError(reason)
@@ -91,12 +99,34 @@ def prepare(
     return Prepared(call, x, out_shape)
 
 
+def _check_flags(**flags: object) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False; got {flag!r}")
+
+
+def _check_dropout(dropout_p: object) -> None:
+    if not isinstance(dropout_p, int | float):
+        raise TypeError(f"dropout_p must be a number; got {dropout_p!r}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be at least 0 and below 1; got {dropout_p}")
+
+
+def _check_scale(scale: object, head_size: int) -> float:
+    """Return the factor of the scores."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_size)
+    if not isinstance(scale, int | float) or not abs(scale) <= sys.float_info.max:  # NaN is not, and 10**400 no float
+        raise TypeError(
+            f"scale must be a finite number, got {str(scale)[:40]!r}; to differentiate a scale, multiply the query by "
+            "it"
+        )
+    return float(scale)
+
+
 def _check_tensors(**tensors: Tensor) -> Sequence[Tensor]:
+    tensors = {name: as_tensor(name, t) for name, t in tensors.items()}
     for name, t in tensors.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if t.layout != torch.strided or t.is_nested:
-            raise TypeError(f"{name} must be a dense tensor; got {'a nested one' if t.is_nested else t.layout}")
         if t.dim() < 2:
             raise ValueError(f"{name} must have at least 2 dimensions, [..., N, D]; got shape {list(t.shape)}")
     tensors = dict(zip(tensors, _cast(*tensors.values()), strict=True))
@@ -126,19 +156,14 @@ def _check_lengths(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"head sizes must be at least 1; got query {list(query.shape)}, value {list(value.shape)}")
 
 
-def _check_mask(mask: Tensor, dtypes: tuple[torch.dtype, torch.dtype], query: Tensor, is_causal: bool) -> None:
-    """Check the mask; ``dtypes`` are those of the query as it was given, and after autocast."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"attn_mask must be a tensor, got {type(mask).__name__}")
-    if is_causal:
-        raise ValueError(
-            "attn_mask and is_causal exclude each other, as in PyTorch; pass is_causal=False and put the causal "
-            "part in the mask, or pass window=(None, 0)"
-        )
+def _check_mask(mask: Tensor, dtypes: tuple[torch.dtype, torch.dtype], query: Tensor) -> Tensor:
+    """Check the mask and return it; ``dtypes`` are those of the query as it was given, and after autocast."""
+    mask = as_tensor("attn_mask", mask)
     if mask.dtype not in (torch.bool, torch.float32, *dtypes):
         raise TypeError(f"attn_mask must be bool, float32 or the query's dtype, {dtypes[0]}; got {mask.dtype}")
     if mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device, {query.device}; got {mask.device}")
+    return mask
 
 
 def check_window(window: object) -> Window:
@@ -152,7 +177,7 @@ def check_window(window: object) -> Window:
             raise ValueError(
                 f"each side of window must be an integer of at least 0, or None for no limit; got {window!r}"
             )
-    left, right = window
+    left, right = (side if side is None else min(side, NO_LIMIT) for side in window)
     return left, right
 
 
@@ -219,6 +244,7 @@ def shape_tangent(name: str, primal: Tensor | None, tangent: Tensor | None, oper
         return None
     if not isinstance(tangent, Tensor):
         raise TypeError(f"the tangent of {name} must be a tensor or None; got {type(tangent).__name__}")
+    tangent = as_tensor(f"the tangent of {name}", tangent)
     if primal is None or operand is None:
         raise ValueError(f"{name} has no tangent here: it is boolean or absent")
     if tangent.shape != primal.shape:

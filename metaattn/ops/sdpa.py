@@ -15,6 +15,7 @@ from torch import Tensor
 from ..backends.base import Rows, Tangent, Values, accumulator
 from . import _rules as rules
 from ._checks import Prepared, Window, prepare, reduce_gradient, shape_tangent
+from ._tensor_kinds import as_tensor
 from .operators import autocasts
 
 
@@ -77,7 +78,9 @@ def sdpa(
         key: ``[..., Hkv, Nk, D]``. Leading dimensions broadcast against those of the query.
         value: ``[..., Hkv, Nk, Dv]``.
         attn_mask: Broadcastable to ``[..., Hq, Nq, Nk]``. A boolean mask is True where a key takes part in a row. Any
-            other mask is added to the scores, and is differentiable.
+            other mask is added to the scores, and is differentiable. A causal bias of :mod:`torch.nn.attention.bias`
+            for ``(Nq, Nk)`` makes no mask: it limits the keys that a row sees, as ``is_causal`` and ``window`` do,
+            aligned to the top left (``causal_upper_left``) or to the bottom right (``causal_lower_right``).
         dropout_p: Probability with which an attention weight is dropped, in ``[0, 1)``; the others are divided by
             ``1 - dropout_p``. It applies whenever it is positive. One call drops the same weights in its output and in
             all its derivatives. Random numbers come from PyTorch's default generator; under :func:`torch.func.vmap`,
@@ -316,6 +319,8 @@ def _prepare(primals: Primals, options: dict[str, Any]) -> Prepared:
     expected = "primals must be (query, key, value) or (query, key, value, attn_mask)"
     if isinstance(primals, Tensor):  # one of batch size 3 is not three of them
         raise TypeError(f"{expected}; got one tensor")
+    if not isinstance(primals, Sequence):
+        raise TypeError(f"{expected}; got {type(primals).__name__}")
     if len(primals) not in (3, 4):
         raise ValueError(f"{expected}; got {len(primals)}")
     if unknown := options.keys() - _DEFAULTS.keys():
@@ -328,6 +333,8 @@ def _prepare_tangents(
     primals: Primals, tangents: Sequence[Tensor | None], options: dict[str, Any]
 ) -> tuple[Prepared, Tangent]:
     p = _prepare(primals, options)
+    if isinstance(tangents, Tensor) or not isinstance(tangents, Sequence):
+        raise TypeError(f"tangents must be a sequence of tensors or None; got {type(tangents).__name__}")
     if len(tangents) != len(primals):
         raise ValueError(f"expected one tangent for each of the {len(primals)} primals; got {len(tangents)}")
     names = ("query", "key", "value", "attn_mask")
@@ -348,6 +355,7 @@ def _prepare_cotangent(p: Prepared, cotangent: Any) -> Rows:
             continue
         if not isinstance(w, Tensor):
             raise TypeError(f"a cotangent must be a tensor or a pair (of out, of lse); got {type(w).__name__}")
+        as_tensor(f"the cotangent of {name}", w)
         if tuple(w.shape) != shape:
             raise ValueError(f"the cotangent of {name} must have its shape, {list(shape)}; got {list(w.shape)}")
         if w.dtype != kind and not autocasts(w.device.type):  # under autocast it may be in the dtype of the inputs

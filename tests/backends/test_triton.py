@@ -11,7 +11,7 @@ import torch
 from metaattn.backends.base import BackwardJvpInputs, Operands, Problem, Rows, Tangent, pack_qkv
 from metaattn.backends.reference import backend as reference
 from tests.conftest import NO_KERNELS
-from tests.helpers import assert_close
+from tests.helpers import TOLERANCE, as_vector, assert_close
 
 triton = pytest.importorskip("metaattn.backends.triton", exc_type=ImportError).backend
 from metaattn.backends.triton import block_sizes, launch  # noqa: E402
@@ -151,6 +151,53 @@ def test_primitives(name):
     close(triton.backward_jvp(problem, x, inputs), second)
     assert triton.fuses_backward_with_jvp(x, bias_grad) == (not bias_grad)
     close(triton.backward_with_jvp(problem, x, inputs), (first, second))
+
+
+def _shifted(name):
+    """Return problem and operands whose rows of scores share a number of some thousands, or the end of the range."""
+    problem, x, *rest = _call(
+        batch=(1,), rows=20, keys=44, bias=None if name in ("products", "saturated") else (1, 1, 20, 44)
+    )
+    if name == "products":  # of query and key, in one more column
+        hundred = torch.full((1, 1, 44, 1), 100.0, device=DEVICE)
+        x = x._replace(query=torch.cat([x.query, hundred[:, :, :20]], -1), key=torch.cat([x.key, hundred], -1))
+        t = rest[0]._replace(query=torch.randn_like(x.query), key=torch.randn_like(x.key))
+        rest[0] = t
+    elif name == "saturated":
+        x = x._replace(query=40 * x.query)
+    elif name == "bias":
+        x = x._replace(bias=x.bias + 5000.0)
+    else:
+        x = x._replace(bias=torch.full_like(x.bias, torch.finfo(x.bias.dtype).min))
+    return problem, x, *rest
+
+
+@pytest.mark.parametrize("keys", ["blocks", "one_block"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["bias", "products", "saturated", "finfo.min"])
+def test_scores_with_a_shared_shift(name, dtype, keys, monkeypatch):
+    """Where exp(s - lse) would lose digits, the kernels are as exact as the formulas in the same dtype."""
+    rows, columns = (16, 16) if keys == "blocks" else (16, 64)
+    monkeypatch.setattr(launch, "tile", lambda *_, **__: block_sizes.Tile(rows, columns, 4, 1, True, False))
+    problem, x, t, w, w_t = _shifted(name)
+    low = [type(a)(*(None if p is None else p.to(dtype) for p in a)) for a in (x, t)]
+    low += [Rows(a.out.to(dtype), a.lse) for a in (w, w_t)]
+    if name == "finfo.min":
+        low[0] = low[0]._replace(bias=torch.full_like(low[0].bias, torch.finfo(dtype).min))
+
+    def results(backend, x, t, w, w_t):
+        values = backend.forward(problem, x)
+        values_t = backend.forward_jvp(problem, x, values, t)
+        inputs = BackwardJvpInputs(values, values_t, w, t, w_t, x.bias is not None)
+        yield from (values, values_t, backend.forward_with_jvp(problem, x, t))
+        yield backend.backward(problem, x, values, w, bias_grad=x.bias is not None)
+        yield backend.backward_jvp(problem, x, inputs)
+
+    want = results(reference, *map(_wide, low))
+    for got, peer, exact in zip(results(triton, *low), results(reference, *low), want, strict=True):
+        exact = as_vector(exact)
+        ours, formula = ((as_vector(a) - exact).norm() / exact.norm() for a in (got, peer))
+        assert ours <= 3 * formula + TOLERANCE[dtype], f"{ours:.1e}, and the formula {formula:.1e}"
 
 
 PACKED = {

@@ -61,6 +61,20 @@ ERRORS = {
     "dropout_nan": ({"dropout_p": math.nan}, ValueError, "dropout_p must be at least 0"),
     "scale_tensor": ({"scale": torch.ones(())}, TypeError, "scale must be a finite number.*multiply the query"),
     "scale_text": ({"scale": "0.3"}, TypeError, "scale must be a finite number, got '0.3'"),
+    "scale_huge": ({"scale": 10**400}, TypeError, "scale must be a finite number, got '1000000"),
+    "scale_negative_infinity": ({"scale": -math.inf}, TypeError, "scale must be a finite number, got '-inf'"),
+    "dropout_none": ({"dropout_p": None}, TypeError, "dropout_p must be a number; got None"),
+    "dropout_tensor": ({"dropout_p": torch.tensor(0.5)}, TypeError, r"dropout_p must be a number; got tensor\(0"),
+    "dropout_text": ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a number; got '0.1'"),
+    "causal_none": ({"is_causal": None}, TypeError, "is_causal must be True or False; got None"),
+    "causal_tensor": ({"is_causal": torch.tensor(True)}, TypeError, r"is_causal must be True or False; got tensor\("),
+    "causal_one": ({"is_causal": 1}, TypeError, "is_causal must be True or False; got 1"),
+    "gqa_text": ({"enable_gqa": "yes"}, TypeError, "enable_gqa must be True or False; got 'yes'"),
+    "sparse_mask": (
+        {"attn_mask": _x(5, 5).to_sparse()},
+        TypeError,
+        "attn_mask must be a dense tensor",
+    ),
     "sparse": ({"key": X.to_sparse()}, TypeError, "key must be a dense tensor; got torch.sparse_coo"),
     "nested": (
         {"query": torch.nested.nested_tensor([X[0], X[1]], layout=torch.jagged)},
@@ -87,6 +101,13 @@ def test_error(name, monkeypatch):
     with pytest.raises(error, match=message):
         metaattn.sdpa(**arguments)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("window", [(2**63, None), (None, 2**63), (10**30, 2**70)])
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_windows_of_any_size(backend, window):
+    x = torch.randn(1, 2, 4, 3)
+    assert torch.equal(metaattn.sdpa(x, x, x, window=window, backend=backend), metaattn.sdpa(x, x, x, backend=backend))
 
 
 def test_an_error_is_the_same_under_transforms():

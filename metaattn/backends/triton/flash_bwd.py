@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 
 from .tile_ops import (
-    LOG2E,
     HeadTerms,
     bias_and_mask,
     deltas,
     dropout_keeps,
+    exponent,
     keep_in_registers,
     key_head,
     key_range,
@@ -33,6 +33,7 @@ from .tile_ops import (
     load_score_tile,
     load_seed,
     locate_optional,
+    lse_is_imprecise,
     minus_lse_bar,
     product,
     product_with_rest,
@@ -61,8 +62,8 @@ class ScoreProducts(NamedTuple):
 class RowStats(NamedTuple):
     """One number for each row, shaped to broadcast to the tile.
 
-    ``lse`` is in base 2, ``mu`` is its tangent, and ``row_renorm`` is the factor that makes a row of P sum to one
-    (``None``: no factor).
+    ``lse`` is a shift of :func:`exponent`, ``mu`` is its tangent, and ``row_renorm`` is the factor that makes a row of
+    P sum to one (``None``: no factor).
     """
 
     lse: Any
@@ -122,8 +123,7 @@ def probabilities(
     """
     s, s_t, dp, dp_t = products
     s = bias_and_mask(s, problem, terms, i, j, FOLD_SCALE, EDGE)
-    factor = 1.0 if FOLD_SCALE else problem.scale * LOG2E
-    p = tl.exp2(s * factor - stats.lse)
+    p = tl.exp2(exponent(s, stats.lse, problem, FOLD_SCALE))
     if stats.row_renorm is not None:
         p = p * stats.row_renorm
     if RENORMALIZE:
@@ -183,6 +183,7 @@ def attention_backward_rows(
     FOLD_SCALE: tl.constexpr,
     FEW_KEYS: tl.constexpr,
     COMPENSATE: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
     SPLIT: tl.constexpr,
     KEEP_IN_REGISTERS: tl.constexpr,
     EVEN_M: tl.constexpr,
@@ -192,8 +193,9 @@ def attention_backward_rows(
     """Compute the gradient of rows ``[row, row + BM)`` of one query head, and their deltas.
 
     FEW_KEYS: some rows see few keys. Their ``delta = rowsum(dO O)`` from a 16-bit ``O`` is too inaccurate; a first loop
-    over their keys computes it as ``rowsum(P dP)``. COMPENSATE: there are few rows, and all are treated so. In addition
-    ``row_renorm`` corrects the effect of the rounded lse on their ``P``.
+    over their keys computes it as ``rowsum(P dP)``. COMPENSATE: there are few rows, and all are treated so.
+    RENORMALIZE: rows with a large lse are treated so, and ``row_renorm`` corrects the effect of the rounded lse on
+    their ``P``.
     """
     NQ = problem.NQ
     blocks = tl.cdiv(NQ, BM)
@@ -218,7 +220,7 @@ def attention_backward_rows(
     e = keep_in_registers(e, KEEP_IN_REGISTERS)
     q_t = keep_in_registers(q_t, KEEP_IN_REGISTERS)
     e_t = keep_in_registers(e_t, KEEP_IN_REGISTERS)
-    lse = load_lse(rows.lse, head_index, i, NQ)[:, None]
+    lse = load_lse(rows.lse, head_index, i, NQ, FOLD_SCALE)[:, None]
     mu = load_row_value(rows.lse_t, head_index, i, NQ, 0.0)[:, None] if JVP else lse
     terms = HeadTerms(
         locate_optional(problem.bias, where),
@@ -230,8 +232,13 @@ def attention_backward_rows(
 
     delta, delta_t = deltas(e, e_t, o, o_t, JVP)
     weight = tl.zeros_like(delta)
-    if FEW_KEYS or COMPENSATE:
-        if COMPENSATE or sees_few_keys(problem, row, BM):
+    if FEW_KEYS or RENORMALIZE:
+        first_loop = COMPENSATE
+        if FEW_KEYS:
+            first_loop = first_loop or sees_few_keys(problem, row, BM)
+        if RENORMALIZE:
+            first_loop = first_loop or lse_is_imprecise(lse)
+        if first_loop:
             delta = tl.zeros_like(delta)
             delta_t = tl.zeros_like(delta_t)
             for n in tl.range(bounds[0], bounds[3], BN, num_stages=1):
@@ -243,13 +250,13 @@ def attention_backward_rows(
                     score_products(q, q_t, e, e_t, k, k_t, v, v_t, PRECISION), RowStats(lse, None, mu), terms,
                     x_t, problem, i[:, None], (n + c)[None, :], JVP, FOLD_SCALE, True, False,
                 )  # fmt: skip
-                if COMPENSATE:
+                if RENORMALIZE:
                     weight += tl.sum(p, 1)
                 delta += tl.sum(p * dp, 1)
                 if JVP:
                     delta_t += tl.sum(p_t * dp + p * dp_t, 1)
     row_renorm = None
-    if COMPENSATE:
+    if RENORMALIZE:
         row_renorm = 1.0 / tl.where(weight == 0.0, 1.0, weight)
         delta = delta * row_renorm
         delta_t = delta_t * row_renorm
@@ -314,6 +321,7 @@ def attention_backward_keys(
     SINGLE_KEY_BLOCK: tl.constexpr,
     FOLD_SCALE: tl.constexpr,
     COMPENSATE: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
     SPLIT: tl.constexpr,
     KEEP_IN_REGISTERS: tl.constexpr,
     EVEN_M: tl.constexpr,
@@ -384,17 +392,17 @@ def attention_backward_keys(
                     else:
                         delta = load_row_value(rows.delta, head_index, i, NQ, 0.0)
                         delta_t = load_row_value(rows.delta_t, head_index, i, NQ, 0.0) if JVP else delta
-                    lse = load_lse(rows.lse, head_index, i, NQ)[None, :]
+                    lse = load_lse(rows.lse, head_index, i, NQ, FOLD_SCALE)[None, :]
                     mu = load_row_value(rows.lse_t, head_index, i, NQ, 0.0)[None, :] if JVP else lse
                     row_renorm = (
                         load_row_value(rows.row_renorm, head_index, i, NQ, 1.0)[None, :]
-                        if COMPENSATE and not SINGLE_KEY_BLOCK
+                        if RENORMALIZE and not SINGLE_KEY_BLOCK
                         else None
                     )
                     p, pz, dp, p_t, pz_t, dp_t = probabilities(
                         score_products(k, k_t, v, v_t, q, q_t, e, e_t, PRECISION), RowStats(lse, row_renorm, mu), terms,
                         x_t, problem, i[None, :], j[:, None], JVP, FOLD_SCALE,
-                        segment != 1 or (SINGLE_KEY_BLOCK and not EVEN_N), COMPENSATE and SINGLE_KEY_BLOCK,
+                        segment != 1 or (SINGLE_KEY_BLOCK and not EVEN_N), RENORMALIZE and SINGLE_KEY_BLOCK,
                     )  # fmt: skip
                     ds, ds_t = score_gradient(p, dp, p_t, dp_t, delta[None, :], delta_t[None, :], JVP, SINGLE_KEY_BLOCK)
                     pz = round_with_rest(pz, dtype, COMPENSATE)

@@ -30,7 +30,8 @@ def attention_backward_bias(
     BN: tl.constexpr,
     JVP: tl.constexpr,
     FOLD_SCALE: tl.constexpr,
-    COMPENSATE: tl.constexpr,
+    COMPENSATE: tl.constexpr,  # not used: the rounding of products does not matter here
+    RENORMALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Compute one tile of a bias's gradient: its sum over a share of the heads, and over broadcast rows and keys."""
@@ -88,8 +89,8 @@ def attention_backward_bias(
             delta = load_row_value(rows.delta, head_index, i, NQ, 0.0)
             delta_t = load_row_value(rows.delta_t, head_index, i, NQ, 0.0) if JVP else delta
             mu = load_row_value(rows.lse_t, head_index, i, NQ, 0.0)[:, None] if JVP else delta
-            lse = load_lse(rows.lse, head_index, i, NQ)[:, None]
-            row_renorm = load_row_value(rows.row_renorm, head_index, i, NQ, 1.0)[:, None] if COMPENSATE else None
+            lse = load_lse(rows.lse, head_index, i, NQ, FOLD_SCALE)[:, None]
+            row_renorm = load_row_value(rows.row_renorm, head_index, i, NQ, 1.0)[:, None] if RENORMALIZE else None
             for n in range(first_key, last_key):
                 k = load_key_rows(x.key, kv_where, problem, n * BN, c, d, False)
                 v = load_key_rows(x.value, kv_where, problem, n * BN, c, dv, False)

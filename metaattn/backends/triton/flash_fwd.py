@@ -14,6 +14,7 @@ from .tile_ops import (
     HeadTerms,
     bias_and_mask,
     dropout_keeps,
+    exponent,
     keep_in_registers,
     key_head,
     key_range,
@@ -31,6 +32,7 @@ from .tile_ops import (
     sees_few_keys,
     segment_bounds,
     segment_exists,
+    shift_units,
     split_head_index,
     store,
 )
@@ -86,6 +88,7 @@ def attention_forward(
     FOLD_SCALE: tl.constexpr,
     FEW_KEYS: tl.constexpr,
     COMPENSATE: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
     SPLIT: tl.constexpr,
     KEEP_IN_REGISTERS: tl.constexpr,
     EVEN_M: tl.constexpr,
@@ -93,6 +96,8 @@ def attention_forward(
     PRECISION: tl.constexpr,
 ):
     """Compute rows ``[row, row + BM)`` of one query head.
+
+    RENORMALIZE: without FORWARD, correct the effect of the rounded lse on P, so that its rows sum to one.
 
     FEW_KEYS: some rows see few keys. There ``P (s. - mu)`` is small compared with ``P s.``, so that the rounding of
     ``P s.`` to 16 bits would be a large error. A first loop over the keys of such rows therefore computes mu.
@@ -123,13 +128,13 @@ def attention_forward(
     if JVP:
         acc_t = tl.zeros([BM, DV], tl.float32)
         mu = tl.zeros([BM], tl.float32)
-    factor = 1.0 if FOLD_SCALE else problem.scale * LOG2E
+    factor = shift_units(problem, FOLD_SCALE)
+    total = tl.zeros([BM], tl.float32)
     if FORWARD:
         acc = tl.zeros([BM, DV], tl.float32)
-        total = tl.zeros([BM], tl.float32)
         peak = tl.full([BM], float("-inf"), tl.float32)
     else:
-        peak = load_lse(lse, head_index, i, NQ)
+        peak = load_lse(lse, head_index, i, NQ, FOLD_SCALE)
 
     bounds = key_range(problem, row, BM, BN)
     if JVP:
@@ -148,9 +153,9 @@ def attention_forward(
                     if FORWARD:
                         new = tl.maximum(peak, tl.max(s, 1) * factor)
                     base = tl.where(new == float("-inf"), 0.0, new)
-                    p = tl.exp2(s * factor - base[:, None])
+                    p = tl.exp2(exponent(s, base[:, None], problem, FOLD_SCALE))
                     if FORWARD:
-                        decay = tl.exp2(peak - base)
+                        decay = tl.exp2((peak - base) * (LOG2E if FOLD_SCALE else 1.0))
                         weight = weight * decay
                         centre = centre * decay
                         peak = new
@@ -176,13 +181,15 @@ def attention_forward(
                     new = tl.maximum(peak, tl.max(s, 1) * factor)
                     # For a row that has seen no key yet subtract 0, not -inf.
                     base = tl.where(new == float("-inf"), 0.0, new)
-                    p = tl.exp2(s * factor - base[:, None])
-                    decay = tl.exp2(peak - base)
+                    p = tl.exp2(exponent(s, base[:, None], problem, FOLD_SCALE))
+                    decay = tl.exp2((peak - base) * (LOG2E if FOLD_SCALE else 1.0))
                     peak = new
                     total = total * decay + tl.sum(p, 1)
                     acc = acc * decay[:, None]
                 else:
-                    p = tl.exp2(s * factor - peak[:, None])
+                    p = tl.exp2(exponent(s, peak[:, None], problem, FOLD_SCALE))
+                    if RENORMALIZE:
+                        total += tl.sum(p, 1)
                 if JVP:
                     # Not yet normalised. For any c, P (s. - mu) V = P (s. - c) V - (mu - c) P V, and P V is available
                     # at the end.
@@ -213,14 +220,17 @@ def attention_forward(
         inverse = 1.0 / total
         o = acc * (inverse * problem.dropout_scale)[:, None]
         store(out, out.ptr, o, where, head_index, problem, row, r, dv, NQ, DV)
-        natural = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN2)
+        natural = peak + tl.log2(total) * LN2 if FOLD_SCALE else (peak + tl.log2(total)) * LN2
+        natural = tl.where(empty, float("-inf"), natural)
         tl.store(lse + head_index * NQ + i, natural, mask=row_ok)
         if JVP:
             mu = mu * inverse
             acc_t = acc_t * (inverse * problem.dropout_scale)[:, None]
     else:
         o = load_query_rows(out, where, problem, row, r, dv, EVEN_M).to(tl.float32)
-        acc_t = acc_t * problem.dropout_scale
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)  # one without RENORMALIZE
+        mu = mu * inverse
+        acc_t = acc_t * (inverse * problem.dropout_scale)[:, None]
     if JVP:
         store(out_t, out_t.ptr, acc_t - mu[:, None] * o, where, head_index, problem, row, r, dv, NQ, DV)
         tl.store(lse_t + head_index * NQ + i, mu + centre, mask=row_ok)

@@ -216,6 +216,7 @@ def _launch_forward(
         # A row of exactly 64 keys loses too little of mu to pay for the extra pass, and such rows are frequent.
         "FEW_KEYS": primitive != "forward" and _rows_may_see_few_keys(problem, layout, MAX_FEW_KEYS.value - 1),
         "COMPENSATE": layout.compensate,
+        "RENORMALIZE": layout.renormalize,
     }
     launch_kernel(
         flash_fwd.attention_forward,
@@ -259,7 +260,12 @@ def _launch_backward(primitive: str, problem: Problem, x: Operands, inputs: Back
     kernel_problem = layout.kernel_problem(problem)
     row_inputs = layout.row_inputs(rows, values_t, w, w_t)
     arguments = (layout.inputs(x), layout.inputs(tangent), kernel_problem, row_inputs)
-    options = {**constexpr_arguments(problem, x), "JVP": primitive != "backward", "COMPENSATE": layout.compensate}
+    options = {
+        **constexpr_arguments(problem, x),
+        "JVP": primitive != "backward",
+        "COMPENSATE": layout.compensate,
+        "RENORMALIZE": layout.renormalize,
+    }
 
     t = tile_for(f"{primitive}_keys", layout, problem)
 

@@ -197,6 +197,14 @@ class BatchLayout:
         return self.rows <= FEW_ROWS
 
     @property
+    def renormalize(self) -> bool:
+        """Return whether kernels make the rows of P sum to one, where the lse is so large that its rounding matters.
+
+        In 16 bits it matters only for scores that a bias shifts by thousands, or to the end of the range.
+        """
+        return self.compensate or self.x.bias is not None or self.x.query.dtype == torch.float32
+
+    @property
     def l2_group(self) -> int:
         """Return how many heads have keys, values and tangents of both that together fill half an L2 cache."""
         head_bytes = 2 * self.keys * (self.x.key.shape[-1] + self.x.value.shape[-1]) * self.x.key.element_size()
@@ -265,7 +273,7 @@ class BatchLayout:
         assert values.out is not None
         assert values.lse is not None
         jvp = values_t.out is not None
-        scratch = self.x.query.new_empty(1 + jvp + self.compensate, self.total_heads, self.rows, dtype=torch.float32)
+        scratch = self.x.query.new_empty(1 + jvp + self.renormalize, self.total_heads, self.rows, dtype=torch.float32)
         # An absent cotangent is one row of zeros, expanded to all rows.
         out_bar = values.out.new_zeros(values.out.shape[-1]).expand_as(values.out) if w.out is None else w.out
         return RowInputs(
@@ -279,7 +287,7 @@ class BatchLayout:
             _contiguous(values_t.lse),
             scratch[0],
             scratch[1] if jvp else None,
-            scratch[-1] if self.compensate else None,
+            scratch[-1] if self.renormalize else None,
         )
 
     def bias_split(self, bias: Tensor, splits: int) -> tuple[BiasSplit, tuple[int, ...]]:

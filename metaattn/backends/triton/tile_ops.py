@@ -21,6 +21,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+IMPRECISE_LSE = tl.constexpr(64.0)  # from here on an lse is rounded by 4e-6 or more
 MAX_FEW_KEYS = tl.constexpr(64)  # in rows that see more keys, the effect of rounding averages out
 
 
@@ -252,14 +253,14 @@ def load_score_tile(x, at, i, j, NQ, NK):
 
 @triton.jit
 def bias_and_mask(s, problem, terms, i, j, FOLD_SCALE: tl.constexpr, EDGE: tl.constexpr):
-    """Return scores with bias, -inf where hidden. With FOLD_SCALE they are scaled here, otherwise by the caller.
+    """Return scores with bias, -inf where hidden. With FOLD_SCALE they are scaled here, otherwise by :func:`exponent`.
 
     EDGE: the tile may extend beyond the band or the last key.
     """
     if FOLD_SCALE:
-        s = s * (problem.scale * LOG2E)
+        s = s * problem.scale
     if problem.bias.ptr is not None:
-        s += load_score_tile(problem.bias, terms.bias, i, j, problem.NQ, problem.NK).to(tl.float32) * LOG2E
+        s += load_score_tile(problem.bias, terms.bias, i, j, problem.NQ, problem.NK).to(tl.float32)
     if problem.mask.ptr is not None:
         s += load_score_tile(problem.mask, terms.mask, i, j, problem.NQ, problem.NK).to(tl.float32)
     if EDGE:
@@ -270,6 +271,29 @@ def bias_and_mask(s, problem, terms, i, j, FOLD_SCALE: tl.constexpr, EDGE: tl.co
             shown = shown & (i - j <= problem.left)
         s = tl.where(shown, s, float("-inf"))
     return s
+
+
+@triton.jit
+def exponent(s, shift, problem, FOLD_SCALE: tl.constexpr):
+    """Return the base-2 logarithm of ``exp(scores - shift)`` for scores from :func:`bias_and_mask`.
+
+    A bias may shift whole rows by thousands, or to the end of the range. With FOLD_SCALE the shift, in natural units,
+    is therefore subtracted first: the difference is exact. Otherwise scale and difference are one instruction, which
+    rounds once, and the shift is in base 2.
+    """
+    if FOLD_SCALE:
+        return (s - shift) * LOG2E
+    else:
+        return s * (problem.scale * LOG2E) - shift
+
+
+@triton.jit
+def shift_units(problem, FOLD_SCALE: tl.constexpr):
+    """Return the factor that turns scores from :func:`bias_and_mask` into the units of a shift of :func:`exponent`."""
+    if FOLD_SCALE:
+        return 1.0
+    else:
+        return problem.scale * LOG2E
 
 
 @triton.jit
@@ -383,10 +407,18 @@ def load_row_value(at, head_index, i, NQ, OTHER: tl.constexpr):
 
 
 @triton.jit
-def load_lse(at, head_index, i, NQ):
-    """Load the lse to subtract, in base 2: 0 for rows without keys; +inf past the last row, so that P is 0 there."""
-    lse = load_row_value(at, head_index, i, NQ, float("inf")) * LOG2E
-    return tl.where(lse == float("-inf"), 0.0, lse)
+def load_lse(at, head_index, i, NQ, FOLD_SCALE: tl.constexpr):
+    """Load the lse as a shift of :func:`exponent`: 0 for rows without keys; +inf past the last row: P is 0 there."""
+    lse = load_row_value(at, head_index, i, NQ, float("inf"))
+    lse = tl.where(lse == float("-inf"), 0.0, lse)
+    return lse if FOLD_SCALE else lse * LOG2E
+
+
+@triton.jit
+def lse_is_imprecise(lse):
+    """Return whether some lse from :func:`load_lse` is so large that ``exp(scores - lse)`` loses digits."""
+    size = tl.abs(lse)
+    return tl.max(tl.where(size < float("inf"), size, 0.0)) > IMPRECISE_LSE
 
 
 @triton.jit
