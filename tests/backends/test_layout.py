@@ -6,6 +6,7 @@ import torch
 from metaattn.backends.base import Operands
 
 layout = pytest.importorskip("metaattn.backends.triton.layout", exc_type=ImportError)
+from metaattn.backends.triton import block_sizes  # noqa: E402
 
 
 def test_batches_merge_without_copies():
@@ -48,5 +49,5 @@ def test_alignment(tensor, copied):
 def test_two_head_sizes_are_padded_to_one_layout(sizes, padded):
     query, value = torch.randn(1, 2, 3, sizes[0]), torch.randn(1, 2, 3, sizes[1])
     x = Operands(query, query, value)
-    got = layout.align(x, layout.least_columns(x))
+    got = layout.align(x, block_sizes.least_columns(x))
     assert [t.shape[-1] for t in got[:3]] == [padded[0], padded[0], padded[1]]

@@ -19,10 +19,15 @@ from typing import NamedTuple
 
 import torch
 
+from ..base import Operands
 from .layout import power_of_two
 
 MIN_CAPABILITY = (8, 0)  # compute capability that the kernels need
 Column = dict[int, tuple["Tile", "Tile"]]  # by head size, a power of two: without a band and with one
+
+
+# Blocks whose rows are at least 128 bytes long have the same layout in shared memory.
+_SAME_LAYOUT = {"half": 64, "float32": 64, "tf32": 32}  # elements of a row; float32 is split into numbers of 16 bits
 
 
 class Tile(NamedTuple):
@@ -95,7 +100,7 @@ def tile(primitive: str, x: torch.Tensor, head_size: int, rows: int, keys: int, 
     column = _for_device(x.device.index).get((primitive, kind)) or _SAFE[kind]
     best = column[min(size for size in column if size >= head_size)][banded]
     no_larger = best._replace(rows=min(best.rows, power_of_two(rows)), keys=min(best.keys, power_of_two(keys)))
-    return limit_warps(primitive, no_larger)
+    return fit(primitive, no_larger, kind)
 
 
 def has_block_sizes(primitive: str, x: torch.Tensor, head_size: int) -> bool:
@@ -104,10 +109,34 @@ def has_block_sizes(primitive: str, x: torch.Tensor, head_size: int) -> bool:
     return any(size >= head_size for size in column)
 
 
-def limit_warps(primitive: str, t: Tile) -> Tile:
-    """Limit the warps to one for 16 rows of each product: with more, Triton 3.6 reads past its operands."""
-    product_rows = t.keys if primitive.endswith("_keys") else t.rows
+def fit(primitive: str, t: Tile, kind: str) -> Tile:
+    """Return sizes that avoid two faults of compilers (docs/benchmarks/compiler_faults.md).
+
+    There is at most one warp for 16 rows of each product: with more, Triton 3.6 reads past its operands. And in tf32 a
+    product of a warp group, which needs 64 rows, takes transposed blocks, so that a side of a tile is the length of
+    their rows. If it is short, such blocks have another layout than the rest (see :func:`least_columns`). Then products
+    have 32 rows, with which they are not those of a warp group.
+    """
+    of_keys = primitive.endswith("_keys")
+    product_rows = t.keys if of_keys else t.rows
+    if kind == "tf32" and min(t.rows, t.keys) < _SAME_LAYOUT[kind] and product_rows >= 64:
+        product_rows = 32
+        t = t._replace(keys=product_rows) if of_keys else t._replace(rows=product_rows)
     return t._replace(warps=min(t.warps, max(4, product_rows // 16)))
+
+
+def least_columns(x: Operands) -> int:
+    """Return the number of columns that query and value are padded to at least.
+
+    The layout of a block in shared memory depends on the length of its rows, up to 128 bytes. If Triton puts blocks of
+    two layouts at one address, one after the other, the assembler of CUDA 12.8 takes the address of the second from an
+    unrelated register (docs/benchmarks/compiler_faults.md). Two head sizes are therefore padded until their layouts are
+    the same; in tf32 also one head size, because the sides of tiles are lengths of rows as well.
+    """
+    kind = arithmetic(x.query.dtype)
+    same_layout = _SAME_LAYOUT[kind]
+    largest = power_of_two(max(x.query.shape[-1], x.value.shape[-1]))
+    return same_layout if kind == "tf32" else min(same_layout, largest)
 
 
 def single_key_block(primitive: str, t: Tile, x: torch.Tensor, head_size: int, rows: int) -> Tile:
@@ -116,7 +145,7 @@ def single_key_block(primitive: str, t: Tile, x: torch.Tensor, head_size: int, r
     Measured at 64 tokens of head size 64 on an H100: all rows at once are 18% faster in B, two stages are 9% faster in
     B with S.
     """
-    if t.warps > 4:  # as in limit_warps: here the rows of a block are the rows of a product
+    if t.warps > 4:  # as in fit: here the rows of a block are the rows of a product
         t = t._replace(rows=min(t.rows, 32))
     if primitive == "backward" and max(head_size, t.keys) <= 64 and arithmetic(x.dtype) == "half":
         t = t._replace(rows=min(64, power_of_two(rows)))

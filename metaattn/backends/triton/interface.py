@@ -24,7 +24,7 @@ from ..base import (
     tokens_first,
 )
 from . import flash_bwd, flash_bwd_bias, flash_fwd
-from .block_sizes import MIN_CAPABILITY, Tile, arithmetic, has_block_sizes, limit_warps, single_key_block
+from .block_sizes import MIN_CAPABILITY, Tile, arithmetic, fit, has_block_sizes, least_columns, single_key_block
 from .launch import constexpr_arguments, launch_kernel, tile_for
 from .layout import (
     BatchLayout,
@@ -32,7 +32,6 @@ from .layout import (
     align,
     align_rows,
     align_tangent,
-    least_columns,
     row_offsets_fit,
 )
 from .tile_ops import INTERPRETED, MAX_FEW_KEYS
@@ -336,7 +335,7 @@ def _bias_gradient(layout: BatchLayout, t: Tile, arguments: tuple[Any, ...], opt
     launch_kernel(
         flash_bwd_bias.attention_backward_bias,
         "bias_rows",
-        limit_warps("bias_rows", t),
+        fit("bias_rows", t, arithmetic(layout.x.query.dtype)),
         layout,
         lambda t: programs(t, split) * split.SPLITS,
         (*arguments, sums, split),

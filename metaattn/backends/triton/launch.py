@@ -10,7 +10,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from ..base import Operands, Problem
-from .block_sizes import Tile, arithmetic, limit_warps, tile
+from .block_sizes import Tile, arithmetic, fit, tile
 from .layout import BatchLayout
 from .tile_ops import INTERPRETED
 
@@ -100,7 +100,10 @@ def launch_kernel(
             smaller = _shrink(t, fixed_keys)
             if smaller is None and not fixed_keys:
                 raise
-            _smaller[key] = smaller = None if smaller is None else limit_warps(primitive, smaller)
+            if smaller is not None:
+                fitting = fit(primitive, smaller, arithmetic(x.query.dtype))
+                smaller = None if fixed_keys and fitting.keys < smaller.keys else fitting
+            _smaller[key] = smaller
     return smaller is not None
 
 

@@ -3,7 +3,7 @@
 Expanded, transposed and broadcast operands are read where they are. An operand is copied only if
 
 * its rows are not dense and aligned in steps of 16 elements (a head size that is not a power of two is padded to one);
-* or query and value have different head sizes, of which one has less than :data:`SWIZZLED_COLUMNS` columns;
+* or query and value have different head sizes, of which one is small (``block_sizes.least_columns``);
 * or the batch dimensions of the call do not merge into two (three or more, with unrelated strides).
 """
 
@@ -20,8 +20,6 @@ from torch import Tensor
 from ..base import Operands, Problem, Rows, Tangent, Values
 
 L2_GROUP_BYTES = 2**24  # less than half the L2 cache of a large GPU
-# Blocks of at least as many columns have the same layout in shared memory (a swizzle of 128 bytes, in 16 bits).
-SWIZZLED_COLUMNS = 64
 FEW_ROWS = 16  # these fit into the smallest block that a product takes
 
 
@@ -327,17 +325,6 @@ class BatchLayout:
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
-
-
-def least_columns(x: Operands) -> int:
-    """Return the number of columns that query and value are padded to at least.
-
-    Blocks of fewer columns than :data:`SWIZZLED_COLUMNS` have a layout in shared memory that depends on their number.
-    If Triton puts blocks of two layouts at one address, one after the other, the assembler of CUDA 12.8 takes the
-    address of the second from an unrelated register (docs/benchmarks/compiler_faults.md). Two head sizes are therefore
-    padded until their layouts are the same.
-    """
-    return min(SWIZZLED_COLUMNS, power_of_two(max(x.query.shape[-1], x.value.shape[-1])))
 
 
 def aligned(t: Tensor, columns: int = 1) -> Tensor:

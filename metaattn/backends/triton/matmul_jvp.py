@@ -122,7 +122,7 @@ def multiply(jobs: Sequence[Product], blocks: Blocks | None = None) -> list[Tens
     options["PRECISION"] = "tf32" if arithmetic(x.dtype) != "float32" else "ieee"
     if x.dtype == torch.float32:
         options["maxnreg"] = 255  # for the reason in launch.launch_kernel
-    # No more warps than one for 16 rows of a block, for the reason in block_sizes.limit_warps.
+    # No more warps than one for 16 rows of a block, for the reason in block_sizes.fit.
     rows = min(options[name] for name in ("BM", "BM2"))
     warps = min(tile.warps, max(4, rows // 16))
     requested = [t is not None for job in arguments for t in (job.value, job.tangent)]
