@@ -7,10 +7,13 @@ matrix. In the reference, one tile is the whole matrix.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
-from .base import Gradients, Operands, Problem
+from .base import Gradients, Operands, Problem, accumulator
 
 NEG_INF = float("-inf")
 
@@ -59,6 +62,48 @@ def row_sum(p: Tensor, b: Tensor) -> Tensor:
 def key_sum(p: Tensor, a: Tensor) -> Tensor:
     """Return ``p^T a``, summed over the group: ``[…, G, Nq, Nk]`` and ``[…, G, Nq, d]`` to ``[…, 1, Nk, d]``."""
     return (p.flatten(-3, -2).mT @ a.flatten(-3, -2)).unsqueeze(-3)
+
+
+def may_hide(problem: Problem, x: Operands) -> bool:
+    """Return whether some key may be hidden from some row: by the band, by the mask, or by a bias of -inf."""
+    return problem.banded or x.mask is not None or x.bias is not None
+
+
+def zero_products_are_zero(x: Operands, others: Iterable[Tensor | None]) -> bool:
+    """Return whether zero times each number of a call is zero: whether all are finite.
+
+    Then products with the zero weights of hidden keys need no care. Checked on the CPU only: on other devices the check
+    would wait for the device, and the answer is False.
+
+    Args:
+        x: The operands. A bias of -inf only hides.
+        others: Tangents, cotangents and values that enter products; ``None`` is absent.
+    """
+    if x.query.device.type != "cpu":
+        return False
+    inputs = (*x[:3], *others, *(None if t is None else t.masked_fill(t == NEG_INF, 0.0) for t in (x.bias,)))
+    # A sum is finite only if all terms are.
+    return all(math.isfinite(t.sum(dtype=accumulator(t.dtype)).item()) for t in inputs if t is not None)
+
+
+def product_of_shown(product: Callable[[Tensor, Tensor], Tensor], p: Tensor, b: Tensor, hidden: Tensor) -> Tensor:
+    """Return a matrix product in which hidden elements of ``p`` take no part, though ``b`` may be NaN or infinite.
+
+    In a matrix product their weight, zero, times NaN would be NaN. What is shown gives what the formula says.
+
+    Args:
+        product: A sum over the rows or the columns of ``p``.
+        p: Weights of a tile, zero where hidden.
+        b: The other factor.
+        hidden: Which elements of ``p`` are hidden, in its shape.
+    """
+    is_finite = b.isfinite()
+    total = product(p, b.where(is_finite, 0.0))
+    # How many numbers that are not finite take part; and how many of them are infinite terms, each with its sign.
+    count = product((~hidden).to(p.dtype), (~is_finite).to(p.dtype))
+    signs = product(p.sign(), b.sign().where(b.isinf(), 0.0))
+    infinity = torch.where(signs == count, torch.inf, torch.where(signs == -count, NEG_INF, torch.nan))
+    return torch.where(count > 0, total + infinity, total)
 
 
 def finite(lse: Tensor) -> Tensor:

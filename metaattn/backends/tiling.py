@@ -8,16 +8,27 @@ that one implementation gives every order of derivative.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from . import taylor
 from .base import Operands, Problem, Tangent, accumulator
-from .masking import additive_mask, dropout_weight, split_heads, tile_is_empty, tile_of
+from .masking import (
+    NEG_INF,
+    additive_mask,
+    dropout_weight,
+    may_hide,
+    product_of_shown,
+    split_heads,
+    tile_is_empty,
+    tile_of,
+    zero_products_are_zero,
+)
 from .taylor import TaylorSeries
 
 # Rows and columns of a tile, and the number of its elements in all heads that are processed at once. Best of 128 to
@@ -27,6 +38,7 @@ ROWS, COLS = 256, 256
 TILE = 2**19
 
 BatchSlices = tuple[slice, ...]  # over the dimensions [*B, Hkv]
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
 def _blocks(n: int, size: int) -> list[slice]:
@@ -61,14 +73,17 @@ class TiledOperands:
         x: The operands.
         batch: The slice of the batch and key-head dimensions.
         tangents: Tangents of the operands.
+        careful: Products must leave out what is hidden, because numbers of the call may be NaN or infinite.
 
     Attributes:
         full: The set of all tangents.
         rows: The blocks of rows.
     """
 
-    def __init__(self, problem: Problem, x: Operands, batch: BatchSlices, tangents: Sequence[Tangent] = ()) -> None:
-        self.problem, self.batch = problem, batch
+    def __init__(
+        self, problem: Problem, x: Operands, batch: BatchSlices, tangents: Sequence[Tangent], careful: bool
+    ) -> None:
+        self.problem, self.batch, self.careful = problem, batch, careful
         self.dtype = accumulator(x.query.dtype)
         self.full = (1 << len(tangents)) - 1
         self.kv_heads, self.keys = x.key.shape[-3:-1]
@@ -117,16 +132,28 @@ class TiledOperands:
         """View a tile ``[L, G * rows, cols]`` as ``[*lead, G, rows, cols]``."""
         return tile.view(*self.lead, self.group, tile.shape[-2] // self.group, tile.shape[-1])
 
-    def scores(self, query: TaylorSeries, key: TaylorSeries, rows: slice, cols: slice) -> TaylorSeries:
-        """Return the scores of a tile from its scaled queries and its keys, -inf where hidden, as new tensors."""
+    def scores(
+        self, query: TaylorSeries, key: TaylorSeries, rows: slice, cols: slice
+    ) -> tuple[TaylorSeries, Tensor | None]:
+        """Return the scores of a tile from its scaled queries and its keys, -inf where hidden, as new tensors.
+
+        Returns:
+            The scores, and which are hidden; ``None`` if products need no care for those.
+        """
         s = taylor.product(row_key, query, key, self.full)
+        hidden: Tensor | None = None
         for i, b in self.bias.items():
             if i not in s:
                 s[i] = torch.zeros_like(s[0])
             self.heads(s[i]).add_(tile_of(b, rows, cols))
         if (mask := additive_mask(self.problem, self.mask, rows, cols, s[0])) is not None:
             self.heads(s[0]).add_(mask)
-        return s
+        if self.careful:
+            for term in (mask, None if 0 not in self.bias else tile_of(self.bias[0], rows, cols)):
+                if term is not None:  # NaN plus -inf is NaN
+                    self.heads(s[0]).masked_fill_(term == NEG_INF, NEG_INF)
+            hidden = s[0] == NEG_INF
+        return s, hidden
 
     def dropout(self, rows: slice, cols: slice) -> Tensor | None:
         """Return the dropout weights of a tile; ``None`` without dropout."""
@@ -134,9 +161,30 @@ class TiledOperands:
         return None if z is None else z.flatten(0, -4).flatten(1, 2)
 
 
-def split_batch(problem: Problem, x: Operands, tangents: Sequence[Tangent] = ()) -> Iterable[TiledOperands]:
-    """Yield the operands in slices of as many heads as fit into one tile."""
-    return (TiledOperands(problem, x, batch, tangents) for batch in _slices_of_batch(x))
+def split_batch(
+    problem: Problem, x: Operands, tangents: Sequence[Tangent] = (), rows: Iterable[Tensor] = ()
+) -> Iterable[TiledOperands]:
+    """Yield the operands in slices of as many heads as fit into one tile.
+
+    Args:
+        problem: The static part of the call.
+        x: The operands.
+        tangents: Tangents of the operands.
+        rows: Further tensors that enter products: cotangents, and the lse without infinities.
+    """
+    others = [*rows, *(part for t in tangents for part in t)]
+    careful = may_hide(problem, x) and not zero_products_are_zero(x, others)
+    return (TiledOperands(problem, x, batch, tangents, careful) for batch in _slices_of_batch(x))
+
+
+def shown(p: TaylorSeries, hidden: Tensor | None) -> TaylorSeries:
+    """Return a series of weights that is zero where ``hidden``; it is overwritten."""
+    return p if hidden is None else {s: t.masked_fill_(hidden, 0.0) for s, t in p.items()}
+
+
+def of_shown(product: Product, hidden: Tensor | None) -> Product:
+    """Return a product of a tile of weights in which hidden ones take no part."""
+    return product if hidden is None else functools.partial(product_of_shown, product, hidden=hidden)
 
 
 def weighted(p: TaylorSeries, z: Tensor | None) -> TaylorSeries:
