@@ -42,10 +42,22 @@ _UNSUPPORTED = {
 
 
 class _Window(NamedTuple):
-    """Window of a mask: keys outside ``limits`` are hidden and, if ``exact``, all keys inside are visible."""
+    """Window of a mask: keys outside ``limits`` are hidden and, if ``exact``, all keys inside are visible.
+
+    It holds for the mask as it was made, at the version of its contents, for as many queries and keys.
+    """
 
     limits: tuple[int, int]
     exact: bool
+    version: int
+
+    @classmethod
+    def of(cls, mask: Tensor, queries: int, keys: int) -> _Window | None:
+        """Return the window of a mask; ``None`` if it has none, or was changed, or has another size."""
+        window: _Window | None = getattr(mask, _WINDOW, None)
+        if window is None or window.version != mask._version or mask.shape[-2:] != (queries, keys):
+            return None
+        return window
 
 
 def register() -> None:
@@ -136,7 +148,7 @@ def attention(
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if causal and query.shape[-2] > 1:
             window = (None, 0)
-    elif (carried := getattr(attention_mask, _WINDOW, None)) is not None:
+    elif (carried := _Window.of(attention_mask, query.shape[-2], key.shape[-2])) is not None:
         window = carried.limits
         attention_mask = None if carried.exact else attention_mask
     bias = _with_bias(attention_mask, position_bias)
@@ -222,9 +234,12 @@ def mask(
     # A mask that must not be left out contains more than pattern and padding: a cache, images or packed sequences.
     if result is None or local_size is None or not (causal or bidirectional) or not _is_window(config, local_size):
         return result
-    if kv_offset == 0 and kv_length == q_length:
+    # In inference mode nothing counts the changes of a tensor: there the mask is only a mask.
+    if kv_offset == 0 and kv_length == q_length and not result.is_inference():
         limits = (local_size - 1, 0) if causal else (local_size, local_size)
-        setattr(result, _WINDOW, _Window(limits, not under_vmap and _shows_all(attention_mask, kv_length)))
+        setattr(
+            result, _WINDOW, _Window(limits, not under_vmap and _shows_all(attention_mask, kv_length), result._version)
+        )
     return result
 
 

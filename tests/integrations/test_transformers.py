@@ -135,11 +135,23 @@ def test_a_sliding_window_is_a_window(name, limits, calls, monkeypatch):
 
 def test_a_slice_of_a_window_is_only_a_mask(calls):
     mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
-    setattr(mask, integration._WINDOW, integration._Window((1, 0), True))
+    setattr(mask, integration._WINDOW, integration._Window((1, 0), True, mask._version))
     x = torch.randn(1, 1, 4, 2)
     for m in (mask, mask[:, :, :, :4]):
         integration.attention(torch.nn.Module(), x, x, x, m)
     assert [w for _, w, _ in calls] == [(1, 0), None]
+
+
+def test_a_window_that_was_changed_is_only_a_mask(calls):
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    setattr(mask, integration._WINDOW, integration._Window((1, 0), True, mask._version))
+    x = torch.randn(1, 1, 4, 2)
+    with pytest.raises(ValueError, match="attn_mask"):  # the mask of 4 keys, for 3
+        integration.attention(torch.nn.Module(), x, x[:, :, :3], x[:, :, :3], mask)
+    mask[..., :2] = True
+    out, _ = integration.attention(torch.nn.Module(), x, x, x, mask)
+    assert calls[-1][:2] == (mask, None)
+    assert_close(out.transpose(1, 2), torch.nn.functional.scaled_dot_product_attention(x, x, x, mask), torch.float32)
 
 
 def test_chunks_are_no_window(calls):
