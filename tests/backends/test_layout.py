@@ -43,11 +43,27 @@ def test_alignment(tensor, copied):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "padded"),
-    [((16, 16), (16, 16)), ((40, 24), (64, 64)), ((16, 256), (64, 256)), ((160, 32), (256, 64)), ((20, 12), (32, 32))],
+    ("dtype", "sizes", "padded"),
+    [
+        (torch.float16, (16, 16), (16, 16)),
+        (torch.float16, (40, 24), (64, 64)),
+        (torch.float16, (16, 256), (64, 256)),
+        (torch.float16, (160, 32), (256, 64)),
+        (torch.float16, (20, 12), (32, 32)),
+        (torch.float32, (16, 16), (16, 16)),
+        (torch.float32, (20, 12), (32, 32)),
+        (torch.float32, (16, 256), (256, 256)),
+        (torch.float32, (128, 64), (128, 128)),
+    ],
 )
-def test_two_head_sizes_are_padded_to_one_layout(sizes, padded):
-    query, value = torch.randn(1, 2, 3, sizes[0]), torch.randn(1, 2, 3, sizes[1])
+def test_two_head_sizes_are_padded_to_one_layout(dtype, sizes, padded):
+    query, value = torch.randn(1, 2, 3, sizes[0], dtype=dtype), torch.randn(1, 2, 3, sizes[1], dtype=dtype)
     x = Operands(query, query, value)
     got = layout.align(x, block_sizes.least_columns(x))
     assert [t.shape[-1] for t in got[:3]] == [padded[0], padded[0], padded[1]]
+
+
+def test_head_sizes_of_tf32_are_at_least_those_of_one_layout(precision):
+    precision("high")
+    x = Operands(*torch.randn(3, 1, 2, 3, 16))
+    assert [t.shape[-1] for t in layout.align(x, block_sizes.least_columns(x))[:3]] == [32, 32, 32]

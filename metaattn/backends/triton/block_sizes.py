@@ -27,7 +27,7 @@ Column = dict[int, tuple["Tile", "Tile"]]  # by head size, a power of two: witho
 
 
 # Blocks whose rows are at least 128 bytes long have the same layout in shared memory.
-_SAME_LAYOUT = {"half": 64, "float32": 64, "tf32": 32}  # elements of a row; float32 is split into numbers of 16 bits
+_SAME_LAYOUT = {"half": 64, "tf32": 32}  # elements of such a row
 
 
 class Tile(NamedTuple):
@@ -131,12 +131,14 @@ def least_columns(x: Operands) -> int:
     The layout of a block in shared memory depends on the length of its rows, up to 128 bytes. If Triton puts blocks of
     two layouts at one address, one after the other, the assembler of CUDA 12.8 takes the address of the second from an
     unrelated register (docs/benchmarks/compiler_faults.md). Two head sizes are therefore padded until their layouts are
-    the same; in tf32 also one head size, because the sides of tiles are lengths of rows as well.
+    the same; in tf32 also one head size, because the sides of tiles are lengths of rows as well. In float32, which is
+    split into numbers of 16 bits, they are padded to one size: no GPU has tried less.
     """
     kind = arithmetic(x.query.dtype)
-    same_layout = _SAME_LAYOUT[kind]
+    if kind == "tf32":
+        return _SAME_LAYOUT[kind]
     largest = power_of_two(max(x.query.shape[-1], x.value.shape[-1]))
-    return same_layout if kind == "tf32" else min(same_layout, largest)
+    return min(_SAME_LAYOUT.get(kind, largest), largest)
 
 
 def single_key_block(primitive: str, t: Tile, x: torch.Tensor, head_size: int, rows: int) -> Tile:
