@@ -136,12 +136,15 @@ def _online_softmax(tiled: TiledOperands, rows: slice) -> tuple[Tensor, Tensor, 
     return torch.where(total == 0, 0.0, out / total), finite(peak), total
 
 
-def _lse_is_imprecise(lse: Tensor) -> bool:
-    """Return whether some lse is so large that ``exp(s - lse)`` loses digits.
+def _lse_is_imprecise(x: Operands, lse: Tensor) -> bool:
+    """Return whether ``exp(s - lse)`` loses digits that matter.
 
-    That happens for large scores and for masks of large finite numbers. Checked on the CPU only: on other devices the
-    check would wait for the device.
+    That happens where the lse is large: for large scores and for masks of large finite numbers. This is checked on the
+    CPU only: on other devices the check would wait for the device. And it happens with one key, for any lse, because
+    the derivatives of its constant softmax are exactly zero.
     """
+    if x.key.shape[-2] == 1:
+        return True
     return lse.device.type == "cpu" and bool((finite(lse).abs() > IMPRECISE_LSE).any())
 
 
@@ -189,7 +192,7 @@ def _directional(problem: Problem, x: Operands, values: Values, tangents: Sequen
     orders = range(1, full + 1)
     out_series = {s: RowSum(x, x.value.shape[-1], dtype) for s in orders}
     lse_series = {s: RowSum(x, 1, dtype) for s in orders}
-    lse_imprecise = _lse_is_imprecise(values.lse)
+    lse_imprecise = _lse_is_imprecise(x, values.lse)
     for tiled in split_batch(problem, x, tangents, [finite(values.lse)]):
         out_0, lse = tiled.by_row(forward_out), tiled.by_row(forward_lse)
         for rows in tiled.rows:
@@ -241,7 +244,7 @@ def _gradient(
     query_grad = RowSum(x, x.query.shape[-1], dtype)
     key_grad, value_grad = KeySum(x.key.shape, x.key, dtype), KeySum(x.value.shape, x.value, dtype)
     bias = ScoreSum(x, dtype) if bias_grad else None
-    lse_imprecise = _lse_is_imprecise(residuals[1][0])
+    lse_imprecise = _lse_is_imprecise(x, residuals[1][0])
     for tiled in split_batch(problem, x, tangents, [finite(residuals[1][0]), *cotangent[0].values()]):
         out, lse, out_bar, lse_bar = map(tiled.by_row, (*residuals, *cotangent))
         for rows in tiled.rows:

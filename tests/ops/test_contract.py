@@ -58,6 +58,7 @@ def test_derivatives_along_one_key_are_zero(dtype, backend):
         gradient(*x),
         torch.func.jvp(gradient, x, t)[1],
         torch.func.grad(lambda *x: _dot(gradient(*x), t), (0, 1, 2, 3))(*x),
+        torch.func.jvp(lambda *x: torch.func.jvp(gradient, x, t)[1], x, t)[1],
     )
     for query, key, value, bias in derivatives:
         assert not query.any()
