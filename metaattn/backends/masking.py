@@ -81,9 +81,10 @@ def zero_products_are_zero(x: Operands, others: Iterable[Tensor | None]) -> bool
     """
     if x.query.device.type != "cpu":
         return False
-    inputs = (*x[:3], *others, *(None if t is None else t.masked_fill(t == NEG_INF, 0.0) for t in (x.bias,)))
+    bias = None if x.bias is None else finite(x.bias)
     # A sum is finite only if all terms are.
-    return all(math.isfinite(t.sum(dtype=accumulator(t.dtype)).item()) for t in inputs if t is not None)
+    inputs = (t for t in (*x[:3], bias, *others) if t is not None)
+    return all(math.isfinite(t.sum(dtype=accumulator(t.dtype)).item()) for t in inputs)
 
 
 def product_of_shown(product: Callable[[Tensor, Tensor], Tensor], p: Tensor, b: Tensor, hidden: Tensor) -> Tensor:
@@ -106,9 +107,12 @@ def product_of_shown(product: Callable[[Tensor, Tensor], Tensor], p: Tensor, b: 
     return torch.where(count > 0, total + infinity, total)
 
 
-def finite(lse: Tensor) -> Tensor:
-    """Return the lse to subtract from scores: 0 for a row without keys, so that its probabilities are 0, not NaN."""
-    return lse.masked_fill(lse == NEG_INF, 0.0)
+def finite(t: Tensor) -> Tensor:
+    """Return a tensor with 0 in place of -inf.
+
+    As the lse to subtract from scores, it makes the probabilities of a row without keys 0, not NaN.
+    """
+    return t.masked_fill(t == NEG_INF, 0.0)
 
 
 def tile_of(t: Tensor, rows: slice, cols: slice) -> Tensor:

@@ -237,9 +237,8 @@ def mask(
     # In inference mode nothing counts the changes of a tensor: there the mask is only a mask.
     if kv_offset == 0 and kv_length == q_length and not result.is_inference():
         limits = (local_size - 1, 0) if causal else (local_size, local_size)
-        setattr(
-            result, _WINDOW, _Window(limits, not under_vmap and _shows_all(attention_mask, kv_length), result._version)
-        )
+        exact = not under_vmap and _shows_all(attention_mask, kv_length)
+        setattr(result, _WINDOW, _Window(limits, exact, result._version))
     return result
 
 

@@ -30,7 +30,6 @@ def attention_backward_bias(
     BN: tl.constexpr,
     JVP: tl.constexpr,
     FOLD_SCALE: tl.constexpr,
-    COMPENSATE: tl.constexpr,  # not used: the rounding of products does not matter here
     RENORMALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):

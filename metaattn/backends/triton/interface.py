@@ -339,7 +339,7 @@ def _bias_gradient(layout: BatchLayout, t: Tile, arguments: tuple[Any, ...], opt
         layout,
         lambda t: programs(t, split) * split.SPLITS,
         (*arguments, sums, split),
-        options,
+        {name: value for name, value in options.items() if name != "COMPENSATE"},  # it rounds no factors
         has_segments=False,
     )
     total = sums.sum(0) if len(sums) > 1 else sums[0]
