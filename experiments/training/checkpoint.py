@@ -13,7 +13,7 @@ import random
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -127,8 +127,8 @@ def find(path: str | Path, name: str = "latest.pt") -> Path:
     return path
 
 
-def _check_container(path: Path) -> tuple[int, str]:
-    """Check that the file is a complete zip file with correct checksums.
+def _check_container(path: Path, opened: IO[bytes]) -> tuple[int, str]:
+    """Check that an open file is a complete zip file with correct checksums.
 
     PyTorch writes a zip file without compression, whose table of contents comes last: a file that starts like one but
     has no table of contents is truncated. Compressed parts could expand to more than the memory.
@@ -139,15 +139,13 @@ def _check_container(path: Path) -> tuple[int, str]:
     Raises:
         UserError: The file is something else, truncated or damaged.
     """
-    with path.open("rb") as file:
-        start = file.read(4)
+    start, size = opened.read(4), os.fstat(opened.fileno()).st_size
     if start != b"PK\x03\x04" and start != b"":
         raise UserError(f"{path} is not a checkpoint of train_maml.py")
-    size = path.stat().st_size
     try:
-        if not zipfile.is_zipfile(path):
+        if not zipfile.is_zipfile(opened):
             raise _damaged(path, "is truncated: it was not written or copied completely")
-        with zipfile.ZipFile(path) as file:
+        with zipfile.ZipFile(opened) as file:
             parts = file.infolist()
             if any(p.compress_type != zipfile.ZIP_STORED or p.flag_bits & 1 for p in parts):
                 raise UserError(f"{path} is damaged or not a checkpoint of train_maml.py: it has compressed parts")
@@ -179,8 +177,27 @@ def _damaged(path: Path, problem: str) -> UserError:
     return UserError(f"{path} {problem}{alternative}")
 
 
+def _read(path: Path, file: IO[bytes]) -> tuple[Any, int, str]:
+    """Return the content of an open file, its size in bytes and its digest; see :func:`_check_container`."""
+    try:
+        size, expected = _check_container(path, file)
+        file.seek(0)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about storages of foreign files
+            return torch.load(file, map_location="cpu", weights_only=True), size, expected
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is not a checkpoint of train_maml.py: it contains more than tensors and plain values"
+        ) from error
+    except Exception as error:  # PyTorch raises many classes for damaged files
+        raise _damaged(path, f"is damaged and cannot be read ({_reason(error)})") from error
+
+
 def load(path: Path, **entries: type) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU.
+    """Read a checkpoint onto the CPU. A run may replace the file meanwhile: it is opened once, and read as it was.
 
     Args:
         path: The file.
@@ -194,19 +211,11 @@ def load(path: Path, **entries: type) -> dict[str, Any]:
             another type.
     """
     try:
-        size, expected = _check_container(path)
+        file = path.open("rb")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about storages of foreign files
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is not a checkpoint of train_maml.py: it contains more than tensors and plain values"
-        ) from error
-    except Exception as error:  # PyTorch raises many classes for damaged files
-        raise _damaged(path, f"is damaged and cannot be read ({_reason(error)})") from error
+    with file:
+        content, size, expected = _read(path, file)
     found = content.get("format") if type(content) is dict else None
     if type(found) is not str or found != FORMAT:
         raise UserError(f"{path} is not a checkpoint of train_maml.py")

@@ -59,6 +59,22 @@ def test_rng_state_restores_every_generator(tmp_path):
     assert draw() == want
 
 
+def test_a_file_that_a_run_replaces_meanwhile_is_read_as_it_was(tmp_path, monkeypatch):
+    """The digest and the tensors must be of the same file."""
+    path, testzip = tmp_path / "a.pt", zipfile.ZipFile.testzip
+    checkpoint.save(path, {"step": 1, "data": torch.ones(1000)})
+
+    def replaced(file):
+        checkpoint.save(path, {"step": 2, "data": torch.zeros(1000)})
+        return testzip(file)
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", replaced)
+    content = checkpoint.load(path)
+    assert content["step"] == 1
+    assert content["data"].all()
+    assert checkpoint.load(path)["step"] == 2
+
+
 def test_a_failed_write_keeps_the_old_one(tmp_path):
     path = tmp_path / "a.pt"
     checkpoint.save(path, {"step": 1})
